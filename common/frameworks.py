@@ -1,0 +1,63 @@
+"""The three implementations by their short names, found without importing any."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Framework:
+    """`key` is also the extra that installs it; `tensors` is what the tokenizer calls its tensors."""
+
+    key: str
+    title: str
+    package: str
+    model: str
+    needs: tuple[str, ...]
+    tensors: str
+
+    @property
+    def missing(self) -> str | None:
+        """None, or how to install what is not there."""
+        absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        return f"{' and '.join(absent)} not installed: pip install 'opt-zoo[{self.key}]'" if absent else None
+
+    @property
+    def version(self) -> str:
+        return importlib.metadata.version(self.needs[0])
+
+    def model_class(self) -> Any:
+        """Its OPTForCausalLM; imports the framework."""
+        if self.key == "tf":
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its greeting is not ours
+        return getattr(importlib.import_module(self.package), self.model)
+
+    def tensor(self, array: np.ndarray) -> Any:
+        """A numpy array as a tensor of the framework."""
+        if self.key == "pt":
+            return importlib.import_module("torch").from_numpy(array)
+        if self.key == "tf":
+            return importlib.import_module("tensorflow").constant(array)
+        return importlib.import_module("jax.numpy").asarray(array)
+
+
+FRAMEWORKS = {
+    f.key: f
+    for f in (
+        Framework("pt", "PyTorch", "opt_pt", "OPTForCausalLM", ("torch",), "pt"),
+        Framework("tf", "TensorFlow", "opt_tf", "TFOPTForCausalLM", ("tensorflow", "keras"), "tf"),
+        Framework("flax", "JAX", "opt_flax", "FlaxOPTForCausalLM", ("jax", "flax"), "jax"),
+    )
+}
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+    """A tensor of any of the three as a numpy array."""
+    return np.asarray(tensor.detach().cpu() if hasattr(tensor, "detach") else tensor)

@@ -1,0 +1,80 @@
+"""From a folder, "opt-demo" or a Hub name to a local folder that holds the wanted files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .checkpoint import FILES
+from .files import read_json
+
+DEMO = "opt-demo"
+
+
+def fetch(
+    path_or_name: str | Path,
+    files: Sequence[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """A local folder with those of `files` that exist. The network is reached for Hub names only.
+
+    `path_or_name`: a folder; "opt-demo", the checkpoint inside this package; or a Hub name such as
+    "facebook/opt-125m". The other arguments are huggingface_hub's.
+    Raises FileNotFoundError for a folder or repository that is not there, OSError if the Hub cannot be reached.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        return path
+    if str(path_or_name) == DEMO:
+        return Path(__file__).parent / DEMO
+    name = str(path_or_name)
+    if path.exists():
+        raise NotADirectoryError(f"{path}: is a file, wanted the folder that holds config.json and the weights")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise FileNotFoundError(f"{name}: no such folder")
+
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name,
+                allow_patterns=list(files),
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise FileNotFoundError(f"{name}: the Hub wants an accepted licence and a token for this repository") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise FileNotFoundError(f"{name}: neither a folder here nor a repository on the Hub{at}") from error
+    except Exception as error:  # the network's own errors are many and change with the library that carries them
+        raise OSError(
+            f"{name}: not a folder here, not in the local cache, and the Hub cannot be reached ({type(error).__name__})"
+        ) from error
+
+
+def fetch_checkpoint(path_or_name: str | Path, **hub: object) -> Path:
+    """A local folder with config and weights; of several weight layouts on the Hub only the preferred is fetched."""
+    folder = fetch(path_or_name, ["config.json", *[f for f in FILES if f.endswith(".index.json")]], **hub)  # type: ignore[arg-type]
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json; wanted a folder or repository of an OPT")
+    return folder if Path(path_or_name).expanduser().is_dir() else _with_weights(path_or_name, folder, hub)
+
+
+def _with_weights(path_or_name: str | Path, folder: Path, hub: dict[str, object]) -> Path:
+    for main in (FILES[0], FILES[2]):
+        index = folder / f"{main}.index.json"
+        shards = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else [main]
+        folder = fetch(path_or_name, ["config.json", index.name, *shards], **hub)  # type: ignore[arg-type]
+        if all((folder / shard).is_file() for shard in shards):
+            break
+    return folder

@@ -1,0 +1,116 @@
+"""How far apart the three are: every framework on the same text, each held against a float64 run in numpy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .frameworks import FRAMEWORKS, Framework, to_numpy
+from .pretrained import open_pretrained
+from .reference import forward
+from .tokenizer import GPT2Tokenizer
+
+TOLERANCE = 2e-5  # largest error over largest magnitude, float32
+
+
+@dataclass
+class Row:
+    """One framework's result. `tokens_equal`: they are those of the float64 run. `layers` holds the relative error of
+    each hidden state, `logits` that of the logits."""
+
+    framework: str
+    version: str = ""
+    problem: str = ""
+    load_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    tokens_equal: bool = False
+    logits: float = float("nan")
+    layers: list[float] = field(default_factory=list)
+    installed: bool = True
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem and self.tokens_equal and max([self.logits, *self.layers]) <= TOLERANCE
+
+
+@dataclass
+class Report:
+    """The rows, the text that was continued, and its continuation."""
+
+    model: str
+    prompt: str
+    text: str
+    rows: list[Row]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every installed framework passed, and at least one is installed."""
+        ran = [row for row in self.rows if row.installed]
+        return bool(ran) and all(row.passed for row in ran)
+
+
+def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest difference over largest magnitude; infinite if anything is not finite or the shapes differ."""
+    if found.shape != wanted.shape or not np.isfinite(found).all():
+        return float("inf")
+    return float(np.abs(found.astype(np.float64) - wanted).max() / np.abs(wanted).max())
+
+
+def parity(model: str, prompt: str, new_tokens: int, frameworks: Iterable[str] = tuple(FRAMEWORKS)) -> Report:
+    """Load `model` in each framework in float32, continue `prompt` greedily by `new_tokens`, and hold against the
+    float64 run: each token to its likeliest, and the logits and hidden states over the whole text.
+
+    The end of text is forbidden, so that there are always `new_tokens`. Speed is that of a second generate.
+    """
+    tokenizer = GPT2Tokenizer.from_pretrained(model)
+    opened = open_pretrained(model, "model.", "float64")
+    weights = {spec.name: array for spec, array in opened.tensors}
+    judged: dict[tuple[int, ...], tuple[np.ndarray, list[np.ndarray]]] = {}
+    rows, text = [], ""
+    for key in frameworks:
+        row, loaded = _run(FRAMEWORKS[key], model, tokenizer, prompt, new_tokens)
+        rows.append(row)
+        if loaded is None:
+            continue
+        ids = np.array([row.tokens])
+        if tuple(row.tokens) not in judged:  # once, unless they disagree
+            judged[tuple(row.tokens)] = forward(opened.config, weights.get, ids)
+        logits, hidden = judged[tuple(row.tokens)]
+        choices = logits[0, -new_tokens - 1 : -1].copy()
+        choices[:, list(opened.config.eos_token_ids)] = -np.inf
+        row.tokens_equal = choices.argmax(-1).tolist() == row.tokens[-new_tokens:]
+        out = loaded(FRAMEWORKS[key].tensor(ids), output_hidden_states=True)
+        row.logits = relative_error(to_numpy(out.logits), logits)
+        row.layers = [relative_error(to_numpy(f), w) for f, w in zip(out.hidden_states, hidden, strict=True)]
+        text = text or tokenizer.decode(row.tokens, skip_special_tokens=True)
+    return Report(model, prompt, text, rows)
+
+
+def _run(
+    framework: Framework, model: str, tokenizer: GPT2Tokenizer, prompt: str, new_tokens: int
+) -> tuple[Row, Any | None]:
+    row = Row(framework.key)
+    if framework.missing:
+        row.problem, row.installed = framework.missing, False
+        return row, None
+    row.version = framework.version
+    try:
+        model_class = framework.model_class()
+        start = time.perf_counter()
+        loaded = model_class.from_pretrained(model)
+        row.load_seconds = time.perf_counter() - start
+        inputs = tokenizer(prompt, return_tensors=framework.tensors)
+        for _ in range(2):  # the first compiles
+            start = time.perf_counter()
+            tokens = loaded.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+            row.tokens = to_numpy(tokens)[0].tolist()
+            row.tokens_per_second = new_tokens / (time.perf_counter() - start)
+    except ImportError as error:
+        row.problem = str(error)
+        return row, None
+    return row, loaded

@@ -1,0 +1,313 @@
+"""OPT (Zhang et al. 2022, arXiv:2205.01068) in PyTorch.
+
+B batch   T tokens of this call   S slots: past tokens and T
+V vocabulary   E embedding width   H hidden   N heads   D head width (N·D = H)   F feed-forward
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opt_common.config import OPTConfig
+from opt_common.inputs import check_call, check_tokens
+from opt_common.outputs import BaseModelOutput, CausalLMOutput
+
+from .attention import IMPLEMENTATIONS, eager
+from .cache import KVCache, place
+from .generate import generate
+from .weights import from_pretrained, save_pretrained
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class OPTAttention(nn.Module):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, config: OPTConfig, layer: int, attn_implementation: str) -> None:
+        super().__init__()
+        H, bias = config.hidden_size, config.enable_bias
+        self.heads, self.layer, self.dropout = config.num_attention_heads, layer, config.attention_dropout
+        self.attn_implementation = attn_implementation
+        self.k_proj = nn.Linear(H, H, bias=bias)
+        self.v_proj = nn.Linear(H, H, bias=bias)
+        self.q_proj = nn.Linear(H, H, bias=bias)
+        self.out_proj = nn.Linear(H, H, bias=bias)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, cache: KVCache | None, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (self.heads, x.shape[-1] // self.heads)
+        # The query is scaled, not the scores, as OPT was trained: in half precision it is not the same.
+        q = (self.q_proj(x) * heads[1] ** -0.5).unflatten(-1, heads)  # [B, T, N, D]
+        k = self.k_proj(x).unflatten(-1, heads)
+        v = self.v_proj(x).unflatten(-1, heads)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # [B, S, N, D]
+        attend = eager if output_attentions else IMPLEMENTATIONS[self.attn_implementation]
+        out, weights = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.out_proj(out.flatten(-2)), weights
+
+
+class OPTDecoderLayer(nn.Module):
+    """Attention and feed-forward, each with its residual; the norm comes before them, or after them in 350m."""
+
+    def __init__(self, config: OPTConfig, layer: int, attn_implementation: str) -> None:
+        super().__init__()
+        H, affine = config.hidden_size, config.layer_norm_elementwise_affine
+        self.pre_norm, self.dropout = config.do_layer_norm_before, config.dropout
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.self_attn = OPTAttention(config, layer, attn_implementation)
+        self.self_attn_layer_norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine)
+        self.fc1 = nn.Linear(H, config.ffn_dim, bias=config.enable_bias)
+        self.fc2 = nn.Linear(config.ffn_dim, H, bias=config.enable_bias)
+        self.final_layer_norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, cache: KVCache | None, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        residual = x
+        if self.pre_norm:
+            x = self.self_attn_layer_norm(x)
+        x, weights = self.self_attn(x, mask, cache, output_attentions)
+        x = residual + F.dropout(x, self.dropout, self.training)
+        if not self.pre_norm:
+            x = self.self_attn_layer_norm(x)
+
+        residual = x
+        if self.pre_norm:
+            x = self.final_layer_norm(x)
+        x = self.fc2(self.activation(self.fc1(x)))  # [B, T, F] in between
+        x = residual + F.dropout(x, self.dropout, self.training)
+        if not self.pre_norm:
+            x = self.final_layer_norm(x)
+        return x, weights
+
+
+class OPTDecoder(nn.Module):
+    """Embeddings, the layers, and the final norm and projection where the size has them."""
+
+    def __init__(self, config: OPTConfig, attn_implementation: str) -> None:
+        super().__init__()
+        E, H = config.embed_dim, config.hidden_size
+        self.config = config
+        # padding_idx: the padding row takes no gradient from its own look-up
+        self.embed_tokens = nn.Embedding(config.vocab_size, E, padding_idx=config.pad_token_id)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings + 2, H)
+        self.project_in = nn.Linear(E, H, bias=False) if config.projects_embeddings else None
+        self.project_out = nn.Linear(H, E, bias=False) if config.projects_embeddings else None
+        self.layers = nn.ModuleList(
+            OPTDecoderLayer(config, i, attn_implementation) for i in range(config.num_hidden_layers)
+        )
+        affine = config.layer_norm_elementwise_affine
+        norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine) if config.has_final_layer_norm else None
+        self.final_layer_norm = norm
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BaseModelOutput:
+        """See `OPTModel.forward`."""
+        config, cache = self.config, past_key_values
+        B, T = check_call(
+            config,
+            None if input_ids is None else input_ids.shape,
+            None if inputs_embeds is None else inputs_embeds.shape,
+            None if attention_mask is None else attention_mask.shape,
+            None if position_ids is None else position_ids.shape,
+            past=0 if cache is None else cache.length,
+            slots=None if cache is None else cache.slots,
+        )
+        if inputs_embeds is None and input_ids is not None:
+            if not torch.compiler.is_compiling() and input_ids.device.type == "cpu":
+                check_tokens(config, int(input_ids.min()), int(input_ids.max()))
+            inputs_embeds = self.embed_tokens(input_ids)
+        x: Tensor = inputs_embeds  # type: ignore[assignment]  # [B, T, E]
+        if self.project_in is not None:
+            x = self.project_in(x)  # [B, T, H]
+        positions, mask, segments = place(config, B, T, x.device, attention_mask, position_ids, cache)
+        if cache is None and use_cache:
+            cache = KVCache(config, B, config.max_position_embeddings, x.device, x.dtype)
+        x = x + self.embed_positions(positions + 2)  # the table starts two rows in; padding is row 1
+
+        hidden_states, attentions = [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(x)
+            before, (x, weights) = x, layer(x, mask, cache, output_attentions)
+            attentions.append(weights)
+            if self.training and config.layerdrop > 0:  # the dice are a tensor: compiling does not freeze them
+                x = torch.where(torch.rand((), device=x.device) < config.layerdrop, before, x)
+        if self.final_layer_norm is not None:
+            x = self.final_layer_norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        hidden_states.append(x)
+
+        if cache is not None:
+            cache.length, cache.segments = cache.length + T, segments
+        return BaseModelOutput(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+class OPTModel(nn.Module):
+    """OPT without a head. New weights are drawn from N(0, init_std²), biases and the padding row are 0."""
+
+    weights_prefix = ""
+
+    def __init__(self, config: OPTConfig, attn_implementation: str = "sdpa") -> None:
+        super().__init__()
+        _check_implementation(attn_implementation)
+        self.config = config
+        self.decoder = OPTDecoder(config, attn_implementation)
+        self.apply(lambda module: _init_weights(module, config))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BaseModelOutput:
+        """Run the decoder.
+
+        input_ids: [B, T] whole numbers; or inputs_embeds: [B, T, E], which take the place of the token embedding.
+        attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding.
+        position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
+            counted from 0, do not see each other.
+        past_key_values: the KVCache of the tokens before these; it is written in place. With use_cache and none given
+            a new one is made, with room for max_position_embeddings tokens (`init_cache` makes one of any size).
+        output_hidden_states, output_attentions: also return what BaseModelOutput says. Attention weights are computed
+            by the eager formula, whatever attn_implementation is.
+        Raises ValueError that names the argument.
+        """
+        return self.decoder(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+        )
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens a row."""
+        weight = self.decoder.embed_positions.weight
+        return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype)
+
+    def tie_weights(self) -> None:
+        """Nothing is tied without a head."""
+
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
+
+
+class OPTForCausalLM(nn.Module):
+    """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
+
+    weights_prefix = "model."
+
+    def __init__(self, config: OPTConfig, attn_implementation: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.model = OPTModel(config, attn_implementation)
+        self.lm_head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        _init_weights(self.lm_head, config)
+        self.tie_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        logits_to_keep: int | Tensor = 0,
+    ) -> CausalLMOutput:
+        """Run the decoder and the head; arguments as in `OPTModel.forward`, and:
+
+        labels: [B, T] token ids, -100 where there is nothing to learn. They are shifted here: the logits of a token
+            are held against the label of the next. The loss is their mean cross-entropy, in float32.
+        logits_to_keep: the logits of the last so many tokens only, or of the columns in a tensor; 0 for all.
+        """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels, logits_to_keep: found both; the loss takes the logits of every token")
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep])  # [B, T, V]
+        loss = None
+        if labels is not None:
+            check_labels = tuple(labels.shape) == tuple(logits.shape[:2])
+            if not check_labels:
+                raise ValueError(f"labels: found shape {list(labels.shape)}, wanted {list(logits.shape[:2])}")
+            # float64 stays float64: that run is the judge of the others
+            scores = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(scores.flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens a row."""
+        return self.model.init_cache(batch_size, max_length)
+
+    def tie_weights(self) -> None:
+        """Make the head the token embedding, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.decoder.embed_tokens.weight
+
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
+    generate = generate
+
+
+def _check_implementation(name: str) -> None:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attn_implementation: found {name!r}, wanted one of {', '.join(IMPLEMENTATIONS)}")
+
+
+@torch.no_grad()
+def _init_weights(module: nn.Module, config: OPTConfig) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        module.weight.normal_(0.0, config.init_std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        module.bias.zero_()
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        module.weight[module.padding_idx].zero_()

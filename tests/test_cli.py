@@ -1,0 +1,159 @@
+"""The command, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from opt_common.checkpoint import Checkpoint
+from opt_common.config import OPTConfig
+from opt_common.frameworks import FRAMEWORKS, Framework
+from opt_common.hub import DEMO, fetch
+from opt_common.parity import parity
+
+PRESENT = [key for key, framework in FRAMEWORKS.items() if framework.missing is None]
+
+
+def opt_zoo(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "opt_common.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_parity_on_the_demo():
+    """The main job: equal tokens, and logits within 2e-5 of the float64 run, in every framework."""
+    ran = opt_zoo("parity", "--json")
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    assert report["passed"]
+    assert [row["framework"] for row in report["rows"]] == list(FRAMEWORKS)
+    for row in report["rows"]:
+        if row["framework"] in PRESENT:
+            assert len(row["tokens"]) > 200
+            assert row["tokens"] == report["rows"][0]["tokens"]
+            assert row["logits"] <= 2e-5
+            assert len(row["layers"]) == OPTConfig.from_pretrained(DEMO).num_hidden_layers + 1
+            assert max(row["layers"]) <= 2e-5
+
+
+@pytest.mark.parametrize("key", PRESENT)
+def test_parity_sees_a_disturbed_weight(key, tmp_path, monkeypatch):
+    """A hundredth on one number of one framework's weights turns that framework, and only that, red."""
+    shutil.copytree(fetch(DEMO, []), tmp_path / "disturbed")
+    path = tmp_path / "disturbed" / "model.safetensors"
+    weights = safetensors.numpy.load_file(path)
+    weights["model.decoder.layers.2.fc1.weight"][3, 5] += np.float16(0.01)
+    safetensors.numpy.save_file(weights, path)
+    model_class = Framework.model_class
+
+    class Disturbed:
+        @staticmethod
+        def from_pretrained(name):
+            return model_class(FRAMEWORKS[key]).from_pretrained(tmp_path / "disturbed")
+
+    monkeypatch.setattr(Framework, "model_class", lambda self: Disturbed if self.key == key else model_class(self))
+    report = parity(DEMO, "Once upon a time", 8)
+    assert not report.passed
+    assert [row.framework for row in report.rows if row.installed and not row.passed] == [key]
+
+
+def test_parity_fails_through_the_command(tmp_path):
+    """The exit status, with a float64 judge that disagrees with all."""
+    program = (
+        "import sys, opt_common.parity as p; f = p.forward;"
+        "p.forward = lambda *a: (f(*a)[0] * 1.001, f(*a)[1]);"
+        "import opt_common.cli as c; sys.argv = ['opt-zoo', 'parity', '--new-tokens', '4']; c.main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert "different" in ran.stdout
+
+
+def test_a_missing_framework_is_a_row(monkeypatch):
+    monkeypatch.setattr(Framework, "missing", property(lambda self: "jax not installed: pip install 'opt-zoo[flax]'"
+                                                       if self.key == "flax" else None))  # fmt: skip
+    if "pt" not in PRESENT:
+        pytest.skip(str(FRAMEWORKS["pt"].missing))
+    report = parity(DEMO, "The", 3, ["pt", "flax"])
+    assert report.passed
+    assert report.rows[1].problem == "jax not installed: pip install 'opt-zoo[flax]'"
+
+
+def test_generate_prints_the_same_text_from_each():
+    texts = {key: opt_zoo("generate", "Once upon a time", "--framework", key) for key in PRESENT}
+    for ran in texts.values():
+        assert ran.returncode == 0, ran.stderr
+    assert len({ran.stdout for ran in texts.values()}) == 1
+    text = texts[PRESENT[0]].stdout
+    assert text.startswith("Once upon a time")
+    assert len(text.split()) > 40
+    assert "</s>" not in text
+
+
+def test_generate_samples_with_a_seed():
+    arguments = ("generate", "The", "--sample", "--seed", 5, "--max-new-tokens", 20, "--json")
+    first, second = opt_zoo(*arguments), opt_zoo(*arguments)
+    assert json.loads(first.stdout)["tokens"] == json.loads(second.stdout)["tokens"]
+
+
+def test_convert_and_inspect(tmp_path):
+    ran = opt_zoo("convert", DEMO, tmp_path / "new", "--dtype", "bfloat16", "--max-shard-size", "4MB", "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert len(json.loads(ran.stdout)) > 2
+    facts = json.loads(opt_zoo("inspect", tmp_path / "new", "--json").stdout)
+    assert (facts["dtype"], facts["layout"], facts["head"]) == ("bfloat16", "safetensors", "tied to the embedding")
+    assert facts["parameters"] == sum(np.prod(entry.shape) for entry in Checkpoint(tmp_path / "new").values())
+    shown = opt_zoo("inspect", DEMO)
+    assert "float16" in shown.stdout and "parameters" in shown.stdout
+    again = opt_zoo("generate", "The", "--model", tmp_path / "new", "--framework", PRESENT[0], "--max-new-tokens", 3)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "/no/such/folder"), "error: /no/such/folder: no such folder"),
+        (("generate", "The", "--framework", "mx"), "error: framework: found 'mx', wanted one of pt, tf, flax"),
+        (("parity", "--framework", "mx"), "error: framework: found 'mx'"),
+        (("generate", "The", "--max-new-tokens", 4000), "wanted at most 512 (max_position_embeddings)"),
+        (("generate", "The", "--dtype", "int8"), "error: dtype: found 'int8'"),
+        (("convert", DEMO, "{tmp}/x", "--dtype", "int8"), "error: dtype: found 'int8'"),
+        (("convert", DEMO, "{tmp}/x", "--max-shard-size", "much"), "error: max_shard_size: found 'much'"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_errors_are_one_line_and_a_status(arguments, message, tmp_path):
+    ran = opt_zoo(*(str(a).replace("{tmp}", str(tmp_path)) for a in arguments))
+    assert ran.returncode == 1
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_is_loadable_by_transformers():
+    """Weights and tokenizer, as they lie in the package; and they write English."""
+    import torch
+    import transformers
+
+    from opt_common.tokenizer import GPT2Tokenizer
+
+    folder = fetch(DEMO, [])
+    assert sum(path.stat().st_size for path in Path(folder).iterdir()) < 12_000_000
+    model, info = transformers.OPTForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not any(info.values()), info
+    theirs, ours = transformers.GPT2Tokenizer.from_pretrained(folder), GPT2Tokenizer.from_pretrained(DEMO)
+    text = "Once upon a time, in the year 1776,\n\nHolmes said: “Watson!” 🙂"
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    ids = theirs("Once upon a time", return_tensors="pt")
+    wanted = model.generate(**ids, max_new_tokens=60, do_sample=False)[0].tolist()
+    if "pt" in PRESENT:
+        from opt_pt import OPTForCausalLM
+
+        found = OPTForCausalLM.from_pretrained(DEMO).generate(**ids, max_new_tokens=60)[0].tolist()
+        assert found == wanted

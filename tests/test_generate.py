@@ -1,0 +1,172 @@
+"""Generation, judged by transformers' greedy search and by the probabilities of its float64 run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+LENGTHS = [9, 4, 1]
+
+
+def prompts(rng, side: str) -> tuple[np.ndarray, np.ndarray]:
+    ids, mask = np.ones((len(LENGTHS), 9), int), np.zeros((len(LENGTHS), 9), int)
+    for row, n in enumerate(LENGTHS):
+        columns = slice(9 - n, None) if side == "left" else slice(0, n)
+        ids[row, columns], mask[row, columns] = rng.integers(3, 96, n), 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("config", ["pre-norm", "350m", "pre-norm-narrow"])
+def test_greedy(framework, config, tiny, load, rng):
+    folder, reference = tiny(config)
+    ids, mask = prompts(rng, "left")
+    wanted = reference.generate(
+        torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=40, do_sample=False
+    ).numpy()
+    assert len(set(wanted[0, 9:])) > 3, "a text of one repeated token would hide mistakes"
+    model = load(framework, folder)
+    np.testing.assert_array_equal(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=40), wanted)
+    # the padding is seen without a mask too
+    np.testing.assert_array_equal(model.generate(input_ids=ids, max_new_tokens=40), wanted)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_gives_what_it_gives_alone(framework, side, tiny, load, rng):
+    folder, _ = tiny("350m")
+    model = load(framework, folder)
+    ids, mask = prompts(rng, side)
+    together = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=20, min_new_tokens=20)
+    np.testing.assert_array_equal(together[:, :9], ids)
+    for row, n in enumerate(LENGTHS):
+        alone = model.generate(input_ids=ids[row : row + 1][mask[row : row + 1] == 1][None], max_new_tokens=20,
+                               min_new_tokens=20)  # fmt: skip
+        np.testing.assert_array_equal(together[row, 9:], alone[0, n:])
+
+
+def test_a_hole_in_the_prompt(framework, tiny, load, rng):
+    folder, _ = tiny()
+    model, ids = load(framework, folder), rng.integers(3, 96, (1, 8))
+    mask = np.array([[1, 1, 0, 1, 0, 0, 1, 1]])
+    found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12)
+    alone = model.generate(input_ids=ids[mask == 1][None], max_new_tokens=12)
+    np.testing.assert_array_equal(found[0, 8:], alone[0, 5:])
+
+
+def test_rows_stop_at_eos(framework, tiny, load, rng):
+    """As transformers: the rest of an ended row is padding, and the text ends when all rows have."""
+    folder, reference = tiny()
+    ids, mask = prompts(rng, "left")
+    arguments = dict(attention_mask=torch.tensor(mask), max_new_tokens=30, do_sample=False)
+    free = reference.generate(torch.tensor(ids), **arguments, eos_token_id=0).numpy()
+    model = load(framework, folder)
+    ended = 0
+    for eos in ([int(free[0, 14])], [int(free[0, 14]), int(free[1, 12]), int(free[2, 20])]):
+        wanted = reference.generate(torch.tensor(ids), **arguments, eos_token_id=eos, pad_token_id=1).numpy()
+        found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=30, eos_token_id=eos)
+        np.testing.assert_array_equal(found, wanted)
+        ended += wanted.shape[1] < 39
+    assert ended, "no case ended early"
+
+
+def test_min_new_tokens_and_max_length(framework, tiny, load, rng):
+    folder, reference = tiny()
+    ids = rng.integers(3, 96, (1, 5))
+    model = load(framework, folder)
+    first = int(model.generate(input_ids=ids, max_new_tokens=1)[0, 5])
+    arguments = dict(max_new_tokens=10, min_new_tokens=4, eos_token_id=first)
+    wanted = reference.generate(torch.tensor(ids), do_sample=False, pad_token_id=1, **arguments).numpy()
+    np.testing.assert_array_equal(model.generate(input_ids=ids, **arguments), wanted)
+    assert model.generate(input_ids=ids, eos_token_id=first, max_new_tokens=10).shape == (1, 6)
+    assert model.generate(input_ids=ids, eos_token_id=95, max_length=12).shape[1] <= 12
+    assert model.generate(input_ids=ids, min_new_tokens=15).shape == (1, 20), "20 in all, as in transformers"
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=0.7), dict(top_k=5), dict(top_p=0.6, top_k=0),
+                                      dict(temperature=1.5, top_k=8, top_p=0.8)], ids=str)  # fmt: skip
+def test_sampling_follows_the_probabilities(framework, settings, tiny, load, rng):
+    """Only tokens that temperature, top-k and top-p, in this order, leave; and each about as often as it should."""
+    folder, reference = tiny("350m")
+    ids, rows = rng.integers(3, 96, (1, 6)), 2000
+    with torch.no_grad():
+        scores = reference(torch.tensor(ids)).logits[0, -1] / (8 * settings.get("temperature", 1.0))
+    k = settings.get("top_k", 50)
+    if k:
+        scores[scores < scores.topk(k).values[-1]] = -torch.inf
+    chances, order = scores.softmax(-1).sort(descending=True)
+    chances[chances.cumsum(-1) - chances >= settings.get("top_p", 1.0)] = 0
+    wanted = torch.zeros_like(chances).scatter(0, order, chances / chances.sum()).numpy()
+
+    scaled = settings | {"temperature": 8 * settings.get("temperature", 1.0)}  # flat enough to have something to draw
+    drawn = load(framework, folder).generate(
+        input_ids=np.repeat(ids, rows, axis=0), do_sample=True, seed=1, max_new_tokens=1, **scaled
+    )[:, 6]
+    counts = np.bincount(drawn, minlength=96)
+    assert (wanted > 0).sum() > 3
+    assert counts[wanted == 0].sum() == 0
+    deviation = np.sqrt(rows * wanted * (1 - wanted))
+    assert (np.abs(counts - rows * wanted) <= 5 * deviation + 1e-9).all()
+
+
+def test_seeds(framework, tiny, load, rng):
+    folder, _ = tiny("350m")
+    model, ids = load(framework, folder), rng.integers(3, 96, (2, 6))
+
+    def draw(seed):
+        return model.generate(input_ids=ids, do_sample=True, temperature=5.0, seed=seed, max_new_tokens=12).tolist()
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+    assert draw(None) != draw(None)
+
+
+WRONG = {
+    "max_new_tokens": (dict(max_new_tokens=0), "max_new_tokens: found 0"),
+    "both": (dict(max_new_tokens=3, max_length=9), "max_new_tokens, max_length: found both"),
+    "too long": (dict(max_new_tokens=59), "6 tokens and 59 new ones make 65, wanted at most 64"),
+    "max_length": (dict(max_length=6), "max_length: found 6"),
+    "min": (dict(max_new_tokens=3, min_new_tokens=4), "min_new_tokens: found 4"),
+    "temperature": (dict(max_new_tokens=3, do_sample=True, temperature=0.0), "temperature: found 0"),
+    "top_k": (dict(max_new_tokens=3, top_k=-1), "top_k: found -1"),
+    "top_p": (dict(max_new_tokens=3, top_p=1.5), "top_p: found 1.5"),
+    "eos": (dict(max_new_tokens=3, eos_token_id=96), "eos_token_id: found 96"),
+    "empty row": (dict(max_new_tokens=3, attention_mask=np.zeros((1, 6), int)), "attention_mask.*at least one token"),
+    "mask": (dict(max_new_tokens=3, attention_mask=np.ones((1, 5), int)), r"attention_mask: found shape \[1, 5\]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments(framework, case, tiny, load, rng):
+    folder, _ = tiny()
+    arguments, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        load(framework, folder).generate(input_ids=rng.integers(3, 96, (1, 6)), **arguments)
+
+
+CALLS = {
+    "neither": (dict(), "input_ids, inputs_embeds: found neither"),
+    "rank": (dict(input_ids=np.ones(5, int)), r"input_ids: found shape \[5\]"),
+    "token": (dict(input_ids=np.full((1, 5), 96)), "input_ids: found token 96, wanted 0 to 95"),
+    "negative": (dict(input_ids=np.full((1, 5), -1)), "input_ids: found token -1"),
+    "embeds": (dict(inputs_embeds=np.ones((1, 5, 7), np.float32)), r"inputs_embeds: found shape \[1, 5, 7\]"),
+    "mask": (dict(input_ids=np.ones((1, 5), int), attention_mask=np.ones((1, 4), int)), "attention_mask: found shape"),
+    "positions": (dict(input_ids=np.ones((1, 5), int), position_ids=np.ones((1, 4), int)), "position_ids: found shape"),
+    "far": (dict(input_ids=np.ones((1, 5), int), position_ids=np.full((1, 5), 64)), "position_ids: found position 64"),
+    "labels": (dict(input_ids=np.ones((1, 5), int), labels=np.ones((1, 4), int)), "labels: found shape"),
+    "kept": (dict(input_ids=np.ones((1, 5), int), labels=np.ones((1, 5), int), logits_to_keep=2), "labels, logits_to"),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_wrong_calls(framework, case, tiny, load):
+    folder, _ = tiny()
+    arguments, message = CALLS[case]
+    with pytest.raises(ValueError, match=message):
+        load(framework, folder)(**arguments)
+
+
+def test_a_full_cache_is_an_error(framework, tiny, load):
+    folder, _ = tiny()
+    model = load(framework, folder)
+    with pytest.raises(ValueError, match="past_key_values: 0 of 4 slots"):
+        model(input_ids=np.ones((1, 5), int), past_key_values=model.model.init_cache(1, 4))

@@ -1,0 +1,718 @@
+"""The tokenizer against transformers' GPT2Tokenizer, both reading the same files.
+
+A small vocabulary is made here. OPT's own is used too if OPT_TOKENIZER names a folder that holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+from opt_common import tokenizer as module
+from opt_common.tokenizer import BatchEncoding, GPT2Tokenizer
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+TEXTS = [
+    "",
+    " ",
+    "   ",
+    "Hello world",
+    "I like you.",
+    " leading and trailing  ",
+    "many     spaces   inside",
+    "It's we'll they'd I'm you've 'quoted' O'Neill's",
+    "line\nline\r\nline\rline\n\n\nend\n",
+    "tab\there\t\tthere \t end",
+    "3.14159, 1,000,000 and 2^10 = 1024; 50%",
+    "def f(x):\n    return x ** 2  # square\n",
+    "caf\u00e9 cafe\u0301 na\u00efve A\u030a \u1e9b\u0323",
+    "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u2764\ufe0f\U0001f44d\U0001f3fd",
+    "日本語 한국어 русский العربية",
+    "zero\u200bwidth\u00a0space\u3000\u2028line\u2029par\x85nel\ufeffbom",
+    "".join(map(chr, range(32))) + "\x7f\x00\x00",
+    "\ufffd\uffff\U0010ffff",
+    "</s>",
+    "x</s>y </s> z</s></s> <pad> <s>a</s> <unk><mask> <|endoftext|> </S> < /s>",
+]
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not like it.",
+    "I like you. You like me. They're saying hello to the world; it's a small world.",
+    "Numbers such as 1024 and 3.14159 are here, and\ttabs, and\nlines.",
+    "def f(x): return x ** 2",
+    "caf\u00e9 na\u00efve \u65e5\u672c\u8a9e \U0001f600",
+] * 4
+
+# As in the Hub's facebook/opt-* repositories.
+BOS = {"content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+MAP = {"bos_token": BOS, "eos_token": BOS, "unk_token": BOS, "pad_token": "<pad>"}
+CONFIG = {name: token if token == "<pad>" else BOS | {"__type": "AddedToken"} for name, token in MAP.items()} | {
+    "errors": "replace",
+    "add_prefix_space": False,
+    "add_bos_token": True,
+    "special_tokens_map_file": None,
+    "tokenizer_class": "GPT2Tokenizer",
+}
+
+
+def write(folder: Path, name: str, content: Any) -> None:
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def theirs_of(folder: Path, **options: Any) -> Any:
+    return transformers.GPT2Tokenizer.from_pretrained(str(folder), local_files_only=True, **options)
+
+
+def same(ours: GPT2Tokenizer, theirs: Any, texts: list[str] = TEXTS) -> None:
+    got, want = ours(texts), theirs(texts)
+    for i, text in enumerate(texts):
+        assert got["input_ids"][i] == want["input_ids"][i], repr(text)
+    assert got["attention_mask"] == want["attention_mask"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a Hub repository's, with a byte-level BPE of 500 tokens."""
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=499, initial_alphabet=alphabet, special_tokens=special, min_frequency=2, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.model.save(str(folder))
+    vocab = read(folder / "vocab.json")
+    write(folder, "vocab.json", vocab | {"<mask>": len(vocab)})
+    write(folder, "tokenizer_config.json", CONFIG)
+    write(folder, "special_tokens_map.json", MAP)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not os.environ.get("OPT_TOKENIZER"):
+        pytest.skip("set OPT_TOKENIZER to a folder with OPT's vocab.json and merges.txt")
+    folder = tmp_path_factory.mktemp("real")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(Path(os.environ["OPT_TOKENIZER"], name), folder / name)
+    write(folder, "tokenizer_config.json", CONFIG)
+    write(folder, "special_tokens_map.json", MAP)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["small", "real"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> GPT2Tokenizer:
+    return GPT2Tokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    return theirs_of(folder)
+
+
+@pytest.fixture
+def copy(small: Path, tmp_path: Path) -> Path:
+    """The small folder, to be changed."""
+    return Path(shutil.copytree(small, tmp_path / "copy"))
+
+
+# ---- ids
+
+
+def test_small_vocabulary_is_like_opts(small: Path) -> None:
+    vocab = read(small / "vocab.json")
+    assert [vocab[token] for token in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")] == [0, 1, 2, 3, len(vocab) - 1]
+    assert len((small / "merges.txt").read_text(encoding="utf-8").splitlines()) > 100
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("I like you.", [2, 100, 101, 47, 4]),
+        ("Hello world", [2, 31414, 232]),
+        ("", [2]),
+        ("x</s>y", [2, 1178, 2, 219]),
+        ("<pad>", [2, 1]),
+    ],
+)
+def test_known_ids(real: Path, text: str, ids: list[int]) -> None:
+    assert GPT2Tokenizer.from_pretrained(real)(text) == {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_text(ours: GPT2Tokenizer, theirs: Any, text: str) -> None:
+    assert ours(text) == dict(theirs(text))
+    assert ours(text).input_ids[0] == 2
+    assert ours(text, add_special_tokens=False) == dict(theirs(text, add_special_tokens=False))
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.tokenize(text) == theirs.tokenize(text)
+    assert ours.convert_tokens_to_ids(ours.tokenize(text)) == ours.encode(text, add_special_tokens=False)
+
+
+def test_every_code_point_below_0x3000(ours: GPT2Tokenizer, theirs: Any) -> None:
+    chunks = ["".join(map(chr, range(start, start + 32))) for start in range(0, 0x3000, 32)]
+    same(ours, theirs, chunks)
+    same(ours, theirs, [f" {chr(code)}a{chr(code)} {chr(code)}{chr(code)}1" for code in range(0x3000)])
+    assert ours.batch_decode(ours(chunks, add_special_tokens=False).input_ids) == chunks
+
+
+@given(
+    text=st.text(max_size=40)
+    | st.lists(st.sampled_from(["</s>", "<pad>", " ", "\n", "a", "'s", "\u0301"])).map("".join)
+)
+@settings(max_examples=200, deadline=None)
+def test_any_text(ours: GPT2Tokenizer, theirs: Any, text: str) -> None:
+    assert ours(text) == dict(theirs(text))
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)) == "</s>" + text
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 1_000_000, " ".join(TEXTS) * 2000, " " * 1_000_000], ids=["word", "texts", "spaces"]
+)
+def test_a_megabyte_takes_seconds(ours: GPT2Tokenizer, theirs: Any, text: str) -> None:
+    start = time.monotonic()
+    ids = ours.encode(text)
+    back = ours.decode(ids[1:])
+    assert time.monotonic() - start < 30
+    assert back == text
+    assert ids == theirs.encode(text)
+
+
+def test_lone_surrogate_is_refused_as_in_transformers(ours: GPT2Tokenizer, theirs: Any) -> None:
+    for tokenizer in (ours, theirs):
+        with pytest.raises(TypeError):
+            tokenizer("\ud800")
+
+
+def test_prefix_space(copy: Path) -> None:
+    write(copy, "tokenizer_config.json", CONFIG | {"add_prefix_space": True})
+    ours = GPT2Tokenizer.from_pretrained(copy)
+    same(ours, theirs_of(copy))
+    assert ours.tokenize("dog") == ours.tokenize(" dog")
+
+
+# ---- batches, pairs, padding, truncation
+
+
+def test_batch(ours: GPT2Tokenizer, theirs: Any) -> None:
+    same(ours, theirs)
+    assert ours(tuple(TEXTS)) == ours(TEXTS)
+    assert ours(["a"]) == {"input_ids": [ours("a").input_ids], "attention_mask": [[1, 1]]}
+    assert ours([]) == {"input_ids": [], "attention_mask": []}
+    assert ours("a", return_attention_mask=False) == {"input_ids": ours.encode("a")}
+
+
+def test_pairs(ours: GPT2Tokenizer, theirs: Any) -> None:
+    assert ours("Who?", "I do.") == dict(theirs("Who?", "I do."))
+    assert ours("Who?", "I do.").input_ids == ours.encode("Who?") + ours.encode("I do.")
+    assert ours("Who?", "") == dict(theirs("Who?", "")) == ours("Who?")
+    assert ours(TEXTS, TEXTS[::-1]) == dict(theirs(TEXTS, TEXTS[::-1]))
+    assert ours.encode("a", "b", add_special_tokens=False) == theirs.encode("a", "b", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("padding", [True, "longest", "max_length"])
+@pytest.mark.parametrize("truncation", [False, True])
+@pytest.mark.parametrize("max_length", [2, 9, 60])
+@pytest.mark.filterwarnings("ignore:.max_length. is ignored")
+def test_padding(
+    ours: GPT2Tokenizer, theirs: Any, side: str, padding: bool | str, truncation: bool, max_length: int
+) -> None:
+    options: dict[str, Any] = {"padding": padding, "truncation": truncation, "max_length": max_length}
+    got = ours(TEXTS, padding_side=side, **options)
+    assert got == dict(theirs(TEXTS, padding_side=side, **options))
+    assert any(row[0 if side == "left" else -1] == ours.pad_token_id == 1 for row in got.input_ids)
+    assert ours("a b", **options) == dict(theirs("a b", **options))
+
+
+def test_padding_side_is_settable_and_read(copy: Path) -> None:
+    write(copy, "tokenizer_config.json", CONFIG | {"padding_side": "left"})
+    ours = GPT2Tokenizer.from_pretrained(copy)
+    assert ours.padding_side == "left"
+    assert ours(TEXTS, padding=True) == dict(theirs_of(copy)(TEXTS, padding=True))
+    assert ours(["a", "a b"], padding=True)["attention_mask"][0][0] == 0
+    ours.padding_side = "right"
+    assert ours(["a", "a b"], padding=True)["attention_mask"][0][0] == 1
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_truncation(copy: Path, side: str) -> None:
+    write(copy, "tokenizer_config.json", CONFIG | {"truncation_side": side})
+    ours, theirs = GPT2Tokenizer.from_pretrained(copy), theirs_of(copy)
+    whole = ours.encode("one two three four")
+    for length in range(1, len(whole) + 3):
+        got = ours("one two three four", truncation=True, max_length=length)
+        assert got == dict(theirs("one two three four", truncation=True, max_length=length))
+        assert got.input_ids == whole[:1] + (
+            whole[1:length] if side == "right" else whole[1:][-length + 1 :] * (length > 1)
+        )
+        assert ours(TEXTS, max_length=length) == dict(theirs(TEXTS, max_length=length))  # cuts without being asked to
+        options: dict[str, Any] = {"truncation": True, "max_length": length, "add_special_tokens": False}
+        assert ours(TEXTS, **options) == dict(theirs(TEXTS, **options))
+    assert ours(TEXTS, truncation=False, max_length=3) == ours(TEXTS)
+    assert ours("a b", truncation=True, max_length=0, add_special_tokens=False).input_ids == []
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_truncation_of_pairs(copy: Path, side: str) -> None:
+    write(copy, "tokenizer_config.json", CONFIG | {"truncation_side": side})
+    ours, theirs = GPT2Tokenizer.from_pretrained(copy), theirs_of(copy)
+    words = "a b c d e f".split()
+    texts = [" ".join(words[:i]) for i in range(7) for _ in range(7)]
+    pairs = [" ".join(words[:i]) for _ in range(7) for i in range(7)]
+    for length in range(2, 16):
+        got = ours(texts, pairs, truncation=True, max_length=length)
+        assert got == dict(theirs(texts, pairs, truncation=True, max_length=length)), length
+
+
+def test_model_max_length(copy: Path) -> None:
+    unlimited = GPT2Tokenizer.from_pretrained(copy)
+    assert unlimited.model_max_length == theirs_of(copy).model_max_length == int(1e30)
+    assert unlimited(TEXTS, truncation=True, padding="max_length") == unlimited(TEXTS)
+    write(copy, "tokenizer_config.json", CONFIG | {"model_max_length": 6})
+    ours, theirs = GPT2Tokenizer.from_pretrained(copy), theirs_of(copy)
+    got = ours(TEXTS, truncation=True, padding="max_length")
+    assert got == dict(theirs(TEXTS, truncation=True, padding="max_length"))
+    assert {len(row) for row in got.input_ids} == {6}
+    assert ours(TEXTS) == unlimited(TEXTS)
+
+
+def test_threads_do_not_disturb_each_other(small: Path) -> None:
+    ours = GPT2Tokenizer.from_pretrained(small)
+    calls: list[dict[str, Any]] = [
+        {},
+        {"truncation": True, "max_length": 3},
+        {"padding": True},
+        {"padding_side": "left", "padding": True},
+    ]
+    want = [ours(TEXTS, **call) for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda i: ours(TEXTS, **calls[i % 4]) == want[i % 4], range(200))) == [True] * 200
+
+
+def test_pickle(ours: GPT2Tokenizer) -> None:
+    assert pickle.loads(pickle.dumps(ours))(TEXTS, padding=True) == ours(TEXTS, padding=True)
+
+
+# ---- tensors
+
+
+@pytest.mark.parametrize(
+    ("kind", "framework", "dtype"),
+    [("np", "numpy", "int64"), ("pt", "torch", "int64"), ("tf", "tensorflow", "int32"), ("jax", "jax", "int32")],
+)
+def test_tensors(small: Path, kind: str, framework: str, dtype: str) -> None:
+    pytest.importorskip(framework)
+    ours = GPT2Tokenizer.from_pretrained(small)
+    lists, tensors = ours(TEXTS, padding=True), ours(TEXTS, padding=True, return_tensors=kind)
+    for key, value in tensors.items():
+        assert type(value).__module__.split(".")[0] in (framework, framework + "lib")
+        assert dtype in str(value.dtype)
+        assert np.asarray(value).tolist() == lists[key]
+    one = ours("I like you.", return_tensors=kind)
+    assert np.asarray(one.input_ids).tolist() == [ours.encode("I like you.")]
+    assert np.asarray(ours.encode("I like you.", return_tensors=kind)).shape == one["attention_mask"].shape
+    assert tuple(ours("", add_special_tokens=False, return_tensors=kind).input_ids.shape) == (1, 0)
+    assert tuple(ours([], return_tensors=kind).input_ids.shape) == (0, 0)
+
+    assert ours.decode(one.input_ids[0]) == "</s>I like you."
+    assert ours.decode(one.input_ids[0][1]) == ours.decode(ours.encode("I like you.")[1])
+    assert ours.batch_decode(tensors.input_ids, skip_special_tokens=True) == ours.batch_decode(lists.input_ids, True)
+    assert ours.batch_decode(list(tensors.input_ids)) == ours.batch_decode(lists.input_ids)
+    assert ours.convert_ids_to_tokens(one.input_ids[0]) == ["</s>", *ours.tokenize("I like you.")]
+
+
+@pytest.mark.parametrize("kind", ["np", "pt"])
+def test_tensors_are_those_of_transformers(ours: GPT2Tokenizer, theirs: Any, kind: str) -> None:
+    got, want = (t(TEXTS, padding=True, return_tensors=kind) for t in (ours, theirs))
+    assert got.keys() == want.keys()
+    for key in got:
+        assert got[key].dtype == want[key].dtype and (got[key] == want[key]).all()
+
+
+def test_batch_encoding() -> None:
+    torch = pytest.importorskip("torch")
+    encoding = BatchEncoding(input_ids=torch.tensor([[2, 3]]), attention_mask=[[1, 1]])
+    assert dict(**encoding).keys() == {"input_ids", "attention_mask"}
+    assert encoding.to("meta") is encoding
+    assert encoding.input_ids.device.type == encoding["input_ids"].device.type == "meta"
+    assert encoding.attention_mask == [[1, 1]]
+    with pytest.raises(TypeError):
+        encoding.to(torch.float16)  # ids in half precision would be wrong ids
+    with pytest.raises(AttributeError, match="no 'labels', only input_ids, attention_mask"):
+        _ = encoding.labels
+
+
+def test_import_needs_no_framework() -> None:
+    code = (
+        "import sys, opt_common.tokenizer;"
+        "print({'torch', 'tensorflow', 'jax', 'flax', 'keras', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# ---- ids to text
+
+
+def test_decode(ours: GPT2Tokenizer, theirs: Any) -> None:
+    size = len(ours)
+    every = list(range(size + 7))  # the model has seven rows more than the vocabulary
+    for skip in (False, True):
+        for ids in (
+            every,
+            every[::-1],
+            [],
+            [2],
+            [1, 2, 2, 5, 1],
+            [size, 5, size + 6, 10**6],
+            [size],
+            5,
+            [250, 120, 99],
+        ):
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+        assert ours.batch_decode([[i] for i in every], skip) == theirs.batch_decode([[i] for i in every], skip)
+        assert ours.batch_decode([2, 5, 6], skip) == theirs.batch_decode([2, 5, 6], skip)
+    assert ours.batch_decode([]) == []
+    assert ours.decode([size, 5]) == ours.decode([5]) != ""
+
+
+def test_decode_skips_special_tokens(ours: GPT2Tokenizer) -> None:
+    rows = ours(TEXTS[:10], padding=True).input_ids
+    assert ours.batch_decode(rows, skip_special_tokens=True) == TEXTS[:10]
+    assert ours.decode(ours.encode("a</s>b <pad><mask>"), skip_special_tokens=True) == "ab <mask>"
+    assert ours.decode(ours.encode("a</s>b <pad><mask>")) == "</s>a</s>b <pad><mask>"
+
+
+def test_decode_errors(ours: GPT2Tokenizer) -> None:
+    with pytest.raises(ValueError, match="decode takes one sequence of ids; batch_decode takes several"):
+        ours.decode([[2, 5], [2]])
+    with pytest.raises(OverflowError):
+        ours.decode([-100])
+
+
+def test_vocabulary(ours: GPT2Tokenizer, theirs: Any) -> None:
+    assert len(ours) == len(theirs) == ours.vocab_size == theirs.vocab_size
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        assert getattr(ours, name) == getattr(theirs, name)
+        assert getattr(ours, name + "_id") == getattr(theirs, name + "_id")
+    assert (ours.bos_token_id, ours.eos_token_id, ours.unk_token_id, ours.pad_token_id) == (2, 2, 2, 1)
+    assert ours.padding_side == theirs.padding_side == "right"
+    every = list(range(len(ours) + 7))
+    assert ours.convert_ids_to_tokens(every) == theirs.convert_ids_to_tokens(every)
+    assert ours.convert_ids_to_tokens(2) == "</s>"
+    assert ours.convert_ids_to_tokens(len(ours)) is None
+    tokens = ["</s>", "no such token", "\u0120the", "<mask>", ""]
+    assert ours.convert_tokens_to_ids(tokens) == theirs.convert_tokens_to_ids(tokens)
+    assert ours.convert_tokens_to_ids("<pad>") == 1
+
+
+# ---- files
+
+
+def test_defaults_are_opts(copy: Path) -> None:
+    want = theirs_of(copy)
+    (copy / "tokenizer_config.json").unlink()
+    (copy / "special_tokens_map.json").unlink()
+    same(GPT2Tokenizer.from_pretrained(str(copy)), want)
+
+
+def test_constructor(small: Path) -> None:
+    lines = (small / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    merges = [(left, right) for left, right in (line.split(" ") for line in lines)]
+    same(GPT2Tokenizer(read(small / "vocab.json"), merges), theirs_of(small))
+    plain = GPT2Tokenizer(read(small / "vocab.json"), merges, add_bos_token=False)
+    assert plain.encode("dog") == plain.encode("dog", add_special_tokens=False)
+    with pytest.raises(ValueError, match="vocab and merges make no BPE.*out of vocabulary"):
+        GPT2Tokenizer({"a": 0}, [("a", "b")])
+    with pytest.raises(ValueError, match="must be 'left' or 'right', found 'up'"):
+        GPT2Tokenizer({"a": 0}, [], padding_side="up")
+
+
+def test_special_tokens_map_overrides_the_config(copy: Path) -> None:
+    write(copy, "special_tokens_map.json", MAP | {"bos_token": "<s>", "pad_token": {"content": "<unk>"}})
+    ours = GPT2Tokenizer.from_pretrained(copy)
+    same(ours, theirs_of(copy))
+    assert (ours.bos_token_id, ours.pad_token_id, ours.encode("")) == (0, 3, [0])
+
+
+@pytest.mark.parametrize("typed", [False, True], ids=["special_tokens_map", "tokenizer_config"])
+def test_flags_of_special_tokens(copy: Path, tmp_path: Path, typed: bool) -> None:
+    pad = {"content": "<pad>", "single_word": False, "lstrip": True, "rstrip": True, "normalized": False}
+    bos = BOS | {"single_word": True}
+    if typed:
+        listed = {"1": pad | {"special": True}, "2": bos | {"special": True}}
+        write(copy, "tokenizer_config.json", CONFIG | {"added_tokens_decoder": listed})
+    else:
+        write(copy, "special_tokens_map.json", {"bos_token": bos, "eos_token": bos, "unk_token": bos, "pad_token": pad})
+    ours, theirs = GPT2Tokenizer.from_pretrained(copy), theirs_of(copy)
+    texts = [*TEXTS, "a  <pad>  b", "a</s>b </s> c"]
+    same(ours, theirs, texts)
+    assert ours.encode("\t <pad> \n") == [2, 1]  # which takes up the space around it
+    assert ours.encode("a</s>b").count(2) == 1
+    ours.save_pretrained(tmp_path / "saved")
+    same(ours, theirs_of(tmp_path / "saved"), texts)
+
+
+def test_windows_line_ends(copy: Path) -> None:
+    merges = (copy / "merges.txt").read_bytes()
+    (copy / "merges.txt").write_bytes(merges.replace(b"\n", b"\r\n"))
+    same(GPT2Tokenizer.from_pretrained(copy), theirs_of(copy))
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_tokenizer_json_alone(copy: Path, tmp_path: Path, bos: bool) -> None:
+    write(copy, "tokenizer_config.json", CONFIG | {"add_bos_token": bos})
+    theirs_of(copy).save_pretrained(str(tmp_path / "new"))
+    assert sorted(os.listdir(tmp_path / "new")) == ["tokenizer.json", "tokenizer_config.json"]
+    assert "add_bos_token" not in read(tmp_path / "new" / "tokenizer_config.json")
+    ours = GPT2Tokenizer.from_pretrained(tmp_path / "new")
+    same(ours, theirs_of(tmp_path / "new"))
+    assert ours.add_bos_token is bos
+
+    content = read(tmp_path / "new" / "tokenizer.json")
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]  # as it was until 2024
+    write(tmp_path / "new", "tokenizer.json", content)
+    same(GPT2Tokenizer.from_pretrained(tmp_path / "new"), theirs_of(tmp_path / "new"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "something else than GPT-2's byte-level BPE"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "something else than GPT-2's byte-level BPE"),
+        ({"pre_tokenizer": None}, "something else than GPT-2's byte-level BPE"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "something else than GPT-2's byte-level BPE"),
+        ({"model": {}}, "tokenizer.json: 'type'"),
+        ({"normalizer": {"type": "NFC"}}, "normalizes"),
+        ({"post_processor": {"type": "RobertaProcessing"}}, "wanted bos in front or nothing"),
+        (
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [{"Sequence": {}}, {"SpecialToken": {"id": "</s>"}}],
+                }
+            },
+            "wanted bos in front or nothing",
+        ),
+    ],
+)
+def test_other_kinds_of_tokenizer_json_are_refused(
+    copy: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    theirs_of(copy).save_pretrained(str(tmp_path / "new"))
+    write(tmp_path / "new", "tokenizer.json", read(tmp_path / "new" / "tokenizer.json") | change)
+    with pytest.raises(ValueError, match=message):
+        GPT2Tokenizer.from_pretrained(tmp_path / "new")
+
+
+ADDED = ["a <new> b<new>", "<strip>  x  <strip> y", "dogword dog", "<sep><new></s>"]
+
+
+@pytest.fixture
+def extended(copy: Path) -> Any:
+    theirs = theirs_of(copy)
+    theirs.add_tokens(["<new>", "dogword", AddedToken("<strip>", lstrip=True, rstrip=True)])
+    theirs.add_special_tokens({"sep_token": "<sep>"})
+    return theirs
+
+
+def test_added_tokens(extended: Any, tmp_path: Path) -> None:
+    extended.save_pretrained(str(tmp_path / "new"))
+    ours = GPT2Tokenizer.from_pretrained(tmp_path / "new")
+    same(ours, extended, TEXTS + ADDED)
+    assert (len(ours), ours.vocab_size) == (len(extended), len(extended) - 4)
+    for text in ADDED:
+        ids = extended.encode(text)
+        for skip in (False, True):
+            assert ours.decode(ids, skip_special_tokens=skip) == extended.decode(ids, skip_special_tokens=skip)
+    ours.save_pretrained(tmp_path / "saved")
+    same(GPT2Tokenizer.from_pretrained(tmp_path / "saved"), extended, TEXTS + ADDED)
+    same(ours, theirs_of(tmp_path / "saved"), TEXTS + ADDED)
+
+
+def test_added_tokens_before_transformers_4_34(copy: Path) -> None:
+    size = len(read(copy / "vocab.json"))
+    write(copy, "added_tokens.json", {"dogword": size + 1, "<new>": size, "<sep>": size + 2})
+    write(copy, "special_tokens_map.json", MAP | {"additional_special_tokens": ["<sep>"], "mask_token": "<mask>"})
+    ours, theirs = GPT2Tokenizer.from_pretrained(copy), theirs_of(copy)
+    texts = TEXTS + ["a <new> b<new>", "dogword dog", "<sep><new></s>"]
+    same(ours, theirs, texts)
+    assert ours.encode("<new>dogword<sep><mask>") == [2, size, size + 1, size + 2, size - 1]
+    assert ours.decode([size, size + 2, size - 1], skip_special_tokens=True) == "<new>"
+    write(copy, "added_tokens.json", {"<new>": size + 5})
+    with pytest.raises(ValueError, match=f"'<new>' is to be {size + 5}, but the files make it {size}"):
+        GPT2Tokenizer.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"add_bos_token": False},
+        {"padding_side": "left", "truncation_side": "left", "model_max_length": 2048},
+        {"add_prefix_space": True, "bos_token": "<s>", "pad_token": "<unk>"},
+    ],
+    ids=str,
+)
+def test_save_pretrained(copy: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    (copy / "special_tokens_map.json").unlink()
+    write(copy, "tokenizer_config.json", CONFIG | change)
+    theirs, ours = theirs_of(copy), GPT2Tokenizer.from_pretrained(copy)
+    saved = tmp_path / "a" / "b"
+    ours.save_pretrained(saved)
+    ours.save_pretrained(str(saved))  # over the old
+    assert sorted(os.listdir(saved)) == ["merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"]
+    assert read(saved / "vocab.json") == read(copy / "vocab.json")
+    assert (saved / "merges.txt").read_bytes() == (copy / "merges.txt").read_bytes()
+    again = [
+        GPT2Tokenizer.from_pretrained(saved),
+        theirs_of(saved),
+        transformers.AutoTokenizer.from_pretrained(str(saved), local_files_only=True),
+    ]
+    for tokenizer in again:
+        same(ours, tokenizer)
+        for name in (
+            "padding_side",
+            "truncation_side",
+            "model_max_length",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        ):
+            assert getattr(tokenizer, name) == getattr(ours, name) == getattr(theirs, name)
+    same(ours, theirs)
+
+
+def test_save_pretrained_of_opt(ours: GPT2Tokenizer, theirs: Any, folder: Path, tmp_path: Path) -> None:
+    ours.save_pretrained(tmp_path)
+    assert read(tmp_path / "vocab.json") == read(folder / "vocab.json")
+    want = (folder / "merges.txt").read_text(encoding="utf-8")
+    assert (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines() == want.splitlines()
+    same(GPT2Tokenizer.from_pretrained(tmp_path), theirs)
+    same(ours, theirs_of(tmp_path))
+
+
+def test_save_pretrained_does_not_leave_another_tokenizer_json(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="tokenizer.json: would hide what is to be saved"):
+        GPT2Tokenizer.from_pretrained(small).save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == ["tokenizer.json"]
+
+
+def test_from_pretrained_fetches(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(module, "fetch", lambda *args, **options: calls.append((*args, options)) or small)
+    options: dict[str, Any] = {"revision": "r", "cache_dir": "c", "token": "t", "local_files_only": True}
+    GPT2Tokenizer.from_pretrained("facebook/opt-125m", **options)
+    [(name, files, passed)] = calls
+    assert (name, passed) == ("facebook/opt-125m", options)
+    assert {"vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"} <= set(
+        files
+    )
+
+
+@pytest.mark.parametrize("missing", ["vocab.json", "merges.txt"])
+def test_missing_files(copy: Path, missing: str) -> None:
+    (copy / missing).unlink()
+    with pytest.raises(FileNotFoundError, match="wanted vocab.json and merges.txt, or tokenizer.json; found") as caught:
+        GPT2Tokenizer.from_pretrained(copy)
+    assert str(copy) in str(caught.value)
+    assert missing not in str(caught.value).partition("found")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.json", b'{"a": 0', "vocab.json"),
+        ("vocab.json", b"[]", "vocab.json"),
+        ("vocab.json", b'{"a": "b"}', "vocab.json.*make no BPE"),
+        ("vocab.json", b'{"a": 0}', "vocab.json.*make no BPE.*out of vocabulary"),
+        ("merges.txt", b"#version: 0.2\n\xff a\n", "merges.txt is not UTF-8"),
+        ("merges.txt", b"#version: 0.2\na b\nabc\n", "line 3 of merges.txt is 'abc', wanted two tokens"),
+        ("merges.txt", b"#version: 0.2\na b c\n", "line 2 of merges.txt is 'a b c', wanted two tokens"),
+        ("merges.txt", b"#version: 0.2\na zzz\n", "merges.txt.*`zzz` out of vocabulary"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json"),
+        ("tokenizer_config.json", b'{"padding_side": "up"}', "tokenizer_config.json.*found 'up'"),
+        ("tokenizer_config.json", b'{"model_max_length": "long"}', "tokenizer_config.json.*long"),
+        ("tokenizer_config.json", b'{"model_max_length": Infinity}', "tokenizer_config.json.*infinity"),
+        ("tokenizer_config.json", b'{"add_eos_token": true}', "tokenizer_config.json.*add_eos_token"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": []}', "tokenizer_config.json"),
+        ("special_tokens_map.json", b'{"bos_token": {"lstrip": true}}', "special_tokens_map.json.*lstrip"),
+        ("special_tokens_map.json", b'{"bos_token": 7}', "special_tokens_map.json.*special token is 7"),
+        ("special_tokens_map.json", b"\xff", "special_tokens_map.json"),
+    ],
+)
+def test_broken_files(copy: Path, name: str, content: bytes, message: str) -> None:
+    (copy / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        GPT2Tokenizer.from_pretrained(copy)
+    assert str(copy) in str(caught.value)
+
+
+# ---- errors of a call
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "text", "options"),
+    [
+        (TypeError, "wanted a str or a list of str, found None", None, {}),
+        (TypeError, "wanted a str or a list of str, found 5", 5, {}),
+        (TypeError, "wanted a str or a list of str, found b'a'", b"a", {}),
+        (TypeError, r"wanted a str or a list of str, found \['a', 5\]", ["a", 5], {}),
+        (TypeError, "wanted a str or a list of str", [["a"]], {}),
+        (ValueError, "padding must be True, False, 'longest' or 'max_length', found 'up'", "a", {"padding": "up"}),
+        (ValueError, "truncation must be True, False or None, found 'up'", "a", {"truncation": "up"}),
+        (ValueError, "must be 'left' or 'right', found 'up'", "a", {"padding": True, "padding_side": "up"}),
+        (ValueError, "return_tensors must be one of np, pt, tf, jax, found 'mx'", "a", {"return_tensors": "mx"}),
+        (ValueError, "rows of 2 to 4 ids make no tensor: pass padding=True", ["a", "a b"], {"return_tensors": "np"}),
+        (ValueError, "max_length 0 leaves no room for 1 </s>", "a", {"truncation": True, "max_length": 0}),
+        (ValueError, "max_length 1 leaves no room for 2 </s>", "a", {"text_pair": "b", "max_length": 1}),
+        (ValueError, "text_pair must be a str if text is one, and else a list", "a", {"text_pair": ["b"]}),
+        (ValueError, "text_pair must be a str if text is one, and else a list", ["a"], {"text_pair": "b"}),
+        (ValueError, "text_pair must be a str if text is one, and else a list", ["a"], {"text_pair": ["b", "c"]}),
+    ],
+)
+def test_call_errors(small: Path, error: type[Exception], message: str, text: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        GPT2Tokenizer.from_pretrained(small)(text, **options)
+
+
+def test_missing_framework(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match="return_tensors='pt' needs torch"):
+        GPT2Tokenizer.from_pretrained(small)("a", return_tensors="pt")
+
+
+def test_a_token_set_to_none_of_the_vocabulary(small: Path) -> None:
+    ours = GPT2Tokenizer.from_pretrained(small)
+    ours.pad_token = ours.eos_token
+    assert ours.pad_token_id == 2
+    ours.pad_token = "[PAD]"
+    with pytest.raises(ValueError, match=r"'\[PAD\]' is not in the vocabulary"):
+        ours(["a", "a b"], padding=True)
