@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -53,7 +54,8 @@ def parity(
         _print_json({"model": model, "prompt": prompt, "text": report.text, "passed": report.passed, "rows": rows})
         raise typer.Exit(0 if report.passed else 1)
 
-    summary = Table(title=f"{model}, {new_tokens} greedy tokens after {prompt!r}, float32 against float64")
+    title = f"{model}, {new_tokens} greedy tokens after {prompt!r}, float32 against float64"
+    summary = Table(title=title, box=box.SIMPLE)
     for name in ("framework", "version", "load s", "tok/s", "tokens", "logits", "layers", ""):
         summary.add_column(name, justify="left" if name in ("framework", "version", "") else "right")
     for row in report.rows:
@@ -75,7 +77,7 @@ def parity(
 
     ran = [row for row in report.rows if row.layers]
     if ran:
-        layers = Table(title="Largest error over largest magnitude, hidden state by hidden state")
+        layers = Table(title="Largest error over largest magnitude, hidden state by hidden state", box=box.SIMPLE)
         layers.add_column("hidden state")
         for row in ran:
             layers.add_column(FRAMEWORKS[row.framework].title, justify="right")

@@ -6,6 +6,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +38,8 @@ class Framework:
 
     def model_class(self) -> Any:
         """Its OPTForCausalLM; imports the framework."""
-        if self.key == "tf":
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its greeting is not ours
-        return getattr(importlib.import_module(self.package), self.model)
+        with _without_greetings() if self.key == "tf" else nullcontext():
+            return getattr(importlib.import_module(self.package), self.model)
 
     def tensor(self, array: np.ndarray) -> Any:
         """A numpy array as a tensor of the framework."""
@@ -46,6 +48,21 @@ class Framework:
         if self.key == "tf":
             return importlib.import_module("tensorflow").constant(array)
         return importlib.import_module("jax.numpy").asarray(array)
+
+
+@contextmanager
+def _without_greetings() -> Iterator[None]:
+    """TensorFlow's C++ half greets on file descriptor 2 when imported, whatever its log level; errors are Python's."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 FRAMEWORKS = {

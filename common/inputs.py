@@ -18,10 +18,12 @@ def check_call(
     position_ids: Shape | None = None,
     past: int | None = 0,
     slots: int | None = None,
+    rows: int | None = None,
 ) -> tuple[int, int]:
     """Check the shapes of a model call and return (B, T): rows, and tokens a row.
 
-    `past` counts the tokens in the cache (None while tracing, when it is not a number yet), `slots` the cache's room.
+    `past` counts the tokens in the cache (None while tracing, when it is not a number yet); `slots` and `rows` are the
+    cache's size.
     Raises ValueError that names the argument, what was found and what was wanted.
     """
     if (input_ids is None) == (inputs_embeds is None):
@@ -35,13 +37,20 @@ def check_call(
     shape = input_ids if input_ids is not None else inputs_embeds
     assert shape is not None
     B, T = shape[0], shape[1]
+    if T == 0:
+        raise ValueError(
+            f"{'inputs_embeds' if input_ids is None else 'input_ids'}: found no tokens, wanted at least one"
+        )
+    if rows is not None and rows != B:
+        raise ValueError(f"past_key_values: found a cache of {rows} rows, wanted {B}, as many as are given")
     if past is not None and attention_mask is not None and tuple(attention_mask) != (B, past + T):
         held = f" ({past} in past_key_values and {T} new)" if past else ""
         raise ValueError(f"attention_mask: found shape {list(attention_mask)}, wanted [{B}, {past + T}]{held}")
     if position_ids is not None and (len(position_ids) != 2 or position_ids[0] not in (1, B) or position_ids[1] != T):
         raise ValueError(f"position_ids: found shape {list(position_ids)}, wanted [{B}, {T}] or [1, {T}]")
-    if slots is not None and past is not None and past + T > slots:
-        raise ValueError(f"past_key_values: {past} of {slots} slots are taken, {T} tokens are new; make a larger cache")
+    if slots is not None and (past or 0) + T > slots:
+        taken = f"{past or 0} of {slots} slots are taken, {T} tokens are new"
+        raise ValueError(f"past_key_values: {taken}; init_cache makes a larger one")
     return B, T
 
 
@@ -52,12 +61,12 @@ def check_tokens(config: OPTConfig, smallest: int, largest: int) -> None:
         raise ValueError(f"input_ids: found token {bad}, wanted 0 to {config.vocab_size - 1} (vocab_size - 1)")
 
 
-def check_positions(config: OPTConfig, largest: int, name: str = "position_ids") -> None:
-    """Raise ValueError if a position has no row in the position table."""
-    if largest >= config.max_position_embeddings:
-        limit = config.max_position_embeddings
-        wanted = f"at most {limit - 1} (max_position_embeddings {limit})"
-        raise ValueError(f"{name}: found position {largest}, wanted {wanted}")
+def check_positions(config: OPTConfig, largest: int, name: str = "position_ids", smallest: int = -1) -> None:
+    """Raise ValueError if a position has no row in the position table; -1 is that of padding."""
+    limit = config.max_position_embeddings
+    if largest >= limit or smallest < -1:
+        wrong = largest if largest >= limit else smallest
+        raise ValueError(f"{name}: found position {wrong}, wanted -1 to {limit - 1} (max_position_embeddings {limit})")
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ def place(
             segments = torch.cat([old, new * (current + starts.long().cumsum(dim=1))], dim=1)
             largest_known = False
         if not largest_known and not tracing:
-            check_positions(config, int(positions.max()), "input_ids" if position_ids is None else "position_ids")
+            name = "input_ids" if position_ids is None else "position_ids"
+            check_positions(config, int(positions.max()), name, int(positions.min()))
 
     if segments is not None:
         mask = (slots[past:, None] >= slots) & (segments[:, past:, None] == segments[:, None, :])

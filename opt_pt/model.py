@@ -132,7 +132,8 @@ class OPTDecoder(nn.Module):
             None if attention_mask is None else attention_mask.shape,
             None if position_ids is None else position_ids.shape,
             past=0 if cache is None else cache.length,
-            slots=None if cache is None else cache.slots,
+            slots=cache.slots if cache is not None else config.max_position_embeddings if use_cache else None,
+            rows=None if cache is None else cache.k[0].shape[0],
         )
         if inputs_embeds is None and input_ids is not None:
             if not torch.compiler.is_compiling() and input_ids.device.type == "cpu":
@@ -151,7 +152,8 @@ class OPTDecoder(nn.Module):
             if output_hidden_states:
                 hidden_states.append(x)
             before, (x, weights) = x, layer(x, mask, cache, output_attentions)
-            attentions.append(weights)
+            if output_attentions:
+                attentions.append(weights)
             if self.training and config.layerdrop > 0:  # the dice are a tensor: compiling does not freeze them
                 x = torch.where(torch.rand((), device=x.device) < config.layerdrop, before, x)
         if self.final_layer_norm is not None:
@@ -260,7 +262,7 @@ class OPTForCausalLM(nn.Module):
             are held against the label of the next. The loss is their mean cross-entropy, in float32.
         logits_to_keep: the logits of the last so many tokens only, or of the columns in a tensor; 0 for all.
         """
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep != 0):
             raise ValueError("labels, logits_to_keep: found both; the loss takes the logits of every token")
         out = self.model(
             input_ids,
@@ -272,7 +274,7 @@ class OPTForCausalLM(nn.Module):
             output_hidden_states,
             output_attentions,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-int(logits_to_keep), None)
         logits = self.lm_head(out.last_hidden_state[:, keep])  # [B, T, V]
         loss = None
         if labels is not None:

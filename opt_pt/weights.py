@@ -45,7 +45,10 @@ def from_pretrained(
     wanted = getattr(torch, opened.dtype)
     with torch.device("meta"):  # shapes without memory, and no random numbers
         model = cls(opened.config, attn_implementation=attn_implementation)
-    state = {spec.name: _tensor(array).to(device=device, dtype=wanted) for spec, array in opened.tensors}
+    state = {}
+    for spec, array in opened.tensors:
+        state[spec.name] = _tensor(array).to(device=device, dtype=wanted)
+        del array  # or it would be held while the next is read
     model.load_state_dict(state, strict=False, assign=True)  # strict: the table has checked already; lm_head is tied
     model.tie_weights()
     return model.eval()

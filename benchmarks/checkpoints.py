@@ -1,0 +1,25 @@
+"""Checkpoints of the real shapes with random weights, for benchmarks: nothing here is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from opt_common.checkpoint import Source, numpy_dtype, save_checkpoint
+from opt_common.config import OPTConfig
+from opt_common.weights import Spec, table
+
+
+def random_checkpoint(folder: Path, size: str, dtype: str = "float16", max_shard_size: str = "5GB") -> Path:
+    """Write an OPT of a published size with weights from N(0, 0.02²), as safetensors; returns `folder`."""
+    config = OPTConfig.from_size(size, dtype=dtype)
+    rng = np.random.default_rng(0)
+
+    def draw(spec: Spec) -> np.ndarray:
+        values = rng.standard_normal(spec.shape, np.float32) * 0.02
+        return (values + (spec.kind == "norm")).astype(numpy_dtype(dtype))
+
+    sources = [Source(s.name, s.shape, dtype, lambda s=s: draw(s)) for s in table(config)]
+    save_checkpoint(folder, sources, {"config.json": config.to_json()}, max_shard_size)
+    return folder

@@ -1,0 +1,9 @@
+"""OPT in Flax NNX."""
+
+from opt_common.config import OPTConfig
+from opt_common.tokenizer import GPT2Tokenizer
+
+from .cache import KVCache
+from .model import FlaxOPTForCausalLM, FlaxOPTModel
+
+__all__ = ["FlaxOPTForCausalLM", "FlaxOPTModel", "GPT2Tokenizer", "KVCache", "OPTConfig"]

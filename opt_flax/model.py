@@ -1,0 +1,351 @@
+"""OPT (Zhang et al. 2022, arXiv:2205.01068) in Flax NNX.
+
+B batch   T tokens of this call   S slots: past tokens and T, or all of a cache
+V vocabulary   E embedding width   H hidden   N heads   D head width (N·D = H)   F feed-forward
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
+
+from opt_common.config import OPTConfig
+from opt_common.inputs import check_call, check_tokens
+from opt_common.outputs import BaseModelOutput, CausalLMOutput
+
+from .cache import KVCache, place
+from .generate import generate
+from .weights import from_pretrained, save_pretrained
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),  # jax's own default is the tanh formula
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+class OPTAttention(nnx.Module):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, config: OPTConfig, layer: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        H, bias = config.hidden_size, config.enable_bias
+        self.heads, self.layer = config.num_attention_heads, layer
+        self.dropout = nnx.Dropout(config.attention_dropout)
+        self.k_proj = _Linear(config, H, H, bias, dtype, rngs)
+        self.v_proj = _Linear(config, H, H, bias, dtype, rngs)
+        self.q_proj = _Linear(config, H, H, bias, dtype, rngs)
+        self.out_proj = _Linear(config, H, H, bias, dtype, rngs)
+
+    def __call__(
+        self, x: Array, mask: Array, cache: KVCache | None, rngs: nnx.Rngs | None
+    ) -> tuple[Array, Array, KVCache | None]:
+        heads = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        # The query is scaled, not the scores, as OPT was trained: in half precision it is not the same. The factor
+        # stays float32: rounded to bfloat16, the 80^-½ of 2.7b is off by 0.2 %, for every query alike.
+        q = (self.q_proj(x).astype(wide) * heads[3] ** -0.5).astype(x.dtype).reshape(heads)  # [B, T, N, D]
+        k = self.k_proj(x).reshape(heads)
+        v = self.v_proj(x).reshape(heads)
+        if cache is not None:
+            cache = cache.update(self.layer, k, v)
+            k, v = cache.k[self.layer], cache.v[self.layer]  # [B, S, N, D]
+        # scores and softmax are float32 in half precision too
+        scores = jnp.einsum("btnd,bsnd->bnts", q, k, preferred_element_type=wide)
+        weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1).astype(x.dtype)
+        dropped = self.dropout(weights, deterministic=rngs is None, rngs=rngs)
+        out = jnp.einsum("bnts,bsnd->btnd", dropped, v)
+        return self.out_proj(out.reshape(x.shape)), weights, cache
+
+
+class OPTDecoderLayer(nnx.Module):
+    """Attention and feed-forward, each with its residual; the norm comes before them, or after them in 350m."""
+
+    def __init__(self, config: OPTConfig, layer: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        H, F, bias = config.hidden_size, config.ffn_dim, config.enable_bias
+        self.pre_norm, self.dropout = config.do_layer_norm_before, nnx.Dropout(config.dropout)
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.self_attn = OPTAttention(config, layer, dtype, rngs)
+        self.self_attn_layer_norm = _layer_norm(config, dtype, rngs)
+        self.fc1 = _Linear(config, H, F, bias, dtype, rngs)
+        self.fc2 = _Linear(config, F, H, bias, dtype, rngs)
+        self.final_layer_norm = _layer_norm(config, dtype, rngs)
+
+    def __call__(
+        self, x: Array, mask: Array, cache: KVCache | None, rngs: nnx.Rngs | None
+    ) -> tuple[Array, Array, KVCache | None]:
+        residual = x
+        if self.pre_norm:
+            x = self.self_attn_layer_norm(x)
+        x, weights, cache = self.self_attn(x, mask, cache, rngs)
+        x = residual + self.dropout(x, deterministic=rngs is None, rngs=rngs)
+        if not self.pre_norm:
+            x = self.self_attn_layer_norm(x)
+
+        residual = x
+        if self.pre_norm:
+            x = self.final_layer_norm(x)
+        x = self.fc2(self.activation(self.fc1(x)))  # [B, T, F] in between
+        x = residual + self.dropout(x, deterministic=rngs is None, rngs=rngs)
+        if not self.pre_norm:
+            x = self.final_layer_norm(x)
+        return x, weights, cache
+
+
+class OPTDecoder(nnx.Module):
+    """Embeddings, the layers, and the final norm and projection where the size has them."""
+
+    def __init__(self, config: OPTConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        E, H = config.embed_dim, config.hidden_size
+        self.config = config
+        self.embed_tokens = _embed(config, config.vocab_size, E, config.pad_token_id, dtype, rngs)
+        self.embed_positions = _embed(config, config.max_position_embeddings + 2, H, None, dtype, rngs)
+        self.project_in = _Linear(config, E, H, False, dtype, rngs) if config.projects_embeddings else None
+        self.project_out = _Linear(config, H, E, False, dtype, rngs) if config.projects_embeddings else None
+        self.layers = nnx.List(OPTDecoderLayer(config, i, dtype, rngs) for i in range(config.num_hidden_layers))
+        self.final_layer_norm = _layer_norm(config, dtype, rngs) if config.has_final_layer_norm else None
+
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: ArrayLike | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ) -> BaseModelOutput:
+        """See `FlaxOPTModel.__call__`."""
+        config, cache, dtype = self.config, past_key_values, self.embed_positions.dtype
+        past = 0 if cache is None else cache.length
+        B, T = check_call(
+            config,
+            None if input_ids is None else jnp.shape(input_ids),
+            None if inputs_embeds is None else jnp.shape(inputs_embeds),
+            None if attention_mask is None else jnp.shape(attention_mask),
+            None if position_ids is None else jnp.shape(position_ids),
+            past=None if isinstance(past, Tracer) else int(past),
+            slots=cache.slots if cache is not None else config.max_position_embeddings if use_cache else None,
+            rows=None if cache is None else cache.segments.shape[0],
+        )
+        if input_ids is not None:
+            if not isinstance(input_ids, Tracer):
+                ids = np.asarray(input_ids)
+                check_tokens(config, int(ids.min()), int(ids.max()))
+            input_ids = jnp.asarray(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+            # the padding row takes no gradient from its own look-up
+            padding = (input_ids == (-1 if config.pad_token_id is None else config.pad_token_id))[:, :, None]
+            inputs_embeds = jnp.where(padding, lax.stop_gradient(inputs_embeds), inputs_embeds)
+        x = jnp.asarray(inputs_embeds, dtype)  # [B, T, E]
+        if self.project_in is not None:
+            x = self.project_in(x)  # [B, T, H]
+        if cache is None and use_cache:
+            cache = KVCache.empty(config, B, config.max_position_embeddings, dtype)
+        positions, mask, segments = place(config, B, T, attention_mask, position_ids, cache)
+        x = x + self.embed_positions(positions + 2)  # the table starts two rows in; padding is row 1
+
+        hidden_states, attentions = [], []
+        for layer in self.layers:
+            if output_hidden_states:  # what nobody asked for is not kept
+                hidden_states.append(x)
+            before, (x, weights, cache) = x, layer(x, mask, cache, rngs)
+            if output_attentions:
+                attentions.append(weights)
+            if rngs is not None and config.layerdrop > 0:
+                x = jnp.where(jax.random.bernoulli(rngs.dropout(), config.layerdrop), before, x)
+        if self.final_layer_norm is not None:
+            x = self.final_layer_norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        hidden_states.append(x)
+
+        if cache is not None:
+            cache = cache._replace(length=cache.length + T, segments=segments)
+        return BaseModelOutput(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+class FlaxOPTModel(nnx.Module):
+    """OPT without a head. New weights are drawn from N(0, init_std²), biases and the padding row are 0."""
+
+    weights_prefix = ""
+
+    def __init__(self, config: OPTConfig, dtype: DTypeLike = jnp.float32, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.decoder = OPTDecoder(config, jnp.dtype(dtype), rngs)
+
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: ArrayLike | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ) -> BaseModelOutput:
+        """Run the decoder.
+
+        input_ids: [B, T] whole numbers; or inputs_embeds: [B, T, E], which take the place of the token embedding.
+        attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding. Under jit it may be as
+            wide as the cache, so that one program serves every step; columns not reached yet are not looked at.
+        position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
+            counted from 0, do not see each other.
+        past_key_values: the KVCache of the tokens before these; the result holds the one to pass next. With use_cache
+            and none given a new one is made, with room for max_position_embeddings tokens (`init_cache` makes one of
+            any size).
+        output_hidden_states, output_attentions: also return what BaseModelOutput says.
+        rngs: dropout happens if and only if these are given.
+        Raises ValueError that names the argument. Under jit, where values cannot be looked at, a token or position
+        that has no row in its table, and a token too many for the cache, make NaN.
+        """
+        return self.decoder(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+            rngs,
+        )
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens a row."""
+        return KVCache.empty(self.config, batch_size, max_length, self.decoder.embed_positions.dtype)
+
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
+
+
+class FlaxOPTForCausalLM(nnx.Module):
+    """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
+
+    weights_prefix = "model."
+
+    def __init__(self, config: OPTConfig, dtype: DTypeLike = jnp.float32, *, rngs: nnx.Rngs) -> None:
+        E, V = config.embed_dim, config.vocab_size
+        self.config = config
+        self.model = FlaxOPTModel(config, dtype, rngs=rngs)
+        self.lm_head = None if config.tie_word_embeddings else _Linear(config, E, V, False, jnp.dtype(dtype), rngs)
+
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        logits_to_keep: int | ArrayLike = 0,
+        rngs: nnx.Rngs | None = None,
+    ) -> CausalLMOutput:
+        """Run the decoder and the head; arguments as in `FlaxOPTModel.__call__`, and:
+
+        labels: [B, T] token ids, -100 where there is nothing to learn. They are shifted here: the logits of a token
+            are held against the label of the next. The loss is their mean cross-entropy, in float32.
+        logits_to_keep: the logits of the last so many tokens only, or of the columns in an array; 0 for all.
+        """
+        if labels is not None and (jnp.ndim(logits_to_keep) or logits_to_keep != 0):
+            raise ValueError("labels, logits_to_keep: found both; the loss takes the logits of every token")
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+            rngs,
+        )
+        keep = logits_to_keep if jnp.ndim(logits_to_keep) else slice(-int(logits_to_keep), None)
+        logits = self.head(out.last_hidden_state[:, keep])  # [B, T, V]
+        loss = None
+        if labels is not None:
+            if jnp.shape(labels) != logits.shape[:2]:
+                raise ValueError(f"labels: found shape {list(jnp.shape(labels))}, wanted {list(logits.shape[:2])}")
+            # float64 stays float64: that run is the judge of the others
+            scores = logits[:, :-1].astype(jnp.promote_types(logits.dtype, jnp.float32))
+            targets = jnp.asarray(labels)[:, 1:]
+            wanted = targets != -100
+            rows = jnp.where(wanted, targets, 0)[:, :, None]
+            losses = -jnp.take_along_axis(jax.nn.log_softmax(scores), rows, axis=2)[:, :, 0]
+            losses = jnp.where(rows[:, :, 0] < 0, jnp.nan, losses)  # not a count from the end; one too large is NaN too
+            loss = losses.sum(where=wanted) / wanted.sum()
+        return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+
+    def head(self, x: Array) -> Array:
+        """The logits [..., V] of hidden states [..., E]."""
+        if self.lm_head is not None:
+            return self.lm_head(x)
+        # not embed_tokens.attend, which copies the table to turn it, where it is not compiled
+        return jnp.einsum("...e,ve->...v", x, self.model.decoder.embed_tokens.embedding[...])
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens a row."""
+        return self.model.init_cache(batch_size, max_length)
+
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
+    generate = generate
+
+
+class _Linear(nnx.Linear):
+    """nnx.Linear, but product and bias are rounded to half precision together, as PyTorch does it, not one by one."""
+
+    def __init__(self, config: OPTConfig, into: int, out: int, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        wide, init = jnp.promote_types(dtype, jnp.float32), nnx.initializers.normal(config.init_std)
+        dtypes = {"dtype": dtype, "param_dtype": dtype, "preferred_element_type": wide}
+        super().__init__(into, out, use_bias=bias, kernel_init=init, rngs=rngs, **dtypes)
+
+    def __call__(self, inputs: Array) -> Array:
+        return super().__call__(inputs).astype(self.dtype)
+
+
+def _embed(
+    config: OPTConfig, rows: int, width: int, zero_row: int | None, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Embed:
+    def init(*args: Any) -> Array:
+        table = nnx.initializers.normal(config.init_std)(*args)
+        return table if zero_row is None else table.at[zero_row].set(0)
+
+    return nnx.Embed(rows, width, dtype=dtype, param_dtype=dtype, embedding_init=init, rngs=rngs)
+
+
+def _layer_norm(config: OPTConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    affine = config.layer_norm_elementwise_affine
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=1e-5,
+        dtype=dtype,
+        param_dtype=dtype,
+        use_bias=affine,
+        use_scale=affine,
+        use_fast_variance=False,  # E[x²] - E[x]² loses the digits of a small variance
+        rngs=rngs,
+    )

@@ -1,0 +1,142 @@
+"""What is Keras' and TensorFlow's own."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+opt_tf = pytest.importorskip("opt_tf")
+import keras  # noqa: E402  after opt_tf has chosen its backend
+
+from opt_common.config import OPTConfig  # noqa: E402
+from opt_tf import TFOPTForCausalLM, TFOPTModel  # noqa: E402
+from opt_tf.generate import _generate  # noqa: E402
+
+SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
+             max_position_embeddings=64)  # fmt: skip
+
+
+@pytest.fixture
+def ids(rng) -> np.ndarray:
+    return rng.integers(3, 96, (2, 12))
+
+
+@pytest.mark.parametrize("config", ["350m", "untied", "no-bias"])
+def test_keras_files(config, tiny, tmp_path, ids):
+    folder, _ = tiny(config)
+    model = TFOPTForCausalLM.from_pretrained(folder)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.config == model.config
+    np.testing.assert_array_equal(again(ids).logits, model(ids).logits)
+
+
+def test_functional_use(tiny, ids):
+    folder, _ = tiny("350m")
+    model = TFOPTModel.from_pretrained(folder)
+    inputs = keras.Input((None,), dtype="int32")
+    mask = keras.Input((None,), dtype="int32")
+    hidden = model(inputs, attention_mask=mask).last_hidden_state
+    functional = keras.Model([inputs, mask], keras.layers.Dense(3)(hidden[:, -1]))
+    given = np.ones_like(ids)
+    given[0, :4] = 0
+    assert functional([ids, given]).shape == (2, 3)
+    probe = keras.Model([inputs, mask], hidden)
+    np.testing.assert_allclose(probe([ids, given]), model(ids, given).last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_compile_and_fit(ids):
+    keras.utils.set_random_seed(0)
+    model = TFOPTForCausalLM(OPTConfig(**SMALL))
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    x, y = np.repeat(ids, 8, axis=0), np.roll(np.repeat(ids, 8, axis=0), -1, axis=1)
+    history = model.fit(x, y, epochs=15, verbose=0).history
+    assert history["loss"][-1] < history["loss"][0] - 0.3
+    assert set(history) == {"loss", "accuracy"}
+
+
+def test_precision_policies(ids):
+    for policy, variables, compute in (("mixed_bfloat16", "float32", "bfloat16"), ("float16", "float16", "float16")):
+        model = TFOPTForCausalLM(OPTConfig(**SMALL), dtype=policy)
+        assert {v.dtype for v in model.trainable_variables} == {variables}
+        assert model(ids).logits.dtype == compute
+        assert model(ids, labels=ids).loss.dtype == tf.float32
+
+
+def test_graph_and_xla_give_what_eager_gives(tiny, ids):
+    folder, _ = tiny("350m")
+    model = TFOPTForCausalLM.from_pretrained(folder)
+    mask = np.ones_like(ids)
+    mask[1, 8:] = 0
+    wanted = model(ids, mask).logits.numpy()[mask == 1]
+    for jit in (False, True):
+        run = tf.function(lambda i, m: model(i, m).logits, jit_compile=jit)
+        np.testing.assert_allclose(run(tf.constant(ids), tf.constant(mask)).numpy()[mask == 1], wanted, atol=5e-5)
+
+
+def test_gradients(tiny, ids):
+    """As PyTorch's here, which are held against transformers'."""
+    torch = pytest.importorskip("torch")
+    from opt_common.weights import KERAS, TORCH, table
+    from opt_pt import OPTForCausalLM
+
+    folder, _ = tiny("350m")
+    ids[0, :3] = 1
+    mask = (ids != 1).astype(int)
+    labels = np.where((mask * np.roll(mask, 1, 1)) == 0, -100, ids)
+    ours = TFOPTForCausalLM.from_pretrained(folder, dtype="float64")
+    theirs = OPTForCausalLM.from_pretrained(folder, dtype="float64")
+    theirs(*(torch.tensor(x) for x in (ids, mask)), labels=torch.tensor(labels)).loss.backward()
+    with tf.GradientTape() as tape:
+        loss = ours(ids, mask, labels=labels).loss
+    specs = list(table(ours.config))
+    grads = tape.gradient(loss, [KERAS.parameter(ours, spec).value for spec in specs])
+    for spec, grad in zip(specs, grads, strict=True):
+        wanted = TORCH.parameter(theirs, spec).grad.numpy()
+        found = tf.convert_to_tensor(grad).numpy()
+        np.testing.assert_allclose(found.T if spec.kind == "linear" else found, wanted, rtol=1e-8, atol=1e-12)
+
+
+def test_new_weights_and_dropout(ids):
+    config = OPTConfig(**(SMALL | {"vocab_size": 5000, "max_position_embeddings": 2048}), dropout=0.5)
+    model = TFOPTForCausalLM(config)
+    for variable in model.weights:
+        values = variable.numpy()
+        if variable.path.endswith(("kernel", "embeddings")):
+            assert abs(values.std() / 0.02 - 1) < 0.1, variable.path
+        else:
+            assert (values == variable.path.endswith("gamma")).all(), variable.path
+    layers = model.model.decoder.layers
+    assert not np.array_equal(layers[0].fc1.kernel, layers[1].fc1.kernel)
+    assert (model.model.decoder.embed_tokens.embeddings.numpy()[1] == 0).all()
+    still = model(ids, output_hidden_states=True)
+    moving = model(ids, output_hidden_states=True, training=True)
+    np.testing.assert_array_equal(still.hidden_states[0], moving.hidden_states[0])  # none on the embeddings
+    assert not np.array_equal(still.hidden_states[1], moving.hidden_states[1])
+    np.testing.assert_array_equal(model(ids).logits, still.logits)
+
+
+def test_generate_compiles_once_for_many_calls(tiny, ids):
+    folder, _ = tiny("pre-norm-narrow")
+    model = TFOPTForCausalLM.from_pretrained(folder)
+    before = _generate.experimental_get_tracing_count()
+    for n, prompt, settings in ((3, ids, {}), (9, ids[:, :5], {}), (5, ids, {"min_new_tokens": 2, "eos_token_id": 7})):
+        model.generate(prompt, max_new_tokens=n, **settings)
+    assert _generate.experimental_get_tracing_count() == before + 1
+    for seed in range(3):
+        model.generate(ids, max_new_tokens=4, do_sample=True, seed=seed, temperature=1.0 + seed)
+    assert _generate.experimental_get_tracing_count() == before + 2
+
+
+def test_a_deleted_model_is_freed(tiny, ids):
+    folder, _ = tiny()
+    model = TFOPTForCausalLM.from_pretrained(folder)
+    model.generate(ids, max_new_tokens=2)
+    kernel = weakref.ref(model.model.decoder.layers[0].fc1.kernel)
+    del model
+    gc.collect()
+    assert kernel() is None
