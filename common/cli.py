@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .checkpoint import MAX_SHARD_SIZE, Checkpoint
@@ -61,11 +62,11 @@ def parity(
     for row in report.rows:
         title = FRAMEWORKS[row.framework].title
         if row.problem:
-            summary.add_row(title, row.version, *[""] * 5, f"[yellow]{row.problem}[/]")
+            summary.add_row(title, row.version, *["-"] * 5, "[yellow]not run[/]")
             continue
         summary.add_row(
             title,
-            row.version,
+            row.version.partition("+")[0],
             f"{row.load_seconds:.2f}",
             f"{row.tokens_per_second:.0f}",
             "same" if row.tokens_equal else "[red]not[/]",
@@ -74,6 +75,9 @@ def parity(
             "[green]equal[/]" if row.passed else "[red]different[/]",
         )
     console.print(summary)
+    for row in report.rows:
+        if row.problem:
+            console.print(f"{FRAMEWORKS[row.framework].title}: {row.problem}", markup=False, soft_wrap=True)
 
     ran = [row for row in report.rows if row.layers]
     if ran:
@@ -203,7 +207,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print("[red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -283,7 +283,7 @@ class FlaxOPTForCausalLM(nnx.Module):
             output_attentions,
             rngs,
         )
-        keep = logits_to_keep if jnp.ndim(logits_to_keep) else slice(-int(logits_to_keep), None)
+        keep = logits_to_keep if jnp.ndim(logits_to_keep) else slice(-int(logits_to_keep), None)  # type: ignore[arg-type]
         logits = self.head(out.last_hidden_state[:, keep])  # [B, T, V]
         loss = None
         if labels is not None:

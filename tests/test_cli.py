@@ -85,6 +85,22 @@ def test_a_missing_framework_is_a_row(monkeypatch):
     assert report.rows[1].problem == "jax not installed: pip install 'opt-zoo[flax]'"
 
 
+def test_a_missing_framework_in_the_command():
+    """The row, and the sentence that installs it, brackets and all."""
+    program = (
+        "import sys, importlib.util as u; find = u.find_spec;"
+        "u.find_spec = lambda name, *a: None if name in ('jax', 'torch') else find(name, *a);"
+        "import opt_common.cli as c; sys.argv = ['opt-zoo', *sys.argv[1:]]; c.main()"
+    )
+    arguments = ["parity", "--new-tokens", "2", "--framework", "flax", "--framework", "pt"]
+    ran = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert ran.returncode == 1  # nothing ran
+    assert "not run" in ran.stdout
+    assert "JAX: jax not installed: pip install 'opt-zoo[flax]'" in ran.stdout
+    ran = subprocess.run([sys.executable, "-c", program, "generate", "x"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (1, "error: torch not installed: pip install 'opt-zoo[pt]'\n")
+
+
 def test_generate_prints_the_same_text_from_each():
     texts = {key: opt_zoo("generate", "Once upon a time", "--framework", key) for key in PRESENT}
     for ran in texts.values():

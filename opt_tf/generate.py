@@ -1,0 +1,187 @@
+"""Text from a model: prefill, choose, then {step, choose} with the cache, all of it one compiled program."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+from tensorflow import Tensor
+
+from opt_common.inputs import check_call, check_generate, check_tokens
+
+from .cache import KVCache
+
+# Prompts and new tokens take up a multiple of so many columns: one program serves all the lengths between.
+STEP = 64
+
+
+def generate(
+    self: Any,
+    input_ids: Tensor | np.ndarray,
+    attention_mask: Tensor | np.ndarray | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    min_new_tokens: int = 0,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+) -> Tensor:
+    """Continue each row of `input_ids` [B, T]; returns [B, T + new], the prompts included.
+
+    attention_mask: [B, T], 0 for padding on either side. Default: everything that is not `pad_token_id`.
+    max_new_tokens, or max_length, which counts the prompt too: when to stop at the latest. Default: max_length=20.
+    min_new_tokens: no end of text before so many.
+    do_sample: draw from the probabilities after temperature, then the top_k likeliest (0: all), then the fewest tokens
+        that make up top_p; otherwise take the likeliest token. `seed` makes the draw repeatable.
+    eos_token_id: the end of a row, one id or several; the rest of the row is `pad_token_id`. Default: the config's.
+    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
+    """
+    prompts = tf.convert_to_tensor(input_ids)
+    ids = prompts.numpy()
+    B, T = check_call(self.config, ids.shape, None, None if attention_mask is None else np.shape(attention_mask))
+    check_tokens(self.config, int(ids.min()), int(ids.max()))
+    if attention_mask is None and self.config.pad_token_id is not None:
+        attention_mask = ids != self.config.pad_token_id
+    mask = np.ones((B, T), bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    counts = mask.sum(axis=1)
+    settings = check_generate(
+        self.config,
+        T,
+        int(counts.max()),
+        int(counts.min()),
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+        min_new_tokens=min_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+    # All padding goes to the left: every row then ends in its last token, and more padding changes nothing.
+    order = np.argsort(mask, axis=1, kind="stable")[:, T - int(counts.max()) :]
+    ids, mask = (np.take_along_axis(x, order, axis=1).astype(np.int32) for x in (ids, mask))
+    left = ((0, 0), (-ids.shape[1] % STEP, 0))
+    tokens, length = _generate(
+        self,
+        [tf.convert_to_tensor(weight.value) for weight in self.weights],
+        tf.constant(np.pad(ids, left)),
+        tf.constant(np.pad(mask, left)),
+        tf.constant(secrets.randbits(63) if seed is None else seed % 2**63, tf.int64),
+        Limits(
+            tf.constant(settings.max_new_tokens),
+            tf.constant(settings.min_new_tokens),
+            tf.constant(settings.temperature),
+            tf.constant(settings.top_p),
+            tf.constant(settings.eos_token_ids, tf.int32),
+            tf.constant(settings.pad_token_id),
+        ),
+        room=settings.max_new_tokens + -settings.max_new_tokens % STEP,
+        do_sample=do_sample,
+        top_k=settings.top_k if do_sample else 0,
+        nucleus=do_sample and settings.top_p < 1,
+    )
+    return tf.concat([prompts, tf.cast(tokens[:, : int(length)], prompts.dtype)], axis=1)
+
+
+class Limits(NamedTuple):
+    """The settings that are numbers in the compiled program; another value takes no other program."""
+
+    max_new_tokens: Tensor
+    min_new_tokens: Tensor
+    temperature: Tensor
+    top_p: Tensor
+    eos_token_ids: Tensor
+    pad_token_id: Tensor
+
+
+class State(NamedTuple):
+    """What the loop carries: tokens [B, room], of which `step` are chosen, which rows are done [B], and the cache of
+    all but the last."""
+
+    step: Tensor
+    tokens: Tensor
+    done: Tensor
+    cache: KVCache
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _generate(
+    model: Any,
+    weights: list[Tensor],
+    input_ids: Tensor,
+    mask: Tensor,
+    seed: Tensor,
+    limits: Limits,
+    *,
+    room: int,
+    do_sample: bool,
+    top_k: int,
+    nucleus: bool,
+) -> tuple[Tensor, Tensor]:
+    """The new tokens [B, room] and how many of them the longest row has.
+
+    `weights` are the model's: TensorFlow keeps every program for good, and one that took them from the model would
+    keep them as well, long after the model is gone.
+    """
+    B, T = input_ids.shape
+    choose = partial(_choose, seed=seed, limits=limits, do_sample=do_sample, top_k=top_k, nucleus=nucleus)
+
+    def write(logits: Tensor, state: State, cache: KVCache) -> State:
+        token = tf.where(state.done, limits.pad_token_id, choose(logits, state.step))
+        tokens = ops.slice_update(state.tokens, (0, state.step), token[:, None])
+        return State(state.step + 1, tokens, state.done | _among(token, limits.eos_token_ids), cache)
+
+    def unfinished(state: State) -> Tensor:
+        return (state.step < limits.max_new_tokens) & ~tf.reduce_all(state.done)
+
+    def advance(state: State) -> tuple[State]:
+        token = ops.slice(state.tokens, (0, state.step - 1), (B, 1))
+        out = model(token, past_key_values=state.cache)
+        return (write(out.logits[:, -1], state, out.past_key_values),)
+
+    with keras.StatelessScope(state_mapping=zip(model.weights, weights, strict=True)):
+        out = model(input_ids, mask, past_key_values=model.init_cache(B, T + room), logits_to_keep=1)
+        blank = tf.fill((B, room), limits.pad_token_id)
+        state = State(tf.constant(0), blank, tf.zeros(B, tf.bool), out.past_key_values)
+        (state,) = tf.while_loop(unfinished, advance, (write(out.logits[:, -1], state, out.past_key_values),))
+    return state.tokens, state.step
+
+
+def _choose(
+    logits: Tensor, step: Tensor, *, seed: Tensor, limits: Limits, do_sample: bool, top_k: int, nucleus: bool
+) -> Tensor:
+    """The next token of each row, [B], from its logits [B, V]."""
+    V = logits.shape[-1]
+    logits = tf.cast(logits, tf.float32)
+    too_early = _among(tf.range(V), limits.eos_token_ids) & (step < limits.min_new_tokens)
+    logits = tf.where(too_early, -np.inf, logits)
+    if not do_sample:
+        return tf.argmax(logits, axis=-1, output_type=tf.int32)
+    logits = logits / limits.temperature
+    order = None
+    if top_k or nucleus:
+        logits, order = tf.math.top_k(logits, top_k or V)  # the likeliest first
+    if nucleus:
+        before = tf.cumsum(tf.nn.softmax(logits), axis=-1, exclusive=True)
+        logits = tf.where(before >= limits.top_p, -np.inf, logits)  # what came before is already enough
+    # log p - log Exp(1) is largest where a draw from p would fall
+    exponential = -tf.math.log(tf.random.stateless_uniform(tf.shape(logits), tf.stack([seed, tf.cast(step, tf.int64)])))
+    token = tf.argmax(logits - tf.math.log(exponential), axis=-1, output_type=tf.int32)
+    return token if order is None else tf.gather(order, token, batch_dims=1)
+
+
+def _among(tokens: Tensor, some: Tensor) -> Tensor:
+    return tf.reduce_any(tokens[:, None] == some, axis=1)

@@ -1,0 +1,434 @@
+"""OPT (Zhang et al. 2022, arXiv:2205.01068) in Keras 3 on TensorFlow.
+
+B batch   T tokens of this call   S slots: all of a cache, or T without one
+V vocabulary   E embedding width   H hidden   N heads   D head width (N·D = H)   F feed-forward
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import keras
+import optree
+import tensorflow as tf
+from keras import ops
+from tensorflow import Tensor
+
+from opt_common.config import OPTConfig
+from opt_common.inputs import check_call, check_tokens
+from opt_common.outputs import BaseModelOutput, CausalLMOutput
+
+from .cache import KVCache, place, update
+from .generate import generate
+from .weights import from_pretrained, save_pretrained
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32 in place of half precision."""
+    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+
+
+def _gelu(x: Tensor) -> Tensor:
+    wide = _wide(x)  # not ops.gelu: its constants are float32 in float64, and rounded to half precision there
+    return ops.cast(0.5 * wide * (1 + ops.erf(wide * 0.5**0.5)), x.dtype)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    wide = _wide(x)
+    return ops.cast(0.5 * wide * (1 + ops.tanh((2 / math.pi) ** 0.5 * (wide + 0.044715 * wide**3))), x.dtype)
+
+
+ACTIVATIONS = {
+    "relu": ops.relu,
+    "gelu": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "silu": ops.silu,
+    "swish": ops.silu,
+    "tanh": ops.tanh,
+}
+
+
+class OPTAttention(keras.layers.Layer):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, config: OPTConfig, initializer: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        H, bias, dtype = config.hidden_size, config.enable_bias, self.dtype_policy
+        linear = partial(keras.layers.Dense, H, use_bias=bias, kernel_initializer=initializer, dtype=dtype)
+        self.heads = config.num_attention_heads
+        self.dropout = keras.layers.Dropout(config.attention_dropout, dtype=dtype)
+        self.k_proj = linear(name="k_proj")
+        self.v_proj = linear(name="v_proj")
+        self.q_proj = linear(name="q_proj")
+        self.out_proj = linear(name="out_proj")
+
+    def build(self, input_shape: Any) -> None:
+        for projection in (self.k_proj, self.v_proj, self.q_proj, self.out_proj):
+            projection.build(input_shape)
+
+    def call(
+        self, x: Tensor, attn_mask: Tensor, past: tuple[Tensor, Tensor, Tensor] | None, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+        B, T, H = ops.shape(x)
+        heads = (B, T, self.heads, H // self.heads)
+        # The query is scaled, not the scores, as OPT was trained: in half precision it is not the same. The factor
+        # stays float32: rounded to bfloat16, the 80^-½ of 2.7b would be off, for every query alike.
+        q = ops.cast(_wide(self.q_proj(x)) * heads[3] ** -0.5, x.dtype)
+        q = ops.reshape(q, heads)  # [B, T, N, D]
+        k = ops.reshape(self.k_proj(x), heads)
+        v = ops.reshape(self.v_proj(x), heads)
+        if past is not None:
+            k, v = update(past, k, v)  # [B, S, N, D]
+        # the softmax is float32 in half precision too
+        scores = _wide(ops.einsum("btnd,bsnd->bnts", q, k))
+        weights = ops.cast(ops.softmax(ops.where(attn_mask, scores, scores.dtype.min)), x.dtype)  # [B, N, T, S]
+        out = ops.einsum("bnts,bsnd->btnd", self.dropout(weights), v)
+        return self.out_proj(ops.reshape(out, (B, T, H))), weights if output_attentions else None, (k, v)
+
+
+class OPTDecoderLayer(keras.layers.Layer):
+    """Attention and feed-forward, each with its residual; the norm comes before them, or after them in 350m."""
+
+    def __init__(self, config: OPTConfig, initializer: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        H, affine, dtype = config.hidden_size, config.layer_norm_elementwise_affine, self.dtype_policy
+        linear = partial(keras.layers.Dense, use_bias=config.enable_bias, kernel_initializer=initializer, dtype=dtype)
+        norm = partial(keras.layers.LayerNormalization, epsilon=1e-5, center=affine, scale=affine, dtype=dtype)
+        self.pre_norm = config.do_layer_norm_before
+        self.dropout = keras.layers.Dropout(config.dropout, dtype=dtype)
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.self_attn = OPTAttention(config, initializer, dtype=dtype, name="self_attn")
+        self.self_attn_layer_norm = norm(name="self_attn_layer_norm")
+        self.fc1 = linear(config.ffn_dim, name="fc1")
+        self.fc2 = linear(H, name="fc2")
+        self.final_layer_norm = norm(name="final_layer_norm")
+
+    def build(self, input_shape: Any) -> None:
+        for layer in (self.self_attn, self.self_attn_layer_norm, self.fc1, self.final_layer_norm):
+            layer.build(input_shape)
+        self.fc2.build((*input_shape[:-1], self.fc1.units))
+
+    def call(
+        self, x: Tensor, attn_mask: Tensor, past: tuple[Tensor, Tensor, Tensor] | None, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+        residual = x
+        if self.pre_norm:
+            x = self.self_attn_layer_norm(x)
+        x, weights, kv = self.self_attn(x, attn_mask, past, output_attentions=output_attentions)
+        x = residual + self.dropout(x)
+        if not self.pre_norm:
+            x = self.self_attn_layer_norm(x)
+
+        residual = x
+        if self.pre_norm:
+            x = self.final_layer_norm(x)
+        x = self.fc2(self.activation(self.fc1(x)))  # [B, T, F] in between
+        x = residual + self.dropout(x)
+        if not self.pre_norm:
+            x = self.final_layer_norm(x)
+        return x, weights, kv
+
+
+class OPTDecoder(keras.layers.Layer):
+    """Embeddings, the layers, and the final norm and projection where the size has them."""
+
+    def __init__(self, config: OPTConfig, initializer: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        E, H, dtype = config.embed_dim, config.hidden_size, self.dtype_policy
+        self.config = config
+        table = partial(keras.layers.Embedding, embeddings_initializer=initializer, dtype=dtype)
+        self.embed_tokens = table(config.vocab_size, E, name="embed_tokens")
+        self.embed_positions = table(config.max_position_embeddings + 2, H, name="embed_positions")
+        linear = partial(keras.layers.Dense, use_bias=False, kernel_initializer=initializer, dtype=dtype)
+        self.project_in = linear(H, name="project_in") if config.projects_embeddings else None
+        self.project_out = linear(E, name="project_out") if config.projects_embeddings else None
+        self.layers = [
+            OPTDecoderLayer(config, initializer, dtype=dtype, name=f"layers.{i}")
+            for i in range(config.num_hidden_layers)
+        ]
+        affine = config.layer_norm_elementwise_affine
+        norm = partial(keras.layers.LayerNormalization, epsilon=1e-5, center=affine, scale=affine, dtype=dtype)
+        self.final_layer_norm = norm(name="final_layer_norm") if config.has_final_layer_norm else None
+        self.dice = keras.random.SeedGenerator() if config.layerdrop > 0 else None
+
+    def build(self, input_shape: Any = None) -> None:
+        embedded, hidden = (None, None, self.config.embed_dim), (None, None, self.config.hidden_size)
+        self.embed_tokens.build()
+        self.embed_positions.build()
+        if self.project_in is not None and self.project_out is not None:
+            self.project_in.build(embedded)
+            self.project_out.build(hidden)
+        for layer in self.layers:
+            layer.build(hidden)
+        if self.final_layer_norm is not None:
+            self.final_layer_norm.build(hidden)
+
+    def call(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        training: bool | None = None,
+    ) -> BaseModelOutput:
+        """See `TFOPTModel.call`."""
+        config, cache, eager = self.config, past_key_values, tf.executing_eagerly()
+        given = (input_ids, inputs_embeds, attention_mask, position_ids)
+        shapes = [None if x is None else tuple(x.shape) for x in given]
+        past, size = 0, (None, config.max_position_embeddings if use_cache else None)
+        if cache is not None:
+            past, size = int(cache.length) if eager else None, tuple(cache.segments.shape)
+        if any(None in shape for shape in shapes if shape is not None):
+            past, size, shapes[-1] = None, (None, None), None  # Input(shape=(None,)): no numbers yet to check these by
+        check_call(config, *shapes, past=past, slots=size[1], rows=size[0])
+        x: Any = inputs_embeds  # [B, T, E]
+        if input_ids is not None:
+            if eager:
+                check_tokens(config, int(ops.min(input_ids)), int(ops.max(input_ids)))
+            x = self.embed_tokens(input_ids)
+            # the padding row takes no gradient from its own look-up
+            padding = ops.equal(input_ids, -1 if config.pad_token_id is None else config.pad_token_id)[:, :, None]
+            x = ops.where(padding, ops.stop_gradient(x), x)
+        B, T, _ = ops.shape(x)
+        if self.project_in is not None:
+            x = self.project_in(x)  # [B, T, H]
+        if cache is None and use_cache:
+            cache = KVCache.empty(config, B, config.max_position_embeddings, self.compute_dtype)
+        positions, mask, segments = place(config, B, T, attention_mask, position_ids, cache)
+        x = x + self.embed_positions(positions + 2)  # the table starts two rows in; padding is row 1
+
+        hidden_states, attentions, written = [], [], []
+        for i, layer in enumerate(self.layers):
+            if output_hidden_states:
+                hidden_states.append(x)
+            past = None if cache is None else (cache.k[i], cache.v[i], cache.length)
+            before, (x, weights, kv) = x, layer(x, mask, past, output_attentions=output_attentions)
+            if output_attentions:
+                attentions.append(weights)
+            if cache is not None:
+                written.append(kv)
+            if training and self.dice is not None:
+                x = ops.where(keras.random.uniform((), seed=self.dice) < config.layerdrop, before, x)
+        if self.final_layer_norm is not None:
+            x = self.final_layer_norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        hidden_states.append(x)
+
+        if cache is not None:
+            k, v = zip(*written, strict=True)
+            cache = KVCache(k, v, cache.length + T, segments)
+        return BaseModelOutput(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+
+@keras.saving.register_keras_serializable(package="opt_zoo")
+class TFOPTModel(keras.Model):
+    """OPT without a head. New weights are drawn from N(0, init_std²), biases and the padding row are 0."""
+
+    weights_prefix = ""
+
+    def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
+        """initializer: of the matrices and embeddings, in place of N(0, init_std²). kwargs: those of keras.Model,
+        such as dtype, a name or a policy."""
+        super().__init__(**kwargs)
+        self.config = config
+        self.decoder = OPTDecoder(config, initializer or _normal(config), dtype=self.dtype_policy, name="decoder")
+        self.build()  # Keras would leave it to the first call; a checkpoint needs weights to go to
+        if initializer is None and config.pad_token_id is not None:
+            table, row = self.decoder.embed_tokens.embeddings, (config.pad_token_id, 0)
+            table.assign(ops.slice_update(table, row, ops.zeros((1, config.embed_dim), table.dtype)))
+
+    def build(self, input_shape: Any = None) -> None:
+        self.decoder.build()
+
+    def call(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        training: bool | None = None,
+    ) -> BaseModelOutput:
+        """Run the decoder.
+
+        input_ids: [B, T] whole numbers; or inputs_embeds: [B, T, E], which take the place of the token embedding.
+        attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding. In a tf.function it may be
+            as wide as the cache, so that one program serves every step; columns not reached yet are not looked at.
+        position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
+            counted from 0, do not see each other.
+        past_key_values: the KVCache of the tokens before these; the result holds the one to pass next. With use_cache
+            and none given a new one is made, with room for max_position_embeddings tokens (`init_cache` makes one of
+            any size).
+        output_hidden_states, output_attentions: also return what BaseModelOutput says.
+        training: dropout happens if this is true. Keras wants it, and all that is no tensor, by keyword.
+        Raises ValueError that names the argument; in a tf.function for shapes alone, as there are no values to look at.
+        """
+        return self.decoder(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            training=training,
+        )
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens a row."""
+        return KVCache.empty(self.config, batch_size, max_length, self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"config": dataclasses.asdict(self.config)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> TFOPTModel:
+        return cls(**config | {"config": OPTConfig(**config["config"])})
+
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
+
+
+@keras.saving.register_keras_serializable(package="opt_zoo")
+class TFOPTForCausalLM(keras.Model):
+    """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
+
+    weights_prefix = "model."
+
+    def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
+        """Arguments as of `TFOPTModel`."""
+        super().__init__(**kwargs)
+        self.config = config
+        self.model = TFOPTModel(config, initializer, dtype=self.dtype_policy, name="model")
+        head = partial(keras.layers.Dense, config.vocab_size, use_bias=False, dtype=self.dtype_policy, name="lm_head")
+        self.lm_head = None if config.tie_word_embeddings else head(kernel_initializer=initializer or _normal(config))
+        self.build()
+
+    def build(self, input_shape: Any = None) -> None:
+        if self.lm_head is not None:
+            self.lm_head.build((None, None, self.config.embed_dim))
+
+    def call(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        training: bool | None = None,
+    ) -> CausalLMOutput:
+        """Run the decoder and the head; arguments as in `TFOPTModel.call`, and:
+
+        labels: [B, T] token ids, -100 where there is nothing to learn. They are shifted here: the logits of a token
+            are held against the label of the next. The loss is their mean cross-entropy, in float32.
+        logits_to_keep: the logits of the last so many tokens only, or of the columns in a tensor; 0 for all.
+        """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels, logits_to_keep: found both; the loss takes the logits of every token")
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            training=training,
+        )
+        x = out.last_hidden_state
+        x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else ops.take(x, logits_to_keep, axis=1)
+        logits = self.head(x)  # [B, T, V]
+        loss = None
+        if labels is not None:
+            if not labels.shape.is_compatible_with(logits.shape[:2]):
+                raise ValueError(f"labels: found shape {list(labels.shape)}, wanted {list(logits.shape[:2])}")
+            # float64 stays float64: that run is the judge of the others
+            scores, targets = _wide(logits[:, :-1]), labels[:, 1:]
+            wanted = ops.not_equal(targets, -100)
+            losses = ops.sparse_categorical_crossentropy(ops.where(wanted, targets, 0), scores, from_logits=True)
+            loss = ops.sum(ops.where(wanted, losses, 0)) / ops.sum(ops.cast(wanted, losses.dtype))
+        return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+
+    def head(self, x: Tensor) -> Tensor:
+        """The logits [B, T, V] of hidden states [B, T, E]."""
+        if self.lm_head is not None:
+            return self.lm_head(x)
+        # not ops.matmul, which wants a transposed copy of the table
+        B, T, E = ops.shape(x)
+        table = ops.convert_to_tensor(self.model.decoder.embed_tokens.embeddings)
+        logits = tf.matmul(ops.reshape(x, (-1, E)), table, transpose_b=True)
+        return ops.reshape(logits, (B, T, self.config.vocab_size))
+
+    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss given to `compile` is of the logits."""
+        return super().compute_loss(x, y, y_pred.logits, *args, **kwargs)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The metrics given to `compile` are of the logits."""
+        return super().compute_metrics(x, y, y_pred.logits, *args, **kwargs)
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens a row."""
+        return self.model.init_cache(batch_size, max_length)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"config": dataclasses.asdict(self.config)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> TFOPTForCausalLM:
+        return cls(**config | {"config": OPTConfig(**config["config"])})
+
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
+    generate = generate
+
+
+def _normal(config: OPTConfig) -> keras.initializers.Initializer:
+    # seeded by a generator: with a number, or nothing, all matrices of one shape would get the same values
+    return keras.initializers.RandomNormal(stddev=config.init_std, seed=keras.random.SeedGenerator())
+
+
+def _hide_absent_fields(output: type) -> None:
+    """Make Keras see only the fields that are there: it takes each None for an output, and functional models refuse
+    outputs that are not tensors."""
+
+    def flatten(out: Any) -> tuple[list[Any], tuple[str, ...], tuple[str, ...]]:
+        there = tuple(name for name, value in zip(out._fields, out, strict=True) if value is not None)
+        return [getattr(out, name) for name in there], there, there
+
+    # optree warns of what is meant here, a named tuple that is not taken for one, and refuses a second time
+    with warnings.catch_warnings(), suppress(ValueError):
+        warnings.simplefilter("ignore")
+        optree.register_pytree_node(
+            output, flatten, lambda there, values: output(**dict(zip(there, values, strict=True))), namespace="keras"
+        )
+
+
+_hide_absent_fields(BaseModelOutput)
+_hide_absent_fields(CausalLMOutput)

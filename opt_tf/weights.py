@@ -1,0 +1,61 @@
+"""From a checkpoint to a model, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import tensorflow as tf
+from tensorflow import Tensor
+
+from opt_common.checkpoint import MAX_SHARD_SIZE, numpy_dtype
+from opt_common.pretrained import open_pretrained
+from opt_common.pretrained import save_pretrained as save
+from opt_common.weights import KERAS, Spec
+
+if TYPE_CHECKING:
+    from .model import TFOPTForCausalLM, TFOPTModel
+
+Model = TypeVar("Model", bound="TFOPTModel | TFOPTForCausalLM")
+ROWS = 4096
+
+
+def from_pretrained(
+    cls: type[Model], path_or_name: str | Path, *, dtype: str | tf.DType = "float32", **hub: Any
+) -> Model:
+    """The model of a checkpoint.
+
+    path_or_name: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or not.
+    dtype: a TensorFlow dtype, its name, or "auto" for the checkpoint's.
+    hub: revision, cache_dir, token, local_files_only, as in huggingface_hub.
+    Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
+    """
+    name = dtype if isinstance(dtype, str) else tf.as_dtype(dtype).name
+    opened = open_pretrained(path_or_name, cls.weights_prefix, name, **hub)
+    model = cls(opened.config, initializer=_empty, dtype=opened.dtype)
+    for spec, array in opened.tensors:
+        array = array.T if KERAS.transposed and spec.kind == "linear" else array
+        variable = KERAS.parameter(model, spec).value
+        for start in range(0, len(array), ROWS):  # in place: assigning all of it would hold the tensor three times over
+            rows = array[start : start + ROWS].astype(numpy_dtype(opened.dtype), copy=False)
+            variable[start : start + ROWS].assign(rows)
+    return model
+
+
+def save_pretrained(
+    model: TFOPTModel | TFOPTForCausalLM, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
+    """Write a folder that every framework here and transformers load: config.json, generation_config.json and
+    safetensors of at most `max_shard_size` bytes a file. Killed half-way, it leaves the old folder or the new one."""
+
+    def get(spec: Spec) -> np.ndarray:
+        array = KERAS.parameter(model, spec).numpy()
+        return array.T if KERAS.transposed and spec.kind == "linear" else array
+
+    save(folder, model.config, model.weights_prefix, model.variable_dtype, get, max_shard_size)
+
+
+def _empty(shape: tuple[int, ...], dtype: str) -> Tensor:
+    # neither random numbers nor zeros: memory that is never written to is never taken
+    return tf.raw_ops.Empty(shape=shape, dtype=dtype)
