@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .model import TFOPTForCausalLM, TFOPTModel
 
 Model = TypeVar("Model", bound="TFOPTModel | TFOPTForCausalLM")
-ROWS = 4096
 
 
 def from_pretrained(
@@ -36,10 +35,8 @@ def from_pretrained(
     model = cls(opened.config, initializer=_empty, dtype=opened.dtype)
     for spec, array in opened.tensors:
         array = array.T if KERAS.transposed and spec.kind == "linear" else array
-        variable = KERAS.parameter(model, spec).value
-        for start in range(0, len(array), ROWS):  # in place: assigning all of it would hold the tensor three times over
-            rows = array[start : start + ROWS].astype(numpy_dtype(opened.dtype), copy=False)
-            variable[start : start + ROWS].assign(rows)
+        KERAS.parameter(model, spec).assign(array.astype(numpy_dtype(opened.dtype), copy=False))
+        del array  # or it would be held while the next is read
     return model
 
 
