@@ -135,7 +135,7 @@ def main(
             if now < best:
                 best = now
                 copy.deepcopy(model).half().save_pretrained(out)
-            print(f"step {step:5}  training loss {float(loss):.3f}  validation loss {now:.3f}", flush=True)
+            print(f"step {step:5}  training loss {loss.item():.3f}  validation loss {now:.3f}", flush=True)
 
     model = OPTForCausalLM.from_pretrained(out, device=device)
     rounded = validation_loss(model, valid, config.bos_token_id or 0)  # of the float16 weights that were written
