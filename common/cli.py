@@ -72,7 +72,7 @@ def parity(
             "same" if row.tokens_equal else "[red]not[/]",
             f"{row.logits:.1e}",
             f"{max(row.layers):.1e}",
-            "[green]equal[/]" if row.passed else "[red]different[/]",
+            "[green]equal[/]" if row.passed else "[red]differs[/]",
         )
     console.print(summary)
     for row in report.rows:

@@ -72,7 +72,7 @@ def test_parity_fails_through_the_command(tmp_path):
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode == 1
-    assert "different" in ran.stdout
+    assert "differs" in ran.stdout
 
 
 def test_a_missing_framework_is_a_row(monkeypatch):
