@@ -45,12 +45,14 @@ def numpy_dtype(name: str) -> np.dtype:
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor: its shape, the name of its dtype, its file, and how to read it (a fresh array each time)."""
+    """One stored tensor: its shape, the name of its dtype, its file, and how to read it: `read` makes a fresh array,
+    `map` one of the file's own pages, for those who copy it elsewhere at once and let it go."""
 
     shape: tuple[int, ...]
     dtype: str
     file: Path
     read: Callable[[], np.ndarray]
+    map: Callable[[], np.ndarray]
 
     @property
     def nbytes(self) -> int:
@@ -145,19 +147,30 @@ def _safetensors_entries(path: Path) -> dict[str, Entry]:
         shape, dtype = tuple(tensor["shape"]), _CODES.get(tensor["dtype"])
         start = 8 + length + tensor["data_offsets"][0]
         if dtype is None:  # formats newer than this reader: named in the table check, never read
-            return Entry(shape, tensor["dtype"], path, lambda: np.empty(0))
-        count = int(np.prod(shape, dtype=np.int64))
-        return Entry(shape, dtype, path, lambda: _read_array(path, numpy_dtype(dtype), count, start).reshape(shape))
+            return Entry(shape, tensor["dtype"], path, lambda: np.empty(0), lambda: np.empty(0))
+        size = int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize
+
+        def array(get: Callable[[Path, int, int], np.ndarray]) -> np.ndarray:
+            return get(path, start, size).view(numpy_dtype(dtype)).reshape(shape)
+
+        return Entry(shape, dtype, path, lambda: array(_read_bytes), lambda: array(_map_bytes))
 
     return {name: entry(tensor) for name, tensor in header.items()}
 
 
-def _read_array(path: Path, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
+def _read_bytes(path: Path, start: int, size: int) -> np.ndarray:
     # a plain read, not a memory map: the pages of a map count as this process's memory for as long as it is open
-    data = np.fromfile(path, np.uint8, count * dtype.itemsize, offset=offset)
-    if data.nbytes != count * dtype.itemsize:
-        raise ValueError(f"{path}: ends at {offset + data.nbytes} bytes, wanted {offset + count * dtype.itemsize}")
-    return data.view(dtype)
+    data = np.fromfile(path, np.uint8, size, offset=start)
+    if data.nbytes != size:
+        raise ValueError(f"{path}: ends at {start + data.nbytes} bytes, wanted {start + size}")
+    return data
+
+
+def _map_bytes(path: Path, start: int, size: int) -> np.ndarray:
+    there = path.stat().st_size
+    if size == 0 or start % 8 or there < start + size:  # a map cannot be empty, and is as aligned as its file
+        return _read_bytes(path, start, size)
+    return np.memmap(path, np.uint8, mode="c", offset=start, shape=(size,))  # "c": what is written stays in memory
 
 
 def _torch_entries(path: Path) -> dict[str, Entry]:
@@ -177,13 +190,15 @@ def _torch_entries(path: Path) -> dict[str, Entry]:
     def entry(tensor: torch.Tensor) -> Entry:
         dtype = str(tensor.dtype).removeprefix("torch.")
 
-        def read() -> np.ndarray:
-            whole = tensor.detach().clone(memory_format=torch.contiguous_format)
+        def array(whole: torch.Tensor) -> np.ndarray:
             if dtype == "bfloat16":
                 return whole.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
             return whole.numpy()
 
-        return Entry(tuple(tensor.shape), dtype, path, read)
+        def read() -> np.ndarray:
+            return array(tensor.detach().clone(memory_format=torch.contiguous_format))
+
+        return Entry(tuple(tensor.shape), dtype, path, read, lambda: array(tensor.detach().contiguous()))
 
     return {name: entry(tensor) for name, tensor in tensors.items()}
 

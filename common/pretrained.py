@@ -28,11 +28,12 @@ class Pretrained:
     tensors: Iterator[tuple[Spec, np.ndarray]]
 
 
-def open_pretrained(path_or_name: str | Path, prefix: str, dtype: str, **hub: Any) -> Pretrained:
+def open_pretrained(path_or_name: str | Path, prefix: str, dtype: str, copied: bool = False, **hub: Any) -> Pretrained:
     """Find, open and check a checkpoint; no tensor is read yet.
 
     `prefix` is the table's: "model." for OPTForCausalLM, "" for OPTModel. `dtype` is a name, or "auto" for the
-    checkpoint's own. `hub`: see `opt_common.hub.fetch`. Raises before anything is allocated.
+    checkpoint's own. `copied`: the caller copies each array elsewhere and lets it go, so it may be a map of the file.
+    `hub`: see `opt_common.hub.fetch`. Raises before anything is allocated.
     """
     if dtype not in (*DTYPES, "auto"):
         raise ValueError(f"dtype: found {dtype!r}, wanted 'auto' or one of {', '.join(DTYPES)}")
@@ -49,7 +50,7 @@ def open_pretrained(path_or_name: str | Path, prefix: str, dtype: str, **hub: An
         specs = [(spec, checkpoint[names[("" if prefix else "model.") + spec.name]]) for spec in table(config, prefix)]
         with byte_bar(f"Loading {folder.name}", sum(entry.nbytes for _, entry in specs)) as advance:
             for spec, entry in specs:
-                yield spec, entry.read()
+                yield spec, entry.map() if copied else entry.read()
                 advance(entry.nbytes)
 
     return Pretrained(config, dtype, tensors())

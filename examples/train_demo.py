@@ -3,12 +3,12 @@
     python examples/train_demo.py CORPUS_FOLDER OUT_FOLDER
 
 CORPUS_FOLDER holds .txt files of English prose. One paragraph in twenty is kept out of training, in blocks, to measure
-the validation loss; the weights of the best validation loss so far are written, in float16, with their tokenizer.
+the validation loss. The last weights are written, in float16, with their tokenizer: on a million tokens the validation
+loss is lowest early, while the sentences are still bad; they improve as the model learns the books by heart.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from pathlib import Path
@@ -86,7 +86,7 @@ def main(
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
     steps: Annotated[int, typer.Option(help="optimizer steps")] = 3000,
     batch: Annotated[int, typer.Option(help="rows of 512 tokens a step")] = 32,
-    dropout: Annotated[float, typer.Option()] = 0.2,
+    dropout: Annotated[float, typer.Option()] = 0.1,
     learning_rate: Annotated[float, typer.Option()] = 1.5e-3,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
@@ -118,7 +118,6 @@ def main(
         optimizer, lambda s: min((s + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * s / steps))
     )
     forward = torch.compile(model) if device == "cuda" else model
-    tokenizer.save_pretrained(out)
     best = math.inf
     for step in track(range(1, steps + 1), description="Training"):
         starts = train.starts[torch.randint(len(train.starts), (batch,), device=device)]
@@ -132,15 +131,15 @@ def main(
         schedule.step()
         if step % 100 == 0 or step == steps:
             now = validation_loss(model, valid, config.bos_token_id or 0)
-            if now < best:
-                best = now
-                copy.deepcopy(model).half().save_pretrained(out)
+            best = min(best, now)
             print(f"step {step:5}  training loss {loss.item():.3f}  validation loss {now:.3f}", flush=True)
 
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
     model = OPTForCausalLM.from_pretrained(out, device=device)
     rounded = validation_loss(model, valid, config.bos_token_id or 0)  # of the float16 weights that were written
     per_character = rounded * len(valid.tokens) / valid.characters / math.log(2)
-    print(f"validation loss {rounded:.3f} nats per token, {per_character:.3f} bits per character")
+    print(f"validation loss {rounded:.3f} nats per token, {per_character:.3f} bits per character; lowest {best:.3f}")
     model.eval()
     for prompt in ("Once upon a time", "It was a cold morning", "The President", "My dear Watson,"):
         ids = torch.tensor([tokenizer.encode(prompt)], device=device)

@@ -1,4 +1,4 @@
-"""The key-value cache, and where the tokens of a call stand: their positions and which slots each may look at.
+"""The key-value cache, and where the tokens of a call stand: their positions, and the document each belongs to.
 
 B batch   T new tokens   S slots   N heads   D head width
 """
@@ -11,6 +11,8 @@ from torch import Tensor
 from opt_common.config import OPTConfig
 from opt_common.inputs import check_positions
 
+from .attention import Packing, View
+
 
 class KVCache:
     """Keys and values of past tokens, allocated once and written in place.
@@ -22,8 +24,9 @@ class KVCache:
 
     def __init__(self, config: OPTConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (batch, slots, config.num_attention_heads, config.head_dim)
-        self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        # zeros: a slot that is padding may never be written, and a weight of 0 times what is there must be 0
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.length = 0
         self.segments: Tensor | None = None
 
@@ -31,9 +34,14 @@ class KVCache:
     def slots(self) -> int:
         return self.k[0].shape[1]
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, k: Tensor, v: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """Write the new keys and values [B, T, N, D] of a layer behind the past ones; return all, [B, length + T, ...].
+        With a Packing they come as [1, queries, N, D] and all return as [1, keys, N, D].
         `length` moves on once a call, when all layers are done."""
+        if isinstance(view, Packing):
+            all_k, all_v = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
+            all_k[view.slots], all_v[view.slots] = k[0], v[0]
+            return (all_k[view.keys][None], all_v[view.keys][None]) if self.length else (k, v)
         end = self.length + k.shape[1]
         self.k[layer][:, self.length : end] = k
         self.v[layer][:, self.length : end] = v
@@ -48,13 +56,11 @@ def place(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: KVCache | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Positions [B or 1, T] of the new tokens (padding is -1), the boolean mask [B or 1, 1, T, S] of what each may
-    attend to (None: every earlier slot and itself), and the segments [B, S] (None: all one document).
+) -> tuple[Tensor, Tensor | None]:
+    """Positions [B or 1, T] of the new tokens (padding is -1), and the segments [B, S]: the document of each slot,
+    counted from 1, and 0 for padding (None: all is one document, and nothing padding).
 
-    A token attends to the earlier tokens of its own segment. Segment 0 is padding, which so attends to padding alone:
-    no row of the mask is empty, and nothing real sees it. With `position_ids`, a document begins at each position 0
-    and wherever the position does not grow.
+    With `position_ids`, a document begins at each position 0 and wherever the position does not grow.
     """
     past = cache.length if cache is not None else 0
     before = cache.segments if cache is not None else None
@@ -65,30 +71,24 @@ def place(
     slots = torch.arange(past + T, device=device)
     if attention_mask is None and position_ids is None and before is None:
         check_positions(config, past + T - 1, "input_ids")
-        positions, segments = slots[None, past:], None
+        return slots[None, past:], None
+    real = slots.new_ones((B, past + T)) if attention_mask is None else (attention_mask != 0).long()
+    old = real[:, :past] if before is None else real[:, :past] * before
+    new = real[:, past:]
+    current = old.amax(dim=1, keepdim=True).clamp(min=1) if past else slots.new_ones((B, 1))
+    if position_ids is None:
+        segments = torch.cat([old, new * current], dim=1)
+        same = (segments == current).long()
+        positions = (same.cumsum(dim=1) * same - 1)[:, past:]
+        largest_known = past + T <= config.max_position_embeddings
     else:
-        real = slots.new_ones((B, past + T)) if attention_mask is None else (attention_mask != 0).long()
-        old = real[:, :past] if before is None else real[:, :past] * before
-        new = real[:, past:]
-        current = old.amax(dim=1, keepdim=True).clamp(min=1) if past else slots.new_ones((B, 1))
-        if position_ids is None:
-            segments = torch.cat([old, new * current], dim=1)
-            same = (segments == current).long()
-            positions = (same.cumsum(dim=1) * same - 1)[:, past:]
-            largest_known = past + T <= config.max_position_embeddings
-        else:
-            positions = position_ids.long()
-            starts = positions == 0
-            fell = (positions[:, 1:] <= positions[:, :-1]) & (new[:, 1:] & new[:, :-1]).bool()
-            starts = torch.cat([starts[:, :1].expand(B, 1), starts[:, 1:] | fell], dim=1)
-            segments = torch.cat([old, new * (current + starts.long().cumsum(dim=1))], dim=1)
-            largest_known = False
-        if not largest_known and not tracing:
-            name = "input_ids" if position_ids is None else "position_ids"
-            check_positions(config, int(positions.max()), name, int(positions.min()))
-
-    if segments is not None:
-        mask = (slots[past:, None] >= slots) & (segments[:, past:, None] == segments[:, None, :])
-        return positions, mask[:, None], segments
-    # causality alone: nothing to say for a single new token, nor for a whole sequence
-    return positions, (slots[past:, None] >= slots)[None, None] if past and T > 1 else None, None
+        positions = position_ids.long()
+        starts = positions == 0
+        fell = (positions[:, 1:] <= positions[:, :-1]) & (new[:, 1:] & new[:, :-1]).bool()
+        starts = torch.cat([starts[:, :1].expand(B, 1), starts[:, 1:] | fell], dim=1)
+        segments = torch.cat([old, new * (current + starts.long().cumsum(dim=1))], dim=1)
+        largest_known = False
+    if not largest_known and not tracing:
+        name = "input_ids" if position_ids is None else "position_ids"
+        check_positions(config, int(positions.max()), name, int(positions.min()))
+    return positions, segments

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opt_common.inputs import Generation, check_call, check_generate
+
+from .decode import Step, can_step
 
 
 @torch.inference_mode()
@@ -29,6 +32,9 @@ def generate(
     pad_token_id: int | None = None,
 ) -> Tensor:
     """Continue each row of `input_ids` [B, T]; returns [B, T + new], the prompts included.
+
+    In half precision on a GPU each token is one replay of a CUDA graph (`opt_pt.decode`), whatever
+    attn_implementation is; that chooses how the prompt is read.
 
     attention_mask: [B, T], 0 for padding on either side. Default: everything that is not `pad_token_id`.
     max_new_tokens, or max_length, which counts the prompt too: when to stop at the latest. Default: max_length=20.
@@ -58,45 +64,116 @@ def generate(
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
     )
-    device, new = input_ids.device, settings.max_new_tokens
-    rng = torch.Generator(device)
-    rng.manual_seed(seed) if seed is not None else rng.seed()
-    eos = torch.tensor(settings.eos_token_ids, device=device, dtype=torch.long)
+    device = input_ids.device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current one
+        text = _write(self, input_ids, mask, settings, seed)
+    return torch.cat([input_ids, text.tokens[:, : text.length()].to(input_ids.dtype)], dim=1)
 
-    tokens = torch.full((B, new), settings.pad_token_id, device=device, dtype=torch.long)
-    done = torch.zeros(B, device=device, dtype=torch.bool)
+
+def _write(self: Any, input_ids: Tensor, mask: Tensor, settings: Generation, seed: int | None) -> Text:
+    (B, T), device, new = input_ids.shape, input_ids.device, settings.max_new_tokens
     cache = self.init_cache(B, T + new - 1)  # the last token is never fed back
     hidden = self.model(input_ids, mask, past_key_values=cache).last_hidden_state
     last = T - 1 - mask.flip(1).argmax(dim=1)  # the rightmost real token of each row
     logits = self.lm_head(hidden[torch.arange(B, device=device), last])  # [B, V]
-    for step in range(new):
-        token = _choose(logits, settings, eos, step, rng).masked_fill(done, settings.pad_token_id)
-        tokens[:, step] = token
-        done = done | torch.isin(token, eos)
-        # looking at `done` waits for the device: on a GPU only now and then
-        if step + 1 == new or ((device.type == "cpu" or step % 16 == 15) and bool(done.all())):
+
+    text = Text(B, self.config.vocab_size, settings, seed, device)
+    text.write(logits)
+    if new > 1 and can_step(self, device):
+        step = Step(self, cache, mask, mask.sum(dim=1), text.token)
+        greedy = not settings.do_sample and not settings.min_new_tokens
+
+        def turn() -> None:
+            logits = step()
+            step.keep(text, None if greedy else text.choose(logits))
+
+        at = 1
+        variant = (*step.variant, greedy, settings.do_sample, settings.top_k, settings.top_p < 1)
+        if variant not in _compiled:
+            step.compile(text, greedy)
+            turn()  # for real, since loading does not go into a graph
+            _compiled.add(variant)
+            at = 2
+        turn = _captured(turn, text.rng) if at + 1 < new else turn
+    else:
+
+        def turn() -> None:
+            text.write(self(text.token[:, None], past_key_values=cache).logits[:, -1])
+
+        at = 1
+    every = 1 if device.type == "cpu" else 16  # looking at `done` waits for the device
+    for i in range(at, new):
+        if settings.eos_token_ids and i % every == 0 and bool(text.done.all()):
             break
-        logits = self(token[:, None], past_key_values=cache).logits[:, -1]
-    ended = torch.isin(tokens, eos).long()
-    lengths = torch.where(ended.any(dim=1), ended.argmax(dim=1) + 1, new)
-    return torch.cat([input_ids, tokens[:, : int(lengths.max())].to(input_ids.dtype)], dim=1)
+        turn()
+    return text
 
 
-def _choose(logits: Tensor, settings: Generation, eos: Tensor, step: int, rng: torch.Generator) -> Tensor:
-    """The next token of each row, [B], from its logits [B, V]."""
-    logits = logits.float()
-    if step < settings.min_new_tokens:
-        logits = logits.index_fill(1, eos, -torch.inf)
-    if not settings.do_sample:
-        return logits.argmax(dim=-1)
-    logits = logits / settings.temperature
-    if settings.top_k:
-        logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[:, -1:], -torch.inf)
-    if settings.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        tail = probabilities.cumsum(dim=-1) - probabilities >= settings.top_p  # what came before is already enough
-        logits = logits.masked_fill(tail.scatter(1, order, tail), -torch.inf)
-    # p / Exp(1) is largest where a draw from p would fall: a draw without a trip to the host
-    noise = torch.empty_like(logits).exponential_(generator=rng)
-    return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
+_compiled: set[tuple] = set()  # the variants of a step whose kernels this process has loaded
+
+
+def _captured(turn: Callable[[], None], rng: torch.Generator) -> Callable[[], None]:
+    """`turn`, whose kernels are loaded, as a CUDA graph: the host says once what the device then repeats."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph.register_generator_state(rng)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        turn()
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay
+
+
+class Text:
+    """The tokens chosen so far. Every tensor keeps its place, so that `write` can be part of a CUDA graph.
+
+    token: [B], the last chosen; tokens: [B, max_new_tokens]; done: [B], the rows that have ended; step: [B], how many
+    tokens are chosen, in every row the same.
+    """
+
+    def __init__(self, B: int, V: int, settings: Generation, seed: int | None, device: torch.device) -> None:
+        self.settings, self.rng = settings, torch.Generator(device)
+        self.rng.manual_seed(seed) if seed is not None else self.rng.seed()
+        self.is_eos = torch.zeros(V, device=device, dtype=torch.bool)
+        self.is_eos[list(settings.eos_token_ids)] = True
+        self.token = torch.empty(B, device=device, dtype=torch.long)
+        self.tokens = torch.full((B, settings.max_new_tokens), settings.pad_token_id, device=device, dtype=torch.long)
+        self.done = torch.zeros(B, device=device, dtype=torch.bool)
+        self.step = torch.zeros(B, device=device, dtype=torch.int32)
+
+    def write(self, logits: Tensor) -> None:
+        """Choose and keep the next token of each row from its logits [B, V]."""
+        chosen = self.choose(logits).masked_fill(self.done, self.settings.pad_token_id)
+        self.token.copy_(chosen)
+        self.tokens.scatter_(1, self.step.long()[:, None], chosen[:, None])
+        self.done.logical_or_(self.is_eos[chosen])
+        self.step.add_(1)
+
+    def length(self) -> int:
+        """How many tokens the longest row has, its end of text included."""
+        ended = self.is_eos[self.tokens].long()  # the padding behind an end may be an eos too, but never the first
+        lengths = torch.where(ended.any(dim=1), ended.argmax(dim=1) + 1, self.settings.max_new_tokens)
+        return int(lengths.max())
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next token of each row, [B], from its logits [B, V]."""
+        settings = self.settings
+        if settings.min_new_tokens:
+            early = (self.step < settings.min_new_tokens)[:, None]
+            logits = logits.masked_fill(self.is_eos & early, -torch.inf)
+        if not settings.do_sample:
+            return logits.argmax(dim=-1)
+        scores, ids = logits, None
+        if settings.top_k:
+            scores, ids = logits.topk(settings.top_k)
+        elif settings.top_p < 1:
+            scores, ids = logits.sort(dim=-1, descending=True)
+        scores = scores.float() / settings.temperature
+        if settings.top_p < 1:
+            chances = scores.softmax(dim=-1)
+            scores = scores.masked_fill(chances.cumsum(dim=-1) - chances >= settings.top_p, -torch.inf)
+        # p / Exp(1) is largest where a draw from p would fall: a draw without a trip to the host
+        noise = torch.empty_like(scores).exponential_(generator=self.rng)
+        at = (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+        return at if ids is None else ids.gather(1, at[:, None])[:, 0]

@@ -6,6 +6,9 @@ V vocabulary   E embedding width   H hidden   N heads   D head width (N·D = H) 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +17,17 @@ from opt_common.config import OPTConfig
 from opt_common.inputs import check_call, check_tokens
 from opt_common.outputs import BaseModelOutput, CausalLMOutput
 
-from .attention import IMPLEMENTATIONS, eager
+from .attention import (
+    IMPLEMENTATIONS,
+    Packing,
+    View,
+    check_flash,
+    check_implementation,
+    dense,
+    eager,
+    flash_attention_2,
+    pack,
+)
 from .cache import KVCache, place
 from .generate import generate
 from .weights import from_pretrained, save_pretrained
@@ -30,67 +43,119 @@ ACTIVATIONS = {
 }
 
 
-class OPTAttention(nn.Module):
-    """Multi-head causal self-attention."""
+Attend = Callable[[Tensor, Tensor, Tensor, View, float], tuple[Tensor, Tensor | None]]
 
-    def __init__(self, config: OPTConfig, layer: int, attn_implementation: str) -> None:
+
+class OPTAttention(nn.Module):
+    """Multi-head causal self-attention.
+
+    The weights of q, k and v lie side by side in memory, so that without gradients one product computes all three
+    (benchmarks/NOTES.md has what that gives); as parameters they are three, with the checkpoint's names.
+    """
+
+    def __init__(self, config: OPTConfig, layer: int) -> None:
         super().__init__()
         H, bias = config.hidden_size, config.enable_bias
         self.heads, self.layer, self.dropout = config.num_attention_heads, layer, config.attention_dropout
-        self.attn_implementation = attn_implementation
         self.k_proj = nn.Linear(H, H, bias=bias)
         self.v_proj = nn.Linear(H, H, bias=bias)
         self.q_proj = nn.Linear(H, H, bias=bias)
         self.out_proj = nn.Linear(H, H, bias=bias)
+        self.fuse()
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, cache: KVCache | None, output_attentions: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, attend: Attend, view: View, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         heads = (self.heads, x.shape[-1] // self.heads)
-        # The query is scaled, not the scores, as OPT was trained: in half precision it is not the same.
-        q = (self.q_proj(x) * heads[1] ** -0.5).unflatten(-1, heads)  # [B, T, N, D]
-        k = self.k_proj(x).unflatten(-1, heads)
-        v = self.v_proj(x).unflatten(-1, heads)
+        qkv = None if torch.is_grad_enabled() else self.qkv()
+        if qkv is not None:
+            q, k, v = F.linear(x, *qkv).view(*x.shape[:2], 3, *heads).unbind(2)  # [B, T, N, D] each
+        else:
+            q, k, v = (f(x).view(*x.shape[:2], *heads) for f in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # [B, S, N, D]
-        attend = eager if output_attentions else IMPLEMENTATIONS[self.attn_implementation]
-        out, weights = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+            k, v = cache.update(self.layer, k, v, view)  # [B, S, N, D]
+        out, weights = attend(q, k, v, view, self.dropout if self.training else 0.0)
         return self.out_proj(out.flatten(-2)), weights
+
+    def fuse(self) -> None:
+        """Lay the weights, and the biases, of q, k and v side by side, if they are not."""
+        self.whole: tuple[Tensor, Tensor | None] | None = None
+        q, k, v = self.q_proj, self.k_proj, self.v_proj
+        if not (plain(q) and plain(k) and plain(v)) or q.weight.device.type == "meta":
+            return
+        weights, biases = (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias)
+        with torch.inference_mode(False), torch.no_grad():
+            weight = torch.cat([p.data for p in weights])
+            bias = None if q.bias is None else torch.cat([p.data for p in biases])
+            for parameters, whole in ((weights, weight), (biases, bias)):
+                if whole is not None:
+                    for parameter, part in zip(parameters, whole.chunk(3), strict=True):
+                        parameter.data = part
+        self.whole = weight, bias
+
+    def qkv(self) -> tuple[Tensor, Tensor | None] | None:
+        """The weight [3H, H] and bias [3H] of q, k and v in one; None if they are not side by side, because one of them
+        was replaced, or is no longer a plain Linear."""
+        q, k, v = self.q_proj, self.k_proj, self.v_proj
+        if self.whole is None or torch.compiler.is_compiling() or not (plain(q) and plain(k) and plain(v)):
+            return None
+        for whole, *parts in zip(self.whole, *(f._parameters.values() for f in (q, k, v)), strict=True):
+            if whole is not None:
+                at, step = whole.data_ptr(), whole.nbytes // 3
+                if [part.data_ptr() for part in parts] != [at, at + step, at + 2 * step]:
+                    return None
+        return self.whole
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # .to, .half, .cuda: three parameters, three new tensors
+        if self.qkv() is None:
+            self.fuse()
+        return self
 
 
 class OPTDecoderLayer(nn.Module):
     """Attention and feed-forward, each with its residual; the norm comes before them, or after them in 350m."""
 
-    def __init__(self, config: OPTConfig, layer: int, attn_implementation: str) -> None:
+    def __init__(self, config: OPTConfig, layer: int) -> None:
         super().__init__()
         H, affine = config.hidden_size, config.layer_norm_elementwise_affine
         self.pre_norm, self.dropout = config.do_layer_norm_before, config.dropout
         self.activation = ACTIVATIONS[config.activation_function]
-        self.self_attn = OPTAttention(config, layer, attn_implementation)
+        self.self_attn = OPTAttention(config, layer)
         self.self_attn_layer_norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine)
         self.fc1 = nn.Linear(H, config.ffn_dim, bias=config.enable_bias)
         self.fc2 = nn.Linear(config.ffn_dim, H, bias=config.enable_bias)
         self.final_layer_norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, cache: KVCache | None, output_attentions: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, attend: Attend, view: View, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         residual = x
         if self.pre_norm:
             x = self.self_attn_layer_norm(x)
-        x, weights = self.self_attn(x, mask, cache, output_attentions)
-        x = residual + F.dropout(x, self.dropout, self.training)
+        x, weights = self.self_attn(x, attend, view, cache)
+        x = residual + (F.dropout(x, self.dropout) if self.training else x)
         if not self.pre_norm:
             x = self.self_attn_layer_norm(x)
 
         residual = x
         if self.pre_norm:
             x = self.final_layer_norm(x)
-        x = self.fc2(self.activation(self.fc1(x)))  # [B, T, F] in between
-        x = residual + F.dropout(x, self.dropout, self.training)
+        x = self.fc2(self.activated(x))  # [B, T, F] in between
+        x = residual + (F.dropout(x, self.dropout) if self.training else x)
         if not self.pre_norm:
             x = self.final_layer_norm(x)
         return x, weights
+
+    def activated(self, x: Tensor) -> Tensor:
+        """act(fc1(x)). Without gradients, relu is part of the product: a read and a write of [B, T, F] less."""
+        if self.activation is F.relu and x.is_cuda and not torch.is_grad_enabled() and plain(self.fc1):
+            w, b = self.fc1.weight, self.fc1.bias
+            if b is not None and x.dtype == w.dtype and not torch.is_autocast_enabled("cuda"):
+                y = torch._addmm_activation(b, x.flatten(0, 1), w.t())  # pyright: ignore[reportPrivateImportUsage]
+                return y.view(*x.shape[:2], y.shape[-1])
+        return self.activation(self.fc1(x))
+
+
+def plain(linear: nn.Module) -> bool:
+    """Whether it is a Linear and nothing more: no adapter, no hooks."""
+    return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
 
 
 class OPTDecoder(nn.Module):
@@ -99,15 +164,13 @@ class OPTDecoder(nn.Module):
     def __init__(self, config: OPTConfig, attn_implementation: str) -> None:
         super().__init__()
         E, H = config.embed_dim, config.hidden_size
-        self.config = config
+        self.config, self.attn_implementation = config, attn_implementation
         # padding_idx: the padding row takes no gradient from its own look-up
         self.embed_tokens = nn.Embedding(config.vocab_size, E, padding_idx=config.pad_token_id)
         self.embed_positions = nn.Embedding(config.max_position_embeddings + 2, H)
         self.project_in = nn.Linear(E, H, bias=False) if config.projects_embeddings else None
         self.project_out = nn.Linear(H, E, bias=False) if config.projects_embeddings else None
-        self.layers = nn.ModuleList(
-            OPTDecoderLayer(config, i, attn_implementation) for i in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(OPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         affine = config.layer_norm_elementwise_affine
         norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine) if config.has_final_layer_norm else None
         self.final_layer_norm = norm
@@ -142,16 +205,20 @@ class OPTDecoder(nn.Module):
         x: Tensor = inputs_embeds  # type: ignore[assignment]  # [B, T, E]
         if self.project_in is not None:
             x = self.project_in(x)  # [B, T, H]
-        positions, mask, segments = place(config, B, T, x.device, attention_mask, position_ids, cache)
+        positions, segments = place(config, B, T, x.device, attention_mask, position_ids, cache)
         if cache is None and use_cache:
             cache = KVCache(config, B, config.max_position_embeddings, x.device, x.dtype)
         x = x + self.embed_positions(positions + 2)  # the table starts two rows in; padding is row 1
 
+        attend = eager if output_attentions else IMPLEMENTATIONS[self.attn_implementation]
+        view = self.view(attend, segments, cache, x)
+        if isinstance(view, Packing):  # from here to the end padding does not exist
+            x = x.flatten(0, 1)[view.rows][None]  # [1, queries, H]
         hidden_states, attentions = [], []
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(x)
-            before, (x, weights) = x, layer(x, mask, cache, output_attentions)
+            before, (x, weights) = x, layer(x, attend, view, cache)
             if output_attentions:
                 attentions.append(weights)
             if self.training and config.layerdrop > 0:  # the dice are a tensor: compiling does not freeze them
@@ -161,15 +228,26 @@ class OPTDecoder(nn.Module):
         if self.project_out is not None:
             x = self.project_out(x)
         hidden_states.append(x)
+        if isinstance(view, Packing):
+            hidden_states = [x.new_zeros(B * T, x.shape[-1]).index_copy(0, view.rows, x[0]).unflatten(0, (B, T))
+                             for x in hidden_states]  # fmt: skip
 
         if cache is not None:
             cache.length, cache.segments = cache.length + T, segments
         return BaseModelOutput(
-            last_hidden_state=x,
+            last_hidden_state=hidden_states[-1],
             past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+    def view(self, attend: Attend, segments: Tensor | None, cache: KVCache | None, x: Tensor) -> View:
+        """What each of the new tokens x [B, T, H] may see, in the form that `attend` takes."""
+        T, past = x.shape[1], 0 if cache is None else cache.length
+        if attend is not flash_attention_2:
+            return dense(segments, past, T, x.device)
+        check_flash(x.device, torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype)
+        return None if segments is None else pack(segments, T, past + T if cache is None else cache.slots)
 
 
 class OPTModel(nn.Module):
@@ -179,7 +257,7 @@ class OPTModel(nn.Module):
 
     def __init__(self, config: OPTConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__()
-        _check_implementation(attn_implementation)
+        check_implementation(attn_implementation)
         self.config = config
         self.decoder = OPTDecoder(config, attn_implementation)
         self.apply(lambda module: _init_weights(module, config))
@@ -222,6 +300,11 @@ class OPTModel(nn.Module):
         """An empty cache with room for `max_length` tokens a row."""
         weight = self.decoder.embed_positions.weight
         return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype)
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
+        check_implementation(name)
+        self.decoder.attn_implementation = name
 
     def tie_weights(self) -> None:
         """Nothing is tied without a head."""
@@ -290,6 +373,10 @@ class OPTForCausalLM(nn.Module):
         """An empty cache with room for `max_length` tokens a row."""
         return self.model.init_cache(batch_size, max_length)
 
+    def set_attn_implementation(self, name: str) -> None:
+        """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
+        self.model.set_attn_implementation(name)
+
     def tie_weights(self) -> None:
         """Make the head the token embedding, if the config says so."""
         if self.config.tie_word_embeddings:
@@ -298,11 +385,6 @@ class OPTForCausalLM(nn.Module):
     from_pretrained = classmethod(from_pretrained)
     save_pretrained = save_pretrained
     generate = generate
-
-
-def _check_implementation(name: str) -> None:
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attn_implementation: found {name!r}, wanted one of {', '.join(IMPLEMENTATIONS)}")
 
 
 @torch.no_grad()

@@ -36,12 +36,15 @@ def from_pretrained(
     path_or_name: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or not.
     dtype: a torch dtype, its name, or "auto" for the checkpoint's; `torch_dtype` is its old spelling.
     device: where the weights go, tensor by tensor as they are read; the CPU by default.
-    attn_implementation: "sdpa" or "eager".
+    attn_implementation: "sdpa", "eager" or "flash_attention_2"; see `opt_pt.attention`.
     hub: revision, cache_dir, token, local_files_only, as in huggingface_hub.
     Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
     """
     name = str(torch_dtype if torch_dtype is not None else dtype).removeprefix("torch.")
-    opened = open_pretrained(path_or_name, cls.weights_prefix, name, **hub)
+    from .model import OPTAttention  # which takes these functions from here
+
+    elsewhere = torch.device(device or "cpu").type != "cpu"
+    opened = open_pretrained(path_or_name, cls.weights_prefix, name, copied=elsewhere, **hub)
     wanted = getattr(torch, opened.dtype)
     with torch.device("meta"):  # shapes without memory, and no random numbers
         model = cls(opened.config, attn_implementation=attn_implementation)
@@ -51,6 +54,9 @@ def from_pretrained(
         del array  # or it would be held while the next is read
     model.load_state_dict(state, strict=False, assign=True)  # strict: the table has checked already; lm_head is tied
     model.tie_weights()
+    for module in model.modules():
+        if isinstance(module, OPTAttention):
+            module.fuse()
     return model.eval()
 
 

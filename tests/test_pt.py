@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from opt_common.config import OPTConfig
 from opt_pt import OPTForCausalLM, OPTModel
+from opt_pt.attention import dense, sdpa
 
 
 @pytest.fixture
@@ -63,14 +66,133 @@ def test_attention_implementations(tiny, ids):
     folder, _ = tiny("350m")
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
+    model = OPTForCausalLM.from_pretrained(folder, attn_implementation="eager")
     with torch.no_grad():
-        sdpa, eager = (
-            OPTForCausalLM.from_pretrained(folder, attn_implementation=name)(ids, mask).logits
-            for name in ("sdpa", "eager")
-        )
-    assert torch.allclose(sdpa[mask == 1], eager[mask == 1], atol=5e-5)
-    with pytest.raises(ValueError, match="attn_implementation: found 'fast', wanted one of eager, sdpa"):
-        OPTForCausalLM.from_pretrained(folder, attn_implementation="fast")
+        eager = model(ids, mask).logits
+        model.set_attn_implementation("sdpa")
+        fused = model(ids, mask).logits
+    assert torch.allclose(fused[mask == 1], eager[mask == 1], atol=5e-5) and not torch.equal(fused, eager)
+    wanted = "attn_implementation: found 'fast', wanted one of eager, sdpa, flash_attention_2"
+    for choose in (model.set_attn_implementation, lambda name: OPTModel(model.config, attn_implementation=name)):
+        with pytest.raises(ValueError, match=wanted):
+            choose("fast")
+    assert torch.equal(model(ids, mask).logits, fused), "a refused choice changes nothing"
+
+
+def test_flash_attention_2_where_it_cannot_run(tiny, ids, monkeypatch):
+    """An error that says which and what to do; never another implementation in its place."""
+    folder, _ = tiny()
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed
+    with pytest.raises(ImportError, match="'flash_attention_2' needs the flash-attn package, which is not"):
+        OPTForCausalLM.from_pretrained(folder, attn_implementation="flash_attention_2")
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    model = OPTForCausalLM.from_pretrained(folder, attn_implementation="flash_attention_2", dtype="float16")
+    with pytest.raises(ValueError, match="'flash_attention_2' cannot run: the model is on cpu; move it to a GPU"):
+        model(ids)
+    with pytest.raises(ValueError, match="cannot run"):
+        model.generate(ids, max_new_tokens=2)
+
+
+class FlashAttn(types.ModuleType):
+    """flash-attn's three functions as its documentation describes them, in plain PyTorch: queries are the last of their
+    keys. How the kernels themselves compute is judged on a GPU (test_gpu.py)."""
+
+    def __init__(self) -> None:
+        super().__init__("flash_attn")
+        self.lengths: list[list[int]] = []
+
+    def flash_attn_func(self, q, k, v, dropout_p=0.0, causal=False):
+        assert causal and not dropout_p
+        return sdpa(q, k, v, dense(None, k.shape[1] - q.shape[1], q.shape[1], q.device), 0.0)[0]
+
+    def flash_attn_with_kvcache(self, q, k, v, causal=False):
+        return self.flash_attn_func(q, k, v, causal=causal)
+
+    def flash_attn_varlen_func(self, q, k, v, starts_q, starts_k, longest_q, longest_k, dropout_p=0.0, causal=False):
+        assert starts_q.dtype == starts_k.dtype == torch.int32
+        assert (longest_q, longest_k) == (starts_q.diff().max(), starts_k.diff().max())
+        assert (len(q), len(k)) == (starts_q[-1], starts_k[-1])
+        self.lengths.append(starts_k.diff().tolist())
+        documents = zip(starts_q.diff().tolist(), starts_k.diff().tolist(), strict=True)
+        parts = zip(documents, starts_q[:-1].tolist(), starts_k[:-1].tolist(), strict=True)
+        return torch.cat([
+            self.flash_attn_func(q[None, a : a + n], k[None, b : b + m], v[None, b : b + m], causal=True)[0]
+            if n else q[:0]
+            for (n, m), a, b in parts
+        ])  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["left", "right", "holes", "packed", "packed and padded", "empty row half"])
+@pytest.mark.parametrize("config", ["pre-norm", "350m"])
+def test_padding_is_taken_out_once(tiny, ids, layout, config, monkeypatch):
+    """With flash_attention_2 real tokens alone go through the layers; the answers are those of sdpa, also in pieces
+    through the cache."""
+    folder, _ = tiny(config)
+    mask, positions = torch.ones_like(ids), None
+    if layout in ("left", "packed and padded"):
+        mask[0, :5] = 0
+    if layout == "right":
+        mask[1, 7:] = 0
+    if layout == "holes":
+        mask[0, [0, 3, 4, 9]] = mask[1, 6] = 0
+    if layout == "empty row half":  # where the first, or the second, piece of a row has nothing in it
+        mask[0, :6] = mask[1, 6:] = 0
+    if "packed" in layout:
+        positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 6, 0, 0, 1, 2, 3]])
+    real = mask == 1
+    model = OPTForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        wanted = model(ids, mask, positions, output_hidden_states=True)
+        module = FlashAttn()
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        monkeypatch.setattr("opt_pt.model.check_flash", lambda device, dtype: None)
+        model.set_attn_implementation("flash_attention_2")
+        sizes = []
+        hook = model.model.decoder.layers[0].register_forward_hook(lambda layer, x, out: sizes.append(out[0].shape[:2]))
+        found = model(ids, mask, positions, output_hidden_states=True)
+        assert sizes == [(1, int(real.sum()))]
+        assert all(lengths == module.lengths[0] for lengths in module.lengths)
+        hook.remove()
+        for a, b in zip((found.logits, *found.hidden_states), (wanted.logits, *wanted.hidden_states), strict=True):
+            assert torch.allclose(a[real], b[real], atol=5e-5)
+        cache, pieces = model.init_cache(2, 12), []
+        for begin, end in ((0, 6), (6, 11), (11, 12)):
+            piece = None if positions is None else positions[:, begin:end]
+            out = model(ids[:, begin:end], mask[:, :end], piece, past_key_values=cache)
+            pieces.append(out.logits)
+        assert torch.allclose(torch.cat(pieces, dim=1)[real], wanted.logits[real], atol=5e-5)
+
+
+def test_q_k_and_v_lie_side_by_side(tiny, ids):
+    """For one product; whatever is done to the three, the answer is theirs."""
+    folder, _ = tiny()
+
+    def whole(model):
+        return [layer.self_attn.qkv() is not None for layer in model.model.decoder.layers]
+
+    def answers(model):
+        with torch.no_grad():
+            fused = model(ids).logits
+        return fused, model(ids).logits.detach()  # with gradients the three are computed apart
+
+    model = OPTForCausalLM.from_pretrained(folder)
+    for made in (model, OPTForCausalLM(model.config), copy.deepcopy(model).double(), copy.deepcopy(model).bfloat16()):
+        assert whole(made) == [True] * 3
+    assert torch.allclose(*answers(model), atol=2e-5)
+    before, attention = model(ids).logits.detach(), model.model.decoder.layers[1].self_attn
+    with torch.no_grad():
+        attention.k_proj.weight[3] += 1  # in place: the whole sees it
+    assert whole(model) == [True] * 3
+    changed = answers(model)
+    assert torch.allclose(*changed, atol=2e-5) and not torch.allclose(changed[0], before, atol=1e-2)
+    attention.v_proj.weight = torch.nn.Parameter(attention.v_proj.weight.detach() * 2)  # another one
+    assert whole(model) == [True, False, True]
+    again = answers(model)
+    assert torch.allclose(*again, atol=2e-5) and not torch.allclose(again[0], changed[0], atol=1e-2)
+    attention.q_proj.register_forward_hook(lambda module, x, out: out * 0)
+    assert not torch.allclose(answers(model)[0], again[0], atol=1e-2)
+    model.load_state_dict(OPTForCausalLM.from_pretrained(folder).state_dict())
+    assert whole(model) == [True, False, True]
 
 
 def test_compiles_in_one_graph(tiny, ids):
@@ -101,7 +223,7 @@ def test_dropout_is_where_the_paper_has_it(tiny, ids):
         layer.fc2.bias.fill_(1.0)
         layer.self_attn.out_proj.weight.zero_()
         layer.self_attn.out_proj.bias.zero_()
-        added = layer(x, None, None, False)[0] - x
+        added = layer(x, sdpa, None, None)[0] - x
     assert abs(float((added == 0).float().mean()) - 0.1) < 0.02
 
 

@@ -1,0 +1,252 @@
+"""What the GPU benchmarks share: the two systems over one set of random weights, and how a call is timed."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from opt_common.config import OPTConfig
+from opt_common.weights import parameter_count
+from opt_pt import OPTForCausalLM
+
+THEIRS = ("eager", "sdpa", "flash_attention_2")
+STARTED = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The real shapes in float16 on the GPU; or, with `smoke`, tiny models on the CPU, which only prove the code."""
+
+    smoke: bool = False
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.smoke else "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.smoke else torch.float16
+
+    def config(self, size: str) -> OPTConfig:
+        if not self.smoke:
+            return OPTConfig.from_size(size)
+        small = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 256}
+        return OPTConfig.from_size(size, **small, **({"word_embed_proj_dim": 32} if size == "350m" else {}))
+
+    def length(self, tokens: int) -> int:
+        return max(2, tokens // 32) if self.smoke else tokens
+
+    def repeats(self, times: int) -> int:
+        return 1 if self.smoke else times
+
+    def tokens(self, size: str, B: int, S: int) -> Tensor:
+        """[B, S] random words, the special ids not among them."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        shape = (B, self.length(S))
+        return torch.randint(4, self.config(size).vocab_size, shape, generator=generator, device=self.device)
+
+    def synchronize(self) -> None:
+        if not self.smoke:
+            torch.cuda.synchronize()
+
+    def free(self) -> None:
+        """Give back what PyTorch holds but no tensor uses."""
+        gc.collect()
+        if not self.smoke:
+            torch.cuda.empty_cache()
+
+
+def build_ours(setup: Setup, size: str) -> OPTForCausalLM:
+    """Random weights, N(0, 0.02²), drawn where they are to lie."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(setup.dtype)
+    try:
+        with torch.device(setup.device):
+            return OPTForCausalLM(setup.config(size)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_theirs(setup: Setup, ours: OPTForCausalLM) -> Any:
+    """transformers' model over the same weights, not a copy of them. No token ends its `generate`."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    values = ours.config.to_dict() | {"eos_token_id": None, "dtype": setup.dtype}
+    with torch.device("meta"):
+        theirs = transformers.OPTForCausalLM(transformers.OPTConfig(**values))
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    theirs.tie_weights()
+    theirs.generation_config = transformers.GenerationConfig(pad_token_id=ours.config.pad_token_id)
+    assert theirs.lm_head.weight.data_ptr() == ours.lm_head.weight.data_ptr(), "the weights were copied"
+    return theirs.eval()
+
+
+def build(setup: Setup, size: str) -> tuple[OPTForCausalLM, Any]:
+    """Ours and theirs. Raises if they answer differently: the time of a wrong answer is worth nothing."""
+    say(f"opt-{size}: random weights, and transformers' model over them")
+    ours = build_ours(setup, size)
+    theirs = build_theirs(setup, ours)
+    ids = setup.tokens(size, 2, 64)
+    want, got = (forward(model, ids).float() for model in (theirs, ours))
+    error = ((got - want).norm() / want.norm()).item()
+    if not error < 2e-2:
+        raise RuntimeError(f"opt-{size}: the logits of the two systems differ by {error:.1e} of their norm")
+    return ours, theirs
+
+
+def forward(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """All logits, no cache."""
+    with torch.inference_mode():
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+def event_ms(setup: Setup, run: Callable[[], Any]) -> float:
+    """One call by CUDA events, from an idle device until its work is done: what its caller would wait for."""
+    if setup.smoke:
+        return wall_ms(setup, run)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def wall_ms(setup: Setup, run: Callable[[], Any]) -> float:
+    """One call by the host's clock, from an idle device until its work is done."""
+    setup.synchronize()
+    start = time.perf_counter()
+    run()
+    setup.synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing to time: a model, the attention it is to use, and the call."""
+
+    model: Any
+    attention: str
+    run: Callable[[], Any]
+
+
+def forward_arms(ours: Any, theirs: Any, attention: list[str], ids: Tensor) -> dict[str, Arm]:
+    """The forward pass of transformers with each attention, and of ours with those given."""
+    systems = [("transformers", theirs, name) for name in THEIRS] + [("ours", ours, name) for name in attention]
+    return {f"{who} {name}": Arm(model, name, lambda m=model: forward(m, ids)) for who, model, name in systems}
+
+
+def in_turns(
+    setup: Setup, arms: dict[str, Arm], budget_ms: float = 400, least: int = 5, most: int = 20
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The median milliseconds of each arm, and why an arm did not run.
+
+    After a call that is not counted, each arm gets the repeats that fit its budget, `least` to `most`, or 3 if one
+    takes over 200 ms. They go round in turns, so that clocks and heat are the same for all.
+    """
+    repeats: dict[str, int] = {}
+    times: dict[str, list[float]] = {}
+    not_run: dict[str, str] = {}
+    setup.free()  # what the last arms left would otherwise be in the way of the largest; not again until all is timed
+    for name, arm in arms.items():
+        try:
+            arm.model.set_attn_implementation(arm.attention)
+            arm.run()
+            once = event_ms(setup, arm.run)
+        except Exception as error:  # one arm that cannot run must not cost the others
+            not_run[name] = reason(error)
+            continue
+        repeats[name] = setup.repeats(3 if once > 200 else max(least, min(most, int(budget_ms / once))))
+        times[name] = [once]
+    for i in range(1, max(repeats.values(), default=0)):
+        for name in times:
+            if i < repeats[name]:
+                arms[name].model.set_attn_implementation(arms[name].attention)
+                times[name].append(event_ms(setup, arms[name].run))
+    return {name: statistics.median(values) for name, values in times.items()}, not_run
+
+
+def flops(config: OPTConfig, B: int, S: int) -> int:
+    """Of a forward pass: 2 x parameters x tokens (a tied head counts, the position table does not), and causal
+    attention, 2 x layers x B x S² x hidden."""
+    H = config.hidden_size
+    parameters = parameter_count(config) - (config.max_position_embeddings + 2) * H
+    return 2 * parameters * B * S + 2 * config.num_hidden_layers * B * S * S * H
+
+
+def machine(setup: Setup) -> dict[str, Any]:
+    """The GPU, the versions and the date, to stand above every number."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "driver": None}
+    for name in ("torch", "triton", "transformers", "flash-attn"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        versions["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "device": "CPU, smoke run: no number means anything" if setup.smoke else torch.cuda.get_device_name(),
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+    }
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(f"{time.perf_counter() - STARTED:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
+def over(a: float | None, b: float | None) -> float | None:
+    """a / b, or None where either is missing."""
+    return None if a is None or not b else a / b
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """Rows as a table, headed by their keys; below it, what did not run and why."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "not_run"))
+    table = Table(title=title, title_justify="left")
+    notes = [f"not run: {name}: {why}" for row in rows for name, why in row.get("not_run", {}).items()]
+    for key in keys:
+        words = all(isinstance(row.get(key), str | None) for row in rows)
+        heading = key.replace("flash_attention_2", "FA2").replace("_", " ")
+        table.add_column(heading, justify="left" if words else "right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(key)) for key in keys))
+    console.print(table if keys else title)
+    for note in dict.fromkeys(notes):
+        console.print(note, markup=False, highlight=False)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    places = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
+    return f"{value:,.{places}f}"

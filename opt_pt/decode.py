@@ -1,0 +1,274 @@
+"""One token a row, as fast as the GPU reads the weights: the model's step as a row of hand-written kernels.
+
+B rows   E embedding width   H hidden   F feed-forward   S slots   V vocabulary
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache import KVCache
+
+if TYPE_CHECKING:
+    from .generate import Text
+    from .model import OPTAttention, OPTForCausalLM
+
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
+
+CHUNKS = 16  # programs that share the search for a row's likeliest token
+
+
+def _power(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def can_step(model: OPTForCausalLM, device: torch.device) -> bool:
+    """Whether `Step` computes what this model does: half precision on an NVIDIA GPU of compute capability 8.0 or more,
+    in eval mode, and every module one of this package's own or PyTorch's, without hooks (an adapter such as LoRA is
+    another module, and runs module by module)."""
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    if model.training or {p.dtype for p in model.parameters()} not in ({torch.float16}, {torch.bfloat16}):
+        return False
+    for module in model.modules():
+        own = type(module).__module__.startswith("opt_pt.")
+        plain = type(module) in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.ModuleList)
+        if not (own or plain) or module._forward_hooks or module._forward_pre_hooks:
+            return False
+    return True
+
+
+def parts(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, linear.bias
+
+
+def joined(attention: OPTAttention) -> tuple[Tensor, Tensor | None]:
+    """q, k and v in one matrix, copied."""
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    bias = None if linears[0].bias is None else torch.cat([f.bias for f in linears])
+    return torch.cat([f.weight for f in linears]), bias
+
+
+# The shapes of the kernels' tiles are those that were fastest at opt-350m's and opt-2.7b's sizes on an H100, of about
+# fifteen tried for each product (benchmarks/NOTES.md)
+
+
+def tiles_one(M: int, K: int) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_K and warps of `linear_one`."""
+    if M >= 32768:  # the head
+        return 4, min(512, _power(K)), 2
+    if K <= 1024:
+        return 2, _power(K), 2
+    if M <= 4096:
+        return (2, 2048, 4) if K <= 4096 else (4, 1024, 4)
+    return (16, 256, 4) if M <= 8192 else (4, 512, 4)  # 8192: all programs of 16 rows run at once
+
+
+def tiles_many(B: int, M: int, K: int, shared: int) -> tuple[int, int, int, int, int, int]:
+    """BLOCK_B, BLOCK_M, BLOCK_K, warps, pipeline stages and early tiles of `linear_many`, which has `shared` bytes of
+    shared memory."""
+    block_b, block_m, block_k = min(64, max(16, _power(B))), 64, min(128, max(16, _power(K)))
+    stages, early = (3, 2) if M > 8192 else (6, 0)  # two programs a multiprocessor, where there are enough of them
+    room = shared - 2 * early * block_m * block_k - 2048
+    stages = max(2, min(stages, room // (2 * block_k * (block_b + block_m))))
+    return block_b, block_m, block_k, 4, stages, early
+
+
+def tiles_attend(B: int, N: int, slots: int) -> tuple[int, int, int]:
+    """BLOCK_S, warps and SPLITS of `attend`."""
+    if B * N >= 256:
+        return 32, 4, 1
+    return (64, 8, 1) if slots <= 512 else (32, 4, min(16, _power(-(-slots // 128))))
+
+
+class Step:
+    """token [B] -> logits [B, V], each call one slot further in the cache. Nothing is allocated and nothing waits, so
+    that a call can be captured as a CUDA graph.
+
+    mask: [B, cache.length], what of the cache is not padding; position: [B], where the next token stands; token: [B],
+    int64, the tensor that holds it at each call.
+    """
+
+    def __init__(self, model: OPTForCausalLM, cache: KVCache, mask: Tensor, position: Tensor, token: Tensor) -> None:
+        from . import kernels  # Triton comes with PyTorch for NVIDIA GPUs, and is not there elsewhere
+
+        self.kernels, self.model, self.cache = kernels, model, cache
+        config, device, dtype = model.config, mask.device, cache.k[0].dtype
+        self.config = config
+        B, H = mask.shape[0], config.hidden_size
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        self.B, self.slots = B, cache.slots
+        self.token, self.position = token, position.to(torch.int32)
+        self.slot = torch.full((B,), cache.length, device=device, dtype=torch.int32)  # one number; a row counts its own
+        self.visible = torch.zeros(B, cache.slots, device=device, dtype=torch.uint8)
+        self.visible[:, : cache.length] = mask
+        self.words, self.place = empty(B, config.embed_dim), empty(B, H)
+        self.x, self.y, self.q, self.attended = (empty(B, H) for _ in range(4))
+        self.between, self.logits = empty(B, config.ffn_dim), empty(B, config.vocab_size)
+        self.normed = empty(B, max(H, config.embed_dim))
+        self.narrow = empty(B, config.embed_dim)
+        N, D = config.num_attention_heads, _power(config.head_dim)
+        self.block, self.warps, self.splits = tiles_attend(B, N, cache.slots)
+        self.partial = empty(B, N, self.splits, 2 + D, dtype=torch.float32)
+        self.arrived = torch.zeros(B, N, device=device, dtype=torch.int32)
+        self.best, self.where = empty(B, CHUNKS, dtype=torch.float32), empty(B, CHUNKS, dtype=torch.int32)
+        hopper, self.shared = False, 1 << 17
+        if device.type == "cuda":
+            hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+            self.shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        # side by side in memory, unless a parameter was replaced since
+        self.layers: list[Any] = list(model.model.decoder.layers)
+        self.qkv = [layer.self_attn.qkv() or joined(layer.self_attn) for layer in self.layers]
+        # what the kernels are compiled for
+        self.variant = (config.to_json(), B, self.block, self.splits, dtype, device)
+        self.pdl = hopper
+        self.compiling = False
+
+    def __call__(self) -> Tensor:
+        """The logits [B, V] of `token`; the buffer is written again by the next call.
+
+        Between two calls the device must come to a stop, as it does between two launches of a graph: kernels of one
+        call read, before they wait, what `keep` wrote behind the call before."""
+        decoder, pre_norm = self.model.model.decoder, self.config.do_layer_norm_before
+        E, H = self.config.embed_dim, self.config.hidden_size
+        x, y = self.x, self.y
+        self._run(
+            self.kernels.embed, (self.B,),
+            self.token, self.position, self.slot, decoder.embed_tokens.weight, decoder.embed_positions.weight,
+            x if E == H else self.words, self.place, self.visible, self.slots,
+            E=E, H=H, BLOCK=_power(max(E, H)), PDL=self.pdl,
+        )  # fmt: skip
+        if decoder.project_in is not None:
+            self._linear(self.words, parts(decoder.project_in), x, residual=self.place)
+
+        # In a post-norm model x is kept as it was before its last norm, and each reader norms it
+        last: nn.LayerNorm | None = None
+        for i, layer in enumerate(self.layers[:2] if self.compiling else self.layers):  # two: all that differ
+            attention = layer.self_attn
+            norm = layer.self_attn_layer_norm if pre_norm else last
+            self._linear(x, self.qkv[i], self.q, norm=norm, layer=i)
+            self._attend(i)
+            self._linear(self.attended, parts(attention.out_proj), y, residual=x, residual_norm=last)
+            if not pre_norm:
+                last = layer.self_attn_layer_norm
+            norm = layer.final_layer_norm if pre_norm else last
+            self._linear(y, parts(layer.fc1), self.between, norm=norm, activation=self.config.activation_function)
+            self._linear(self.between, parts(layer.fc2), x, residual=y, residual_norm=last)
+            if not pre_norm:
+                last = layer.final_layer_norm
+        last = decoder.final_layer_norm if pre_norm else last
+        if decoder.project_out is not None:
+            self._linear(x, parts(decoder.project_out), self.narrow, norm=last)
+            x, last = self.narrow, None
+        self._linear(x, parts(self.model.lm_head), self.logits, norm=last)
+        return self.logits
+
+    def keep(self, text: Text, chosen: Tensor | None) -> None:
+        """Keep `chosen` [B], or the likeliest of the logits if None, as the next token, and go one slot further."""
+        V, greedy = self.config.vocab_size, chosen is None
+        self._run(
+            self.kernels.keep, (self.B, CHUNKS if greedy else 1),
+            self.logits, self.token if chosen is None else chosen, text.is_eos, self.best, self.where, self.arrived,
+            text.token, text.tokens, text.done, text.step, self.position, self.slot, text.tokens.shape[1],
+            text.settings.pad_token_id, V=V, GREEDY=greedy, CHUNKS=CHUNKS if greedy else 1,
+            BLOCK=_power(-(-V // CHUNKS)), PDL=self.pdl, num_warps=4,
+        )  # fmt: skip
+
+    def compile(self, text: Text, greedy: bool) -> None:
+        """Compile the kernels of a call and of `keep`, all at the same time. Without it each is compiled at its first
+        launch, one after the other."""
+        import triton
+
+        if not hasattr(triton, "AsyncCompileMode"):  # before Triton 3.5
+            return
+        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+            self.compiling = True
+            self()
+            self.keep(text, None if greedy else self.token)
+            self.compiling = False
+
+    def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        if self.pdl:
+            constants["launch_pdl"] = True
+        if self.compiling:
+            kernel.warmup(*arguments, grid=grid, **constants)
+        else:
+            kernel[grid](*arguments, **constants)
+
+    def _linear(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, Tensor | None],
+        out: Tensor,
+        norm: nn.LayerNorm | None = None,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        residual_norm: nn.LayerNorm | None = None,
+        layer: int | None = None,
+    ) -> None:
+        """out = act(norm(x) wᵀ + b) + residual_norm(residual). With `layer`, w is q, k and v in one, and k and v go to
+        that layer's cache."""
+        (w, b), qkv = weights, layer is not None
+        M, K = w.shape
+        name = ACTIVATIONS.get(activation, activation) if activation else "none"
+        k, v = (self.cache.k[layer], self.cache.v[layer]) if layer is not None else (out, out)
+        affine = self.config.layer_norm_elementwise_affine
+        b = w if b is None else b  # anything that is a pointer: it is not read
+        H = self.config.hidden_size
+        if self.B == 1:
+            BLOCK_M, BLOCK_K, warps = tiles_one(M, K)
+            gain, shift = (norm.weight, norm.bias) if norm is not None and affine else (x, x)
+            r_norm = residual_norm if affine else None
+            r_gain, r_shift = (r_norm.weight, r_norm.bias) if r_norm is not None else (x, x)
+            self._run(
+                self.kernels.linear_one, (-(-M // BLOCK_M),),
+                x, w, b, out, k, v, self.slot, gain, shift, x if residual is None else residual, r_gain, r_shift,
+                K=K, M=M, H=H, NORM=norm is not None, AFFINE=affine, BIAS=weights[1] is not None, ACTIVATION=name,
+                RESIDUAL=0 if residual is None else 1 if residual_norm is None else 2, QKV=qkv,
+                BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_X=_power(K), BLOCK_R=_power(H), PDL=self.pdl,
+                num_warps=warps,
+            )  # fmt: skip
+            return
+        if norm is not None:
+            gain, shift = (norm.weight, norm.bias) if affine else (x, x)
+            self._run(
+                self.kernels.norm,
+                (self.B,),
+                x,
+                gain,
+                shift,
+                self.normed,
+                K=K,
+                AFFINE=affine,
+                BLOCK=_power(K),
+                PDL=self.pdl,
+                num_warps=8,
+            )
+            x = self.normed
+        if residual is not None and residual_norm is not None:
+            residual = self.normed  # it was normed for the product before this one, and is there still
+        BLOCK_B, BLOCK_M, BLOCK_K, warps, stages, early = tiles_many(self.B, M, K, self.shared)
+        self._run(
+            self.kernels.linear_many, (-(-M // BLOCK_M), -(-self.B // BLOCK_B)),
+            x, w, b, out, k, v, self.slot, x if residual is None else residual, self.B, self.slots,
+            K=K, M=M, H=H, BIAS=weights[1] is not None, ACTIVATION=name, RESIDUAL=residual is not None, QKV=qkv,
+            BLOCK_B=BLOCK_B, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, STAGES=stages, EARLY=early, PDL=self.pdl,
+            num_warps=warps,
+        )  # fmt: skip
+
+    def _attend(self, layer: int) -> None:
+        N, D = self.config.num_attention_heads, self.config.head_dim
+        self._run(
+            self.kernels.attend, (N, self.B, self.splits),
+            self.q, self.cache.k[layer], self.cache.v[layer], self.visible, self.slot, self.attended,
+            self.partial, self.arrived, self.slots, D**-0.5,
+            N=N, D=D, SPLITS=self.splits, BLOCK_D=_power(D), BLOCK_S=self.block, PDL=self.pdl, num_warps=self.warps,
+        )  # fmt: skip

@@ -1,0 +1,121 @@
+"""The decoding step's Triton kernels, in Triton's interpreter where there is no GPU: what they compute, not how fast.
+
+Judged by transformers in float64, one token after another over its own cache.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import opt_pt.generate
+from conftest import CONFIGS, SMALL, make_reference
+from opt_common.config import OPTConfig
+from opt_pt import OPTForCausalLM
+from opt_pt.decode import Step
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the compiled kernels")
+
+HALF = torch.float16
+ODD = {"hidden_size": 160, "num_attention_heads": 2, "ffn_dim": 144}  # no power of two; heads of 80, as in 2.7b
+
+
+def models(**changes) -> tuple[OPTForCausalLM, transformers.OPTForCausalLM]:
+    """Ours in half precision, and transformers' with the same weights in float64."""
+    reference = make_reference(init_std=0.15, num_hidden_layers=2, **changes).to(HALF)
+    ours = OPTForCausalLM(OPTConfig.from_dict(reference.config.to_dict())).to(HALF).eval()
+    ours.load_state_dict(reference.state_dict())
+    return ours, reference.double()
+
+
+def padded(B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left padding in the first row and a hole in the last."""
+    ids, mask = torch.randint(3, SMALL["vocab_size"], (B, T)), torch.ones(B, T, dtype=torch.long)
+    mask[0, :3] = mask[-1, 4] = 0
+    return ids.masked_fill(mask == 0, 1), mask
+
+
+def excess(
+    ours: OPTForCausalLM,
+    reference: transformers.OPTForCausalLM,
+    B: int,
+    T: int,
+    new: int = 2,
+    plain: OPTForCausalLM | None = None,
+) -> float:
+    """The error of the steps after a prompt, ‖Δ‖, over that of the forward (of `plain`, or of the same model)."""
+    torch.manual_seed(1)
+    ids, mask = padded(B, T)
+    texts = torch.cat([ids, torch.randint(3, SMALL["vocab_size"], (B, new))], dim=1)
+    seen = torch.cat([mask, torch.ones(B, new, dtype=torch.long)], dim=1)
+    with torch.inference_mode():
+        wanted = reference(texts, attention_mask=seen, use_cache=False).logits[:, T:]
+        forward = (plain or ours)(texts, seen).logits[:, T:].double()
+        cache = ours.init_cache(B, T + new)
+        ours.model(ids, mask, past_key_values=cache)
+        token = torch.empty(B, dtype=torch.long)
+        step, found = Step(ours, cache, mask, mask.sum(dim=1), token), []
+        for i in range(new):
+            token.copy_(texts[:, T + i])
+            found.append(step().double().clone())
+            step.position += 1
+            step.slot += 1
+    return float((torch.stack(found, dim=1) - wanted).norm() / (forward - wanted).norm())
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs one after the other."""
+    monkeypatch.setattr("opt_pt.decode.tiles_one", lambda M, K: (64, 32, 4))
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("config", [*CONFIGS, "odd"])
+def test_a_step_is_as_exact_as_the_forward(config, B):
+    ours, reference = models(**(ODD if config == "odd" else CONFIGS[config]))
+    assert excess(ours, reference, B, 9) < 1.5  # they round at different places
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("name", ["self_attn.v_proj.weight", "fc2.bias", "final_layer_norm.weight"])
+def test_a_disturbed_weight_shows(name, B):
+    ours, reference = models()
+    changed = copy.deepcopy(ours)
+    with torch.no_grad():
+        changed.model.decoder.layers[1].get_parameter(name)[5] += 0.2
+    assert excess(changed, reference, B, 9, plain=ours) > 3
+
+
+def test_a_long_cache_is_shared_out(monkeypatch):
+    """Among several programs a head, of which the last to arrive sums up."""
+    monkeypatch.setattr("opt_pt.decode.tiles_attend", lambda B, N, slots: (16, 4, 4))
+    ours, reference = models(max_position_embeddings=256)
+    assert excess(ours, reference, 2, 150) < 1.5
+
+
+def test_generate(monkeypatch):
+    """Every step through the kernels gives the texts of the plain loop; without a GPU there is no graph."""
+    ours, _ = models()
+    ids, mask = padded(3, 7)
+    eos = ours.generate(ids, mask, max_new_tokens=9)[range(3), [9, 11, 14]].tolist()
+    calls = [
+        {},
+        {"eos_token_id": eos},
+        {"eos_token_id": eos, "min_new_tokens": 5},
+        {"eos_token_id": []},
+        {"do_sample": True, "seed": 1, "top_k": 5, "top_p": 0.9},
+        {"do_sample": True, "seed": 2, "top_k": 0, "temperature": 3.0},
+    ]
+    plain = [ours.generate(ids, mask, max_new_tokens=9, **call) for call in calls]
+    used = []
+    monkeypatch.setattr(opt_pt.generate, "can_step", lambda model, device: True)
+    monkeypatch.setattr(opt_pt.generate, "_captured", lambda turn, rng: used.append(turn) or turn)
+    monkeypatch.setattr(Step, "compile", lambda *arguments: None)
+    for call, wanted in zip(calls, plain, strict=True):
+        assert torch.equal(ours.generate(ids, mask, max_new_tokens=9, **call), wanted), call
+    assert len(used) == len(calls)
+    assert plain[1].shape[1] < plain[0].shape[1], "no case ended early"
