@@ -165,9 +165,11 @@ class OPTDecoder(nn.Module):
         super().__init__()
         E, H = config.embed_dim, config.hidden_size
         self.config, self.attn_implementation = config, attn_implementation
-        # padding_idx: the padding row takes no gradient from its own look-up
-        self.embed_tokens = nn.Embedding(config.vocab_size, E, padding_idx=config.pad_token_id)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings + 2, H)
+        # padding_idx: the padding row takes no gradient from its own look-up. _weight: nothing is drawn twice, nor on
+        # the meta device, where drawing imports half of PyTorch's compiler
+        words, positions = torch.empty(config.vocab_size, E), torch.empty(config.max_position_embeddings + 2, H)
+        self.embed_tokens = nn.Embedding(*words.shape, padding_idx=config.pad_token_id, _weight=words)
+        self.embed_positions = nn.Embedding(*positions.shape, _weight=positions)
         self.project_in = nn.Linear(E, H, bias=False) if config.projects_embeddings else None
         self.project_out = nn.Linear(H, E, bias=False) if config.projects_embeddings else None
         self.layers = nn.ModuleList(OPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -389,8 +391,9 @@ class OPTForCausalLM(nn.Module):
 
 @torch.no_grad()
 def _init_weights(module: nn.Module, config: OPTConfig) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        module.weight.normal_(0.0, config.init_std)
+    if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
+        return
+    module.weight.normal_(0.0, config.init_std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         module.bias.zero_()
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
