@@ -167,9 +167,9 @@ class OPTDecoder(nn.Module):
         self.config, self.attn_implementation = config, attn_implementation
         # padding_idx: the padding row takes no gradient from its own look-up. _weight: nothing is drawn twice, nor on
         # the meta device, where drawing imports half of PyTorch's compiler
-        words, positions = torch.empty(config.vocab_size, E), torch.empty(config.max_position_embeddings + 2, H)
-        self.embed_tokens = nn.Embedding(*words.shape, padding_idx=config.pad_token_id, _weight=words)
-        self.embed_positions = nn.Embedding(*positions.shape, _weight=positions)
+        V, P = config.vocab_size, config.max_position_embeddings + 2
+        self.embed_tokens = nn.Embedding(V, E, padding_idx=config.pad_token_id, _weight=torch.empty(V, E))
+        self.embed_positions = nn.Embedding(P, H, _weight=torch.empty(P, H))
         self.project_in = nn.Linear(E, H, bias=False) if config.projects_embeddings else None
         self.project_out = nn.Linear(H, E, bias=False) if config.projects_embeddings else None
         self.layers = nn.ModuleList(OPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
