@@ -117,6 +117,19 @@ def forward(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
+def captured(model: Any, ids: Tensor) -> Callable[[], Tensor]:
+    """`forward` as a CUDA graph, made at the first call."""
+    replay: list[Callable[[Tensor], Tensor]] = []
+
+    def run() -> Tensor:
+        if not replay:
+            with torch.no_grad():
+                replay.append(torch.cuda.make_graphed_callables(lambda x: model(x, use_cache=False).logits, (ids,)))
+        return replay[0](ids)
+
+    return run
+
+
 def event_ms(setup: Setup, run: Callable[[], Any]) -> float:
     """One call by CUDA events, from an idle device until its work is done: what its caller would wait for."""
     if setup.smoke:

@@ -60,22 +60,34 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> tuple[T
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> tuple[Tensor, None]:
-    """The flash-attn package's kernels (Dao 2023, arXiv:2307.08691). With a Packing, q is [1, queries, N, D] and k and
-    v are [1, keys, N, D]."""
+    """The flash-attn package's kernels (Dao 2023, arXiv:2307.08691). With a Packing, q is [queries, N, D] and k and v
+    are [keys, N, D].
+
+    Where nothing is learnt they are called without the layer that autograd needs, which takes 50 us a call and imports
+    PyTorch's compiler, for seconds, at its first."""
     from flash_attn import (  # pyright: ignore[reportMissingImports]
         flash_attn_func,
         flash_attn_varlen_func,
         flash_attn_with_kvcache,
     )
 
-    if q.shape[1] == 0:  # every new token is padding
+    if q.numel() == 0:  # every new token is padding
         return q, None
+    learns = dropout > 0 or q.requires_grad or k.requires_grad or v.requires_grad
     if isinstance(view, Packing):
-        lengths = view.starts_q, view.starts_k, view.longest_q, view.longest_k
-        return flash_attn_varlen_func(q[0], k[0], v[0], *lengths, dropout_p=dropout, causal=True)[None], None
-    if q.shape[1] < k.shape[1] and not q.requires_grad:  # few queries: the keys are shared out among programs
-        return flash_attn_with_kvcache(q, k, v, causal=True), None
-    return flash_attn_func(q, k, v, dropout_p=dropout, causal=True), None
+        starts, longest = (view.starts_q, view.starts_k), (view.longest_q, view.longest_k)
+        if learns or torch.compiler.is_compiling() or q.shape[-1] % 8:
+            return flash_attn_varlen_func(q, k, v, *starts, *longest, dropout, causal=True), None
+        from flash_attn_2_cuda import varlen_fwd  # pyright: ignore[reportMissingImports]
+
+        out = varlen_fwd(
+            q, k, v, None, *starts, None, None, None, None, *longest,
+            0.0, q.shape[-1] ** -0.5, False, True, -1, -1, 0.0, False, None,
+        )  # fmt: skip
+        return out[0], None
+    if learns or torch.compiler.is_compiling():
+        return flash_attn_func(q, k, v, dropout, causal=True), None
+    return flash_attn_with_kvcache(q, k, v, causal=True), None
 
 
 IMPLEMENTATIONS = {"eager": eager, "sdpa": sdpa, "flash_attention_2": flash_attention_2}

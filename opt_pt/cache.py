@@ -36,16 +36,21 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """Write the new keys and values [B, T, N, D] of a layer behind the past ones; return all, [B, length + T, ...].
-        With a Packing they come as [1, queries, N, D] and all return as [1, keys, N, D].
+        With a Packing they come as [queries, N, D] and all return as [keys, N, D].
         `length` moves on once a call, when all layers are done."""
         if isinstance(view, Packing):
             all_k, all_v = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
-            all_k[view.slots], all_v[view.slots] = k[0], v[0]
-            return (all_k[view.keys][None], all_v[view.keys][None]) if self.length else (k, v)
+            all_k[view.slots], all_v[view.slots] = k, v
+            return (all_k[view.keys], all_v[view.keys]) if self.length else (k, v)
         end = self.length + k.shape[1]
         self.k[layer][:, self.length : end] = k
         self.v[layer][:, self.length : end] = v
         return self.k[layer][:, :end], self.v[layer][:, :end]
+
+
+def recording(device: torch.device) -> bool:
+    """Whether a call is being recorded, by torch.compile or as a CUDA graph, so that no value can be looked at."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def place(
@@ -64,7 +69,7 @@ def place(
     """
     past = cache.length if cache is not None else 0
     before = cache.segments if cache is not None else None
-    tracing = torch.compiler.is_compiling()
+    tracing = recording(device)
     if attention_mask is not None and before is None and not tracing and bool(attention_mask.all()):
         attention_mask = None  # a mask of ones is what tokenizers give when nothing is padded
 

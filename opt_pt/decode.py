@@ -6,7 +6,7 @@ B rows   E embedding width   H hidden   F feed-forward   S slots   V vocabulary
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +69,16 @@ def tiles_one(M: int, K: int) -> tuple[int, int, int]:
     return (16, 256, 4) if M <= 8192 else (4, 512, 4)  # 8192: all programs of 16 rows run at once
 
 
-def tiles_many(B: int, M: int, K: int, shared: int) -> tuple[int, int, int, int, int, int]:
-    """BLOCK_B, BLOCK_M, BLOCK_K, warps, pipeline stages and early tiles of `linear_many`, which has `shared` bytes of
-    shared memory."""
+def tiles_many(B: int, M: int, K: int, gpu: GPU) -> tuple[int, int, int, int, int, int, int]:
+    """BLOCK_B, BLOCK_M, BLOCK_K, warps, pipeline stages, early tiles and SPLITS of `linear_many`."""
     block_b, block_m, block_k = min(64, max(16, _power(B))), 64, min(128, max(16, _power(K)))
-    stages, early = (3, 2) if M > 8192 else (6, 0)  # two programs a multiprocessor, where there are enough of them
-    room = shared - 2 * early * block_m * block_k - 2048
+    # programs a multiprocessor: two, unless their tiles of x are so large that one with a longer pipeline does better
+    stages, early, programs, least = (3, 2, 2, 256) if block_b == 16 or M > 8192 else (6, 0, 1, 512)
+    room = gpu.shared - 2 * early * block_m * block_k - 2048
     stages = max(2, min(stages, room // (2 * block_k * (block_b + block_m))))
-    return block_b, block_m, block_k, 4, stages, early
+    tiles = -(-M // block_m) * -(-B // block_b)
+    splits = max(1, min(programs * gpu.multiprocessors // tiles, K // least, 12))
+    return block_b, block_m, block_k, 4, stages, early, splits
 
 
 def tiles_attend(B: int, N: int, slots: int) -> tuple[int, int, int]:
@@ -84,6 +86,22 @@ def tiles_attend(B: int, N: int, slots: int) -> tuple[int, int, int]:
     if B * N >= 256:
         return 32, 4, 1
     return (64, 8, 1) if slots <= 512 else (32, 4, min(16, _power(-(-slots // 128))))
+
+
+class GPU(NamedTuple):
+    """What the shapes of tiles depend on: multiprocessors, bytes of shared memory that a program may have, and whether
+    a kernel may start before the one before it ends (Hopper and later)."""
+
+    multiprocessors: int
+    shared: int
+    early_start: bool
+
+    @classmethod
+    def of(cls, device: torch.device) -> GPU:
+        if device.type != "cuda":
+            return cls(8, 1 << 17, False)  # Triton's interpreter
+        properties, capability = torch.cuda.get_device_properties(device), torch.cuda.get_device_capability(device)
+        return cls(properties.multi_processor_count, properties.shared_memory_per_block_optin, capability >= (9, 0))
 
 
 class Step:
@@ -120,17 +138,17 @@ class Step:
         self.partial = empty(B, N, self.splits, 2 + D, dtype=torch.float32)
         self.arrived = torch.zeros(B, N, device=device, dtype=torch.int32)
         self.best, self.where = empty(B, CHUNKS, dtype=torch.float32), empty(B, CHUNKS, dtype=torch.int32)
-        hopper, self.shared = False, 1 << 17
-        if device.type == "cuda":
-            hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-            self.shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        self.gpu = GPU.of(device)
+        self.pdl = self.gpu.early_start
+        # of `linear_many`: at most one piece [64, 64] a multiprocessor, or two [64, 16]
+        self.pieces = empty(self.gpu.multiprocessors * 64 * 64 if B > 1 else 1, dtype=torch.float32)
+        self.counted = torch.zeros(self.gpu.multiprocessors, device=device, dtype=torch.int32)
         # side by side in memory, unless a parameter was replaced since
         self.layers: list[Any] = list(model.model.decoder.layers)
         self.qkv = [layer.self_attn.qkv() or joined(layer.self_attn) for layer in self.layers]
         # what the kernels are compiled for
         self.variant = (config.to_json(), B, self.block, self.splits, dtype, device)
-        self.pdl = hopper
-        self.compiling = False
+        self.compiling: list[Any] | None = None  # the kernels of a call that only compiles
 
     def __call__(self) -> Tensor:
         """The logits [B, V] of `token`; the buffer is written again by the next call.
@@ -151,7 +169,7 @@ class Step:
 
         # In a post-norm model x is kept as it was before its last norm, and each reader norms it
         last: nn.LayerNorm | None = None
-        for i, layer in enumerate(self.layers[:2] if self.compiling else self.layers):  # two: all that differ
+        for i, layer in enumerate(self.layers if self.compiling is None else self.layers[:2]):  # two: all that differ
             attention = layer.self_attn
             norm = layer.self_attn_layer_norm if pre_norm else last
             self._linear(x, self.qkv[i], self.q, norm=norm, layer=i)
@@ -183,23 +201,31 @@ class Step:
         )  # fmt: skip
 
     def compile(self, text: Text, greedy: bool) -> None:
-        """Compile the kernels of a call and of `keep`, all at the same time. Without it each is compiled at its first
-        launch, one after the other."""
+        """Compile and load the kernels of a call and of `keep`, all at the same time. Without it each is compiled at
+        its first launch, one after the other."""
         import triton
 
         if not hasattr(triton, "AsyncCompileMode"):  # before Triton 3.5
             return
-        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-            self.compiling = True
-            self()
-            self.keep(text, None if greedy else self.token)
-            self.compiling = False
+
+        def load(kernel: Any) -> None:
+            with torch.cuda.device(self.token.device):  # a thread of the pool has a current device of its own
+                _ = kernel.run  # the launcher is compiled here, by a C compiler, which takes as long as the kernel
+
+        with ThreadPoolExecutor() as pool:
+            with triton.AsyncCompileMode(pool):
+                self.compiling = []
+                self()
+                self.keep(text, None if greedy else self.token)
+                kernels, self.compiling = self.compiling, None
+            kernels = [kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels]
+            list(pool.map(load, {id(kernel): kernel for kernel in kernels}.values()))
 
     def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         if self.pdl:
             constants["launch_pdl"] = True
-        if self.compiling:
-            kernel.warmup(*arguments, grid=grid, **constants)
+        if self.compiling is not None:
+            self.compiling.append(kernel.warmup(*arguments, grid=grid, **constants))
         else:
             kernel[grid](*arguments, **constants)
 
@@ -255,12 +281,14 @@ class Step:
             x = self.normed
         if residual is not None and residual_norm is not None:
             residual = self.normed  # it was normed for the product before this one, and is there still
-        BLOCK_B, BLOCK_M, BLOCK_K, warps, stages, early = tiles_many(self.B, M, K, self.shared)
+        BLOCK_B, BLOCK_M, BLOCK_K, warps, stages, early, splits = tiles_many(self.B, M, K, self.gpu)
         self._run(
-            self.kernels.linear_many, (-(-M // BLOCK_M), -(-self.B // BLOCK_B)),
-            x, w, b, out, k, v, self.slot, x if residual is None else residual, self.B, self.slots,
+            self.kernels.linear_many, (-(-M // BLOCK_M), -(-self.B // BLOCK_B), splits),
+            x, w, b, out, k, v, self.slot, x if residual is None else residual, self.pieces, self.counted,
+            self.B, self.slots,
             K=K, M=M, H=H, BIAS=weights[1] is not None, ACTIVATION=name, RESIDUAL=residual is not None, QKV=qkv,
-            BLOCK_B=BLOCK_B, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, STAGES=stages, EARLY=early, PDL=self.pdl,
+            BLOCK_B=BLOCK_B, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, STAGES=stages, EARLY=early, SPLITS=splits,
+            PDL=self.pdl,
             num_warps=warps,
         )  # fmt: skip
 

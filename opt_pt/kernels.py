@@ -115,45 +115,12 @@ def linear_one(
         tl.store(out + rows, y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["B", "slots"])
-def linear_many(
-    x, w, b, out, k_cache, v_cache, slot, residual, B, slots,
-    K: tl.constexpr, M, H,
+@triton.jit
+def _finish_many(
+    acc, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, QKV: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Several rows, on the matrix units: out[B, M] = act(x[B, K] · w[M, K]ᵀ + b) + residual[B, M]; QKV as above, the
-    caches [B, S, H]. It is computed as w · xᵀ: the weights are the many, and the side of the units that wants many.
-    EARLY (0 to 2) tiles of w are asked for before the wait, kept in registers, and used last."""
-    if PDL:
-        gdc_launch_dependents()
-    batch = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_K)
-    w_tile = w + rows.to(tl.int64)[:, None] * K + cols[None, :]  # [M, K]
-    x_tile = x + batch[None, :] * K + cols[:, None]  # [K, B]
-    w_mask, x_mask = (rows < M)[:, None], (batch < B)[None, :]
-    if EARLY >= 1:
-        first = tl.load(w_tile, mask=w_mask & (cols < K)[None, :], other=0.0)
-    if EARLY >= 2:
-        second = tl.load(w_tile + BLOCK_K, mask=w_mask & (BLOCK_K + cols < K)[None, :], other=0.0)
-    if PDL:
-        gdc_wait()
-    acc = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
-    for start in tl.range(EARLY * BLOCK_K, K, BLOCK_K, num_stages=STAGES):
-        if K % BLOCK_K == 0:
-            left = tl.load(w_tile + start, mask=w_mask, other=0.0)
-            right = tl.load(x_tile + start, mask=x_mask, other=0.0)
-        else:
-            left = tl.load(w_tile + start, mask=w_mask & (start + cols < K)[None, :], other=0.0)
-            right = tl.load(x_tile + start, mask=x_mask & (start + cols < K)[:, None], other=0.0)
-        acc = tl.dot(left, right, acc)
-    if EARLY >= 1:
-        acc = tl.dot(first, tl.load(x_tile, mask=x_mask & (cols < K)[:, None], other=0.0), acc)
-    if EARLY >= 2:
-        right = tl.load(x_tile + BLOCK_K, mask=x_mask & (BLOCK_K + cols < K)[:, None], other=0.0)
-        acc = tl.dot(second, right, acc)
+    """What follows the product acc[M, B]."""
     inside = (rows < M)[:, None] & (batch < B)[None, :]
     if BIAS:
         acc += tl.load(b + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
@@ -169,6 +136,76 @@ def linear_many(
         tl.store(v_cache + place - 2 * H, y, mask=inside & (rows >= 2 * H)[:, None])
     else:
         tl.store(out + at, y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["B", "slots"])
+def linear_many(
+    x, w, b, out, k_cache, v_cache, slot, residual, partial, arrived, B, slots,
+    K: tl.constexpr, M, H,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, QKV: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Several rows, on the matrix units: out[B, M] = act(x[B, K] · w[M, K]ᵀ + b) + residual[B, M]; QKV as above, the
+    caches [B, S, H]. It is computed as w · xᵀ: the weights are the many, and the side of the units that wants many.
+
+    EARLY (0 to 2) tiles of w are asked for before the wait, kept in registers, and used last. Where M alone makes too
+    few programs, SPLITS of them share K; the last to arrive sums up, always in the same order, from partial
+    [tiles, SPLITS, BLOCK_M, BLOCK_B] float32. `arrived` [tiles] counts, and is 0 again afterwards.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    batch = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_K)
+    PART: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
+    begin = tl.program_id(2) * PART
+    end = tl.minimum(begin + PART, K)
+    w_tile = w + rows.to(tl.int64)[:, None] * K + cols[None, :]  # [M, K]
+    x_tile = x + batch[None, :] * K + cols[:, None]  # [K, B]
+    w_mask, x_mask = (rows < M)[:, None], (batch < B)[None, :]
+    if EARLY >= 1:
+        first = tl.load(w_tile + begin, mask=w_mask & (begin + cols < end)[None, :], other=0.0)
+    if EARLY >= 2:
+        second = tl.load(w_tile + begin + BLOCK_K, mask=w_mask & (begin + BLOCK_K + cols < end)[None, :], other=0.0)
+    if PDL:
+        gdc_wait()
+    acc = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
+    for start in tl.range(begin + EARLY * BLOCK_K, end, BLOCK_K, num_stages=STAGES):
+        if K % BLOCK_K == 0:
+            left = tl.load(w_tile + start, mask=w_mask, other=0.0)
+            right = tl.load(x_tile + start, mask=x_mask, other=0.0)
+        else:
+            left = tl.load(w_tile + start, mask=w_mask & (start + cols < K)[None, :], other=0.0)
+            right = tl.load(x_tile + start, mask=x_mask & (start + cols < K)[:, None], other=0.0)
+        acc = tl.dot(left, right, acc)
+    if EARLY >= 1:
+        right = tl.load(x_tile + begin, mask=x_mask & (begin + cols < end)[:, None], other=0.0)
+        acc = tl.dot(first, right, acc)
+    if EARLY >= 2:
+        right = tl.load(x_tile + begin + BLOCK_K, mask=x_mask & (begin + BLOCK_K + cols < end)[:, None], other=0.0)
+        acc = tl.dot(second, right, acc)
+    if SPLITS == 1:
+        _finish_many(
+            acc, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, BIAS, ACTIVATION, RESIDUAL, QKV
+        )
+    else:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
+        parts = partial + tile * (SPLITS * BLOCK_M * BLOCK_B) + at
+        tl.store(parts + tl.program_id(2) * (BLOCK_M * BLOCK_B), acc)
+        tl.debug_barrier()  # every thread's part is written before the count says so
+        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
+        if before == SPLITS - 1:
+            tl.debug_barrier()
+            tl.store(arrived + tile, 0)
+            acc = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
+            for i in tl.static_range(SPLITS):
+                acc += tl.load(parts + i * (BLOCK_M * BLOCK_B), cache_modifier=".cg")
+            _finish_many(
+                acc, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H,
+                BIAS, ACTIVATION, RESIDUAL, QKV,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -67,9 +67,9 @@ class OPTAttention(nn.Module):
         heads = (self.heads, x.shape[-1] // self.heads)
         qkv = None if torch.is_grad_enabled() else self.qkv()
         if qkv is not None:
-            q, k, v = F.linear(x, *qkv).view(*x.shape[:2], 3, *heads).unbind(2)  # [B, T, N, D] each
+            q, k, v = F.linear(x, *qkv).view(*x.shape[:-1], 3, *heads).unbind(-3)  # [B, T, N, D] each
         else:
-            q, k, v = (f(x).view(*x.shape[:2], *heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (f(x).view(*x.shape[:-1], *heads) for f in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None:
             k, v = cache.update(self.layer, k, v, view)  # [B, S, N, D]
         out, weights = attend(q, k, v, view, self.dropout if self.training else 0.0)
@@ -89,7 +89,7 @@ class OPTAttention(nn.Module):
                 if whole is not None:
                     for parameter, part in zip(parameters, whole.chunk(3), strict=True):
                         parameter.data = part
-        self.whole = weight, bias
+        self.whole, self.places = (weight, bias), [p.data_ptr() for f in (q, k, v) for p in f.parameters()]
 
     def qkv(self) -> tuple[Tensor, Tensor | None] | None:
         """The weight [3H, H] and bias [3H] of q, k and v in one; None if they are not side by side, because one of them
@@ -97,12 +97,8 @@ class OPTAttention(nn.Module):
         q, k, v = self.q_proj, self.k_proj, self.v_proj
         if self.whole is None or torch.compiler.is_compiling() or not (plain(q) and plain(k) and plain(v)):
             return None
-        for whole, *parts in zip(self.whole, *(f._parameters.values() for f in (q, k, v)), strict=True):
-            if whole is not None:
-                at, step = whole.data_ptr(), whole.nbytes // 3
-                if [part.data_ptr() for part in parts] != [at, at + step, at + 2 * step]:
-                    return None
-        return self.whole
+        places = [p.data_ptr() for f in (q, k, v) for p in f._parameters.values() if p is not None]
+        return self.whole if places == self.places else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # .to, .half, .cuda: three parameters, three new tensors
@@ -148,8 +144,8 @@ class OPTDecoderLayer(nn.Module):
         if self.activation is F.relu and x.is_cuda and not torch.is_grad_enabled() and plain(self.fc1):
             w, b = self.fc1.weight, self.fc1.bias
             if b is not None and x.dtype == w.dtype and not torch.is_autocast_enabled("cuda"):
-                y = torch._addmm_activation(b, x.flatten(0, 1), w.t())  # pyright: ignore[reportPrivateImportUsage]
-                return y.view(*x.shape[:2], y.shape[-1])
+                y = torch._addmm_activation(b, x.flatten(0, -2), w.t())  # pyright: ignore[reportPrivateImportUsage]
+                return y.view(*x.shape[:-1], y.shape[-1])
         return self.activation(self.fc1(x))
 
 
@@ -215,7 +211,7 @@ class OPTDecoder(nn.Module):
         attend = eager if output_attentions else IMPLEMENTATIONS[self.attn_implementation]
         view = self.view(attend, segments, cache, x)
         if isinstance(view, Packing):  # from here to the end padding does not exist
-            x = x.flatten(0, 1)[view.rows][None]  # [1, queries, H]
+            x = x.flatten(0, 1)[view.rows]  # [queries, H]
         hidden_states, attentions = [], []
         for layer in self.layers:
             if output_hidden_states:
@@ -231,7 +227,7 @@ class OPTDecoder(nn.Module):
             x = self.project_out(x)
         hidden_states.append(x)
         if isinstance(view, Packing):
-            hidden_states = [x.new_zeros(B * T, x.shape[-1]).index_copy(0, view.rows, x[0]).unflatten(0, (B, T))
+            hidden_states = [x.new_zeros(B * T, x.shape[-1]).index_copy(0, view.rows, x).unflatten(0, (B, T))
                              for x in hidden_states]  # fmt: skip
 
         if cache is not None:
@@ -249,6 +245,11 @@ class OPTDecoder(nn.Module):
         if attend is not flash_attention_2:
             return dense(segments, past, T, x.device)
         check_flash(x.device, torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype)
+        if segments is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "attention_mask, position_ids: found one while a CUDA graph is captured, and 'flash_attention_2' takes "
+                "out as much padding as it finds; give none, or take 'sdpa'"
+            )
         return None if segments is None else pack(segments, T, past + T if cache is None else cache.slots)
 
 

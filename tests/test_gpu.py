@@ -286,6 +286,25 @@ def test_attention_weights_are_the_eager_formulas():
 
 
 @gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_captured(implementation, padding):
+    """As a CUDA graph, by PyTorch's own tool, the forward pass answers for other tokens and masks what it does without.
+    Padding that flash-attn is to take out is an error that names it."""
+    model = OPTForCausalLM.from_pretrained(DEMO, dtype="float16", device=DEVICE, attn_implementation=implementation)
+    ids, mask = batch(model.config.vocab_size, padding)
+    others, other_mask = batch(model.config.vocab_size, padding, seed=1)[0].flip(0), mask.flip(0)
+    given, later = ((ids,), (others,)) if padding == "none" else ((ids, mask), (others, other_mask))
+    with torch.no_grad():
+        wanted = model(*later).logits
+        wrong = implementation == "flash_attention_2" and padding != "none"
+        with pytest.raises(ValueError, match="attention_mask") if wrong else nullcontext():
+            graphed = torch.cuda.make_graphed_callables(lambda *given: model(*given).logits, given)
+            found = graphed(*later)
+            assert relative(found[other_mask == 1], wanted[other_mask == 1].double()) < 1e-3
+
+
+@gpu
 @flash
 def test_what_flash_attention_cannot_do():
     """Says what and what to do instead, and runs nothing else in its place."""

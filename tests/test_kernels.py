@@ -90,6 +90,14 @@ def test_a_disturbed_weight_shows(name, B):
     assert excess(changed, reference, B, 9, plain=ours) > 3
 
 
+@pytest.mark.parametrize("early, splits", [(0, 3), (1, 1), (2, 1), (2, 2)])
+def test_one_product_is_shared_out(early, splits, monkeypatch):
+    """Among several programs for the same outputs, of which the last to arrive sums up; 176 / 3 is no whole tile."""
+    monkeypatch.setattr("opt_pt.decode.tiles_many", lambda *arguments: (16, 64, 16, 4, 2, early, splits))
+    ours, reference = models(**ODD | {"ffn_dim": 176})
+    assert excess(ours, reference, 3, 9) < 1.5
+
+
 def test_a_long_cache_is_shared_out(monkeypatch):
     """Among several programs a head, of which the last to arrive sums up."""
     monkeypatch.setattr("opt_pt.decode.tiles_attend", lambda B, N, slots: (16, 4, 4))

@@ -94,8 +94,8 @@ def test_flash_attention_2_where_it_cannot_run(tiny, ids, monkeypatch):
 
 
 class FlashAttn(types.ModuleType):
-    """flash-attn's three functions as its documentation describes them, in plain PyTorch: queries are the last of their
-    keys. How the kernels themselves compute is judged on a GPU (test_gpu.py)."""
+    """flash-attn's three functions as its documentation describes them, and its extension's, in plain PyTorch: queries
+    are the last of their keys. How the kernels themselves compute is judged on a GPU (test_gpu.py)."""
 
     def __init__(self) -> None:
         super().__init__("flash_attn")
@@ -121,8 +121,15 @@ class FlashAttn(types.ModuleType):
             for (n, m), a, b in parts
         ])  # fmt: skip
 
+    def varlen_fwd(self, q, k, v, out, starts_q, starts_k, used, left, table, slopes, longest_q, longest_k, *rest):
+        assert [out, used, left, table, slopes] == [None] * 5
+        assert rest == (0.0, q.shape[-1] ** -0.5, False, True, -1, -1, 0.0, False, None)  # causal, no window, no cap
+        return (self.flash_attn_varlen_func(q, k, v, starts_q, starts_k, longest_q, longest_k, causal=True),)
 
-@pytest.mark.parametrize("layout", ["left", "right", "holes", "packed", "packed and padded", "empty row half"])
+
+@pytest.mark.parametrize(
+    "layout", ["left", "right", "holes", "packed", "packed and padded", "empty row half", "empty half"]
+)
 @pytest.mark.parametrize("config", ["pre-norm", "350m"])
 def test_padding_is_taken_out_once(tiny, ids, layout, config, monkeypatch):
     """With flash_attention_2 real tokens alone go through the layers; the answers are those of sdpa, also in pieces
@@ -137,6 +144,8 @@ def test_padding_is_taken_out_once(tiny, ids, layout, config, monkeypatch):
         mask[0, [0, 3, 4, 9]] = mask[1, 6] = 0
     if layout == "empty row half":  # where the first, or the second, piece of a row has nothing in it
         mask[0, :6] = mask[1, 6:] = 0
+    if layout == "empty half":
+        mask[:, :6] = 0
     if "packed" in layout:
         positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 6, 0, 0, 1, 2, 3]])
     real = mask == 1
@@ -145,12 +154,13 @@ def test_padding_is_taken_out_once(tiny, ids, layout, config, monkeypatch):
         wanted = model(ids, mask, positions, output_hidden_states=True)
         module = FlashAttn()
         monkeypatch.setitem(sys.modules, "flash_attn", module)
+        monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", module)
         monkeypatch.setattr("opt_pt.model.check_flash", lambda device, dtype: None)
         model.set_attn_implementation("flash_attention_2")
         sizes = []
-        hook = model.model.decoder.layers[0].register_forward_hook(lambda layer, x, out: sizes.append(out[0].shape[:2]))
+        hook = model.model.decoder.layers[0].register_forward_hook(lambda layer, x, out: sizes.append(len(out[0])))
         found = model(ids, mask, positions, output_hidden_states=True)
-        assert sizes == [(1, int(real.sum()))]
+        assert sizes == [int(real.sum())]
         assert all(lengths == module.lengths[0] for lengths in module.lengths)
         hook.remove()
         for a, b in zip((found.logits, *found.hidden_states), (wanted.logits, *wanted.hidden_states), strict=True):
