@@ -82,9 +82,11 @@ FLAX4 = {"transformers": "4.", "flax": "", "torch": ""}
 CT2 = {"ctranslate2": "", "transformers": "", "torch": ""}
 SYSTEMS = (
     System("opt_pt", "opt_pt, torch {}", "float32", {"torch": ""}),
+    System("opt_pt_packed", "opt_pt, torch {}, packed", "float32", {"torch": ""}),
     System("opt_tf", "opt_tf, TensorFlow {}", "float32", {"tensorflow": "", "keras": ""}),
     System("opt_flax", "opt_flax, JAX {}", "float32", {"jax": "", "flax": ""}),
     System("opt_pt", "opt_pt, torch {}", "bfloat16", {"torch": ""}),
+    System("opt_pt_packed", "opt_pt, torch {}, packed", "bfloat16", {"torch": ""}),
     System("transformers_pt", "transformers {} PyTorch", "float32", PT5),
     System("transformers_tf", "transformers {} TensorFlow", "float32", TF4),
     System("transformers_flax", "transformers {} Flax", "float32", FLAX4),

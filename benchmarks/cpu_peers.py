@@ -44,18 +44,24 @@ class Job:
         return json.loads(Path(self.folder, "config.json").read_text())
 
 
-def opt_pt(job: Job) -> Calls:
+def opt_pt(job: Job, packed: bool = False) -> Calls:
     import torch
 
     from opt_pt import OPTForCausalLM
 
     model = OPTForCausalLM.from_pretrained(job.folder, dtype=job.dtype)
+    if packed:
+        model.pack()
 
     @torch.inference_mode()
     def forward(ids: Ids) -> Any:
         return model(torch.from_numpy(ids)).logits
 
     return forward, lambda ids: model.generate(torch.from_numpy(ids), max_new_tokens=job.new, eos_token_id=[])
+
+
+def opt_pt_packed(job: Job) -> Calls:
+    return opt_pt(job, packed=True)
 
 
 def opt_tf(job: Job) -> Calls:
@@ -197,10 +203,9 @@ def ctranslate2(job: Job) -> Calls:
     return forward, generate
 
 
-SYSTEMS = {
-    f.__name__: f
-    for f in (opt_pt, opt_tf, opt_flax, transformers_pt, transformers_tf, transformers_flax, keras_hub, ctranslate2)
-}
+OURS = (opt_pt, opt_pt_packed, opt_tf, opt_flax)
+PEERS = (transformers_pt, transformers_tf, transformers_flax, keras_hub, ctranslate2)
+SYSTEMS = {f.__name__: f for f in OURS + PEERS}
 
 
 def _tf(forward: Callable[[Any], Any], generate: Callable[[Any], Any]) -> Calls:

@@ -21,14 +21,14 @@ class Packing:
     """A batch without its padding, as flash-attn's variable-length kernels take it: all real tokens in one row,
     document after document.
 
-    rows: [queries], where each real new token is in the flattened batch B·T. slots: [queries], where its key goes in
-    the flattened cache B·S; keys: [keys], where all keys are in it. starts_q, starts_k: [documents + 1], int32, the
+    rows: [queries], where each real new token is in the flattened batch B·T. slots: the row and slot, [queries] each,
+    where its key goes in a cache; keys: those of all keys, [keys] each. starts_q, starts_k: [documents + 1], int32, the
     first query and key of each document, and the totals. longest_q, longest_k: tokens of the longest document.
     """
 
     rows: Tensor
-    slots: Tensor
-    keys: Tensor
+    slots: tuple[Tensor, Tensor]
+    keys: tuple[Tensor, Tensor]
     starts_q: Tensor
     starts_k: Tensor
     longest_q: int
@@ -55,8 +55,26 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> tuple[T
     assert not isinstance(view, Packing)
     causal = view is None and q.shape[1] > 1
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    dtype = q.dtype
+    if q.device.type == "cpu":
+        if q.shape[2] == 1 and dropout == 0:
+            return one_query(q, k, v, view).transpose(1, 2), None
+        wide = torch.promote_types(dtype, torch.float32)  # in half precision PyTorch's kernel takes twice as long
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=view, dropout_p=dropout, is_causal=causal)
-    return out.transpose(1, 2), None
+    return out.to(dtype).transpose(1, 2), None
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, N, 1, D] of q [B, N, 1, D], k and v [B, N, S, D] and mask [B, 1, 1, S], on a CPU: written out in float32,
+    where PyTorch's own is slow, by five times in bfloat16; but for one row in float32, where it is not."""
+    if q.shape[0] == 1 and q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q.to(wide) * q.shape[-1] ** -0.5, k.to(wide).mT)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(wide).min)
+    return torch.matmul(scores.softmax(dim=-1), v.to(wide)).to(q.dtype)
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> tuple[Tensor, None]:
@@ -138,9 +156,9 @@ def dense(segments: Tensor | None, past: int, T: int, device: torch.device) -> T
     return (causal & (segments[:, past:, None] == segments[:, None, :]))[:, None]
 
 
-def pack(segments: Tensor, T: int, room: int) -> Packing:
-    """What flash-attn needs to know of `segments` [B, S], of whose slots the last T are new, in a cache of `room` slots
-    a row. Waits for the device: how much is real decides the shapes of all that follows. At least one slot is real."""
+def unpad(segments: Tensor, T: int) -> Packing:
+    """What flash-attn needs to know of `segments` [B, S], of whose slots the last T are new. Waits for the device: how
+    much is real decides the shapes of all that follows. At least one slot is real."""
     B, S = segments.shape
     past = S - T
     keys = segments.flatten().nonzero()[:, 0]  # of the B·S slots, those that are real
@@ -154,8 +172,8 @@ def pack(segments: Tensor, T: int, room: int) -> Packing:
     fresh = keys[new] if past else keys
     return Packing(
         rows=fresh // S * T + fresh % S - past,
-        slots=fresh // S * room + fresh % S,
-        keys=keys // S * room + keys % S,
+        slots=(fresh // S, fresh % S),
+        keys=(keys // S, keys % S),
         starts_q=starts_q.int(),
         starts_k=starts_k.int(),
         longest_q=longest_q,

@@ -17,13 +17,13 @@ from .attention import Packing, View
 class KVCache:
     """Keys and values of past tokens, allocated once and written in place.
 
-    k, v: a [B, S, N, D] tensor a layer.
+    k, v: a [B, N, S, D] tensor a layer: what one head reads lies in one piece.
     length: how many slots are taken; every row takes the same ones.
     segments: [B, length], the document each slot belongs to, counted from 1; 0 is padding. None: all are 1.
     """
 
     def __init__(self, config: OPTConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (batch, slots, config.num_attention_heads, config.head_dim)
+        shape = (batch, config.num_attention_heads, slots, config.head_dim)
         # zeros: a slot that is padding may never be written, and a weight of 0 times what is there must be 0
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
@@ -32,20 +32,19 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        return self.k[0].shape[1]
+        return self.k[0].shape[2]
 
     def update(self, layer: int, k: Tensor, v: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """Write the new keys and values [B, T, N, D] of a layer behind the past ones; return all, [B, length + T, ...].
         With a Packing they come as [queries, N, D] and all return as [keys, N, D].
         `length` moves on once a call, when all layers are done."""
+        all_k, all_v = self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)  # [B, S, N, D]
         if isinstance(view, Packing):
-            all_k, all_v = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
             all_k[view.slots], all_v[view.slots] = k, v
             return (all_k[view.keys], all_v[view.keys]) if self.length else (k, v)
         end = self.length + k.shape[1]
-        self.k[layer][:, self.length : end] = k
-        self.v[layer][:, self.length : end] = v
-        return self.k[layer][:, :end], self.v[layer][:, :end]
+        all_k[:, self.length : end], all_v[:, self.length : end] = k, v
+        return all_k[:, :end], all_v[:, :end]
 
 
 def recording(device: torch.device) -> bool:

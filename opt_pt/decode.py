@@ -29,18 +29,21 @@ def _power(n: int) -> int:
 
 def can_step(model: OPTForCausalLM, device: torch.device) -> bool:
     """Whether `Step` computes what this model does: half precision on an NVIDIA GPU of compute capability 8.0 or more,
-    in eval mode, and every module one of this package's own or PyTorch's, without hooks (an adapter such as LoRA is
-    another module, and runs module by module)."""
+    in eval mode, with the usual modules."""
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    if model.training or {p.dtype for p in model.parameters()} not in ({torch.float16}, {torch.bfloat16}):
-        return False
+    return {p.dtype for p in model.parameters()} in ({torch.float16}, {torch.bfloat16}) and usual(model)
+
+
+def usual(model: OPTForCausalLM) -> bool:
+    """Whether the model is in eval mode, and every module one of this package's own or PyTorch's, without hooks (an
+    adapter such as LoRA is another module, and runs module by module)."""
     for module in model.modules():
         own = type(module).__module__.startswith("opt_pt.")
         plain = type(module) in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.ModuleList)
         if not (own or plain) or module._forward_hooks or module._forward_pre_hooks:
             return False
-    return True
+    return not model.training
 
 
 def parts(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -248,7 +251,7 @@ class Step:
         k, v = (self.cache.k[layer], self.cache.v[layer]) if layer is not None else (out, out)
         affine = self.config.layer_norm_elementwise_affine
         b = w if b is None else b  # anything that is a pointer: it is not read
-        H = self.config.hidden_size
+        H, D = self.config.hidden_size, self.config.head_dim
         if self.B == 1:
             BLOCK_M, BLOCK_K, warps = tiles_one(M, K)
             gain, shift = (norm.weight, norm.bias) if norm is not None and affine else (x, x)
@@ -257,7 +260,8 @@ class Step:
             self._run(
                 self.kernels.linear_one, (-(-M // BLOCK_M),),
                 x, w, b, out, k, v, self.slot, gain, shift, x if residual is None else residual, r_gain, r_shift,
-                K=K, M=M, H=H, NORM=norm is not None, AFFINE=affine, BIAS=weights[1] is not None, ACTIVATION=name,
+                self.slots, K=K, M=M, H=H, D=D,
+                NORM=norm is not None, AFFINE=affine, BIAS=weights[1] is not None, ACTIVATION=name,
                 RESIDUAL=0 if residual is None else 1 if residual_norm is None else 2, QKV=qkv,
                 BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_X=_power(K), BLOCK_R=_power(H), PDL=self.pdl,
                 num_warps=warps,
@@ -286,7 +290,7 @@ class Step:
             self.kernels.linear_many, (-(-M // BLOCK_M), -(-self.B // BLOCK_B), splits),
             x, w, b, out, k, v, self.slot, x if residual is None else residual, self.pieces, self.counted,
             self.B, self.slots,
-            K=K, M=M, H=H, BIAS=weights[1] is not None, ACTIVATION=name, RESIDUAL=residual is not None, QKV=qkv,
+            K=K, M=M, H=H, D=D, BIAS=weights[1] is not None, ACTIVATION=name, RESIDUAL=residual is not None, QKV=qkv,
             BLOCK_B=BLOCK_B, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, STAGES=stages, EARLY=early, SPLITS=splits,
             PDL=self.pdl,
             num_warps=warps,

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from opt_common.inputs import Generation, check_call, check_generate
 
+from . import decode_cpu
 from .decode import Step, can_step
+from .linear import linear
 
 
 @torch.inference_mode()
@@ -33,8 +35,8 @@ def generate(
 ) -> Tensor:
     """Continue each row of `input_ids` [B, T]; returns [B, T + new], the prompts included.
 
-    In half precision on a GPU each token is one replay of a CUDA graph (`opt_pt.decode`), whatever
-    attn_implementation is; that chooses how the prompt is read.
+    In half precision on a GPU each token is one replay of a CUDA graph (`opt_pt.decode`), on a CPU a row of plain calls
+    (`opt_pt.decode_cpu`), whatever attn_implementation is; that chooses how the prompt is read.
 
     attention_mask: [B, T], 0 for padding on either side. Default: everything that is not `pad_token_id`.
     max_new_tokens, or max_length, which counts the prompt too: when to stop at the latest. Default: max_length=20.
@@ -75,10 +77,11 @@ def _write(self: Any, input_ids: Tensor, mask: Tensor, settings: Generation, see
     cache = self.init_cache(B, T + new - 1)  # the last token is never fed back
     hidden = self.model(input_ids, mask, past_key_values=cache).last_hidden_state
     last = T - 1 - mask.flip(1).argmax(dim=1)  # the rightmost real token of each row
-    logits = self.lm_head(hidden[torch.arange(B, device=device), last])  # [B, V]
+    logits = linear(self.lm_head, hidden[torch.arange(B, device=device), last])  # [B, V]
 
     text = Text(B, self.config.vocab_size, settings, seed, device)
     text.write(logits)
+    at = 1
     if new > 1 and can_step(self, device):
         step = Step(self, cache, mask, mask.sum(dim=1), text.token)
         greedy = not settings.do_sample and not settings.min_new_tokens
@@ -87,7 +90,6 @@ def _write(self: Any, input_ids: Tensor, mask: Tensor, settings: Generation, see
             logits = step()
             step.keep(text, None if greedy else text.choose(logits))
 
-        at = 1
         variant = (*step.variant, greedy, settings.do_sample, settings.top_k, settings.top_p < 1)
         if variant not in _compiled:
             step.compile(text, greedy)
@@ -97,10 +99,15 @@ def _write(self: Any, input_ids: Tensor, mask: Tensor, settings: Generation, see
         turn = _captured(turn, text.rng) if at + 1 < new else turn
     else:
 
-        def turn() -> None:
-            text.write(self(text.token[:, None], past_key_values=cache).logits[:, -1])
+        def modules() -> Tensor:
+            return self(text.token[:, None], past_key_values=cache).logits[:, -1]
 
-        at = 1
+        quick = new > 1 and decode_cpu.can_step(self, device)
+        step = decode_cpu.Step(self, cache, mask, mask.sum(dim=1), text.token) if quick else modules
+
+        def turn() -> None:
+            text.write(step())
+
     every = 1 if device.type == "cpu" else 16  # looking at `done` waits for the device
     for i in range(at, new):
         if settings.eos_token_ids and i % every == 0 and bool(text.done.all()):

@@ -53,9 +53,15 @@ def _normed(x, cols, mask, mean, rstd, gain, shift, AFFINE: tl.constexpr):
 
 
 @triton.jit
+def _place(r, batch, slot, slots, H, D: tl.constexpr):
+    """Where number r of the key or value [H] of a new token goes in a cache [B, N, S, D]."""
+    return ((batch * (H // D) + r // D) * slots + slot) * D + r % D
+
+
+@triton.jit(do_not_specialize=["slots"])
 def linear_one(
-    x, w, b, out, k_cache, v_cache, slot, gain, shift, residual, residual_gain, residual_shift,
-    K: tl.constexpr, M, H,
+    x, w, b, out, k_cache, v_cache, slot, gain, shift, residual, residual_gain, residual_shift, slots,
+    K: tl.constexpr, M, H, D: tl.constexpr,
     NORM: tl.constexpr, AFFINE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr, QKV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
@@ -63,7 +69,7 @@ def linear_one(
     """One row: out[M] = act(norm(x[K]) · w[M, K]ᵀ + b) + residual[M].
 
     RESIDUAL: 0 none, 1 as it is, 2 its norm. QKV: the M = 3H results are q, which goes to out, and k and v, which go to
-    their caches [S, H] at `slot`.
+    their caches [N, S, D] at `slot`.
     """
     if PDL:
         gdc_launch_dependents()
@@ -107,17 +113,17 @@ def linear_one(
         y += _normed(residual, rows, inside, mean, rstd, residual_gain, residual_shift, AFFINE)
     y = y.to(out.dtype.element_ty)
     if QKV:
-        place = tl.load(slot).to(tl.int64) * H
+        place = _place(rows.to(tl.int64) % H, 0, tl.load(slot), slots, H, D)
         tl.store(out + rows, y, mask=rows < H)
-        tl.store(k_cache + place + rows - H, y, mask=(rows >= H) & (rows < 2 * H))
-        tl.store(v_cache + place + rows - 2 * H, y, mask=(rows >= 2 * H) & inside)
+        tl.store(k_cache + place, y, mask=(rows >= H) & (rows < 2 * H))
+        tl.store(v_cache + place, y, mask=(rows >= 2 * H) & inside)
     else:
         tl.store(out + rows, y, mask=inside)
 
 
 @triton.jit
 def _finish_many(
-    acc, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H,
+    acc, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, QKV: tl.constexpr,
 ):  # fmt: skip
     """What follows the product acc[M, B]."""
@@ -130,10 +136,10 @@ def _finish_many(
         acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     y = acc.to(out.dtype.element_ty)
     if QKV:
-        place = (batch.to(tl.int64) * slots + tl.load(slot))[None, :] * H + rows[:, None]
+        place = _place((rows % H)[:, None], batch.to(tl.int64)[None, :], tl.load(slot), slots, H, D)
         tl.store(out + batch[None, :] * H + rows[:, None], y, mask=inside & (rows < H)[:, None])
-        tl.store(k_cache + place - H, y, mask=inside & ((rows >= H) & (rows < 2 * H))[:, None])
-        tl.store(v_cache + place - 2 * H, y, mask=inside & (rows >= 2 * H)[:, None])
+        tl.store(k_cache + place, y, mask=inside & ((rows >= H) & (rows < 2 * H))[:, None])
+        tl.store(v_cache + place, y, mask=inside & (rows >= 2 * H)[:, None])
     else:
         tl.store(out + at, y, mask=inside)
 
@@ -141,13 +147,13 @@ def _finish_many(
 @triton.jit(do_not_specialize=["B", "slots"])
 def linear_many(
     x, w, b, out, k_cache, v_cache, slot, residual, partial, arrived, B, slots,
-    K: tl.constexpr, M, H,
+    K: tl.constexpr, M, H, D: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, QKV: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Several rows, on the matrix units: out[B, M] = act(x[B, K] · w[M, K]ᵀ + b) + residual[B, M]; QKV as above, the
-    caches [B, S, H]. It is computed as w · xᵀ: the weights are the many, and the side of the units that wants many.
+    caches [B, N, S, D]. It is computed as w · xᵀ: the weights are the many, and the side of the units that wants many.
 
     EARLY (0 to 2) tiles of w are asked for before the wait, kept in registers, and used last. Where M alone makes too
     few programs, SPLITS of them share K; the last to arrive sums up, always in the same order, from partial
@@ -187,8 +193,9 @@ def linear_many(
         acc = tl.dot(second, right, acc)
     if SPLITS == 1:
         _finish_many(
-            acc, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, BIAS, ACTIVATION, RESIDUAL, QKV
-        )
+            acc, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D,
+            BIAS, ACTIVATION, RESIDUAL, QKV,
+        )  # fmt: skip
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
@@ -203,7 +210,7 @@ def linear_many(
             for i in tl.static_range(SPLITS):
                 acc += tl.load(parts + i * (BLOCK_M * BLOCK_B), cache_modifier=".cg")
             _finish_many(
-                acc, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H,
+                acc, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D,
                 BIAS, ACTIVATION, RESIDUAL, QKV,
             )  # fmt: skip
 
@@ -242,15 +249,15 @@ def attend(
     last = tl.load(slot)
     start = split * BLOCK_S
     at = start + steps
-    first = batch * slots * N * D + head * D + steps[:, None] * (N * D) + dims[None, :]
+    first = (batch * N + head) * slots * D + steps[:, None] * D + dims[None, :]
     mask = (at < last)[:, None] & real[None, :]
-    keys = tl.load(k_cache + first + start.to(tl.int64) * (N * D), mask=mask, other=0.0)
-    values = tl.load(v_cache + first + start.to(tl.int64) * (N * D), mask=mask, other=0.0)
+    keys = tl.load(k_cache + first + start * D, mask=mask, other=0.0)
+    values = tl.load(v_cache + first + start * D, mask=mask, other=0.0)
     seen = tl.load(visible + batch * slots + at, mask=at < last, other=0) != 0
     if PDL:
         gdc_wait()
     query = tl.load(q + (batch * N + head) * D + dims, mask=real, other=0.0).to(tl.float32) * scale
-    newest = (batch * slots + last) * N * D + head * D + dims
+    newest = ((batch * N + head) * slots + last) * D + dims
     key = tl.load(k_cache + newest, mask=real, other=0.0).to(tl.float32)
     value = tl.load(v_cache + newest, mask=real, other=0.0).to(tl.float32)
     # Each of the BLOCK_S lanes keeps a softmax of its own; they meet at the end. The new token goes to the first.
@@ -269,8 +276,8 @@ def attend(
         start += SPLITS * BLOCK_S
         at = start + steps
         mask = (at < last)[:, None] & real[None, :]
-        keys = tl.load(k_cache + first + start.to(tl.int64) * (N * D), mask=mask, other=0.0)
-        values = tl.load(v_cache + first + start.to(tl.int64) * (N * D), mask=mask, other=0.0)
+        keys = tl.load(k_cache + first + start * D, mask=mask, other=0.0)
+        values = tl.load(v_cache + first + start * D, mask=mask, other=0.0)
         seen = tl.load(visible + batch * slots + at, mask=at < last, other=0) != 0
     highest = tl.max(largest, axis=0)
     share = tl.exp(largest - highest)

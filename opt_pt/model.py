@@ -26,10 +26,11 @@ from .attention import (
     dense,
     eager,
     flash_attention_2,
-    pack,
+    unpad,
 )
 from .cache import KVCache, place
 from .generate import generate
+from .linear import Packed, linear, pack, plain, product
 from .weights import from_pretrained, save_pretrained
 
 ACTIVATIONS = {
@@ -61,19 +62,21 @@ class OPTAttention(nn.Module):
         self.v_proj = nn.Linear(H, H, bias=bias)
         self.q_proj = nn.Linear(H, H, bias=bias)
         self.out_proj = nn.Linear(H, H, bias=bias)
+        self.packed: Packed | None = None
         self.fuse()
 
     def forward(self, x: Tensor, attend: Attend, view: View, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         heads = (self.heads, x.shape[-1] // self.heads)
-        qkv = None if torch.is_grad_enabled() else self.qkv()
-        if qkv is not None:
-            q, k, v = F.linear(x, *qkv).view(*x.shape[:-1], 3, *heads).unbind(-3)  # [B, T, N, D] each
+        parts = self.q_proj, self.k_proj, self.v_proj
+        whole = None if torch.is_grad_enabled() else self.qkv()
+        if whole is not None:
+            q, k, v = product(x, *whole, self.packed).view(*x.shape[:-1], 3, *heads).unbind(-3)  # [B, T, N, D] each
         else:
-            q, k, v = (f(x).view(*x.shape[:-1], *heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (linear(f, x).view(*x.shape[:-1], *heads) for f in parts)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, view)  # [B, S, N, D]
         out, weights = attend(q, k, v, view, self.dropout if self.training else 0.0)
-        return self.out_proj(out.flatten(-2)), weights
+        return linear(self.out_proj, out.flatten(-2)), weights
 
     def fuse(self) -> None:
         """Lay the weights, and the biases, of q, k and v side by side, if they are not."""
@@ -133,25 +136,13 @@ class OPTDecoderLayer(nn.Module):
         residual = x
         if self.pre_norm:
             x = self.final_layer_norm(x)
-        x = self.fc2(self.activated(x))  # [B, T, F] in between
+        relu = self.activation is F.relu
+        x = linear(self.fc1, x, relu)  # [B, T, F]
+        x = linear(self.fc2, x if relu else self.activation(x))
         x = residual + (F.dropout(x, self.dropout) if self.training else x)
         if not self.pre_norm:
             x = self.final_layer_norm(x)
         return x, weights
-
-    def activated(self, x: Tensor) -> Tensor:
-        """act(fc1(x)). Without gradients, relu is part of the product: a read and a write of [B, T, F] less."""
-        if self.activation is F.relu and x.is_cuda and not torch.is_grad_enabled() and plain(self.fc1):
-            w, b = self.fc1.weight, self.fc1.bias
-            if b is not None and x.dtype == w.dtype and not torch.is_autocast_enabled("cuda"):
-                y = torch._addmm_activation(b, x.flatten(0, -2), w.t())  # pyright: ignore[reportPrivateImportUsage]
-                return y.view(*x.shape[:-1], y.shape[-1])
-        return self.activation(self.fc1(x))
-
-
-def plain(linear: nn.Module) -> bool:
-    """Whether it is a Linear and nothing more: no adapter, no hooks."""
-    return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
 
 
 class OPTDecoder(nn.Module):
@@ -202,7 +193,7 @@ class OPTDecoder(nn.Module):
             inputs_embeds = self.embed_tokens(input_ids)
         x: Tensor = inputs_embeds  # type: ignore[assignment]  # [B, T, E]
         if self.project_in is not None:
-            x = self.project_in(x)  # [B, T, H]
+            x = linear(self.project_in, x)  # [B, T, H]
         positions, segments = place(config, B, T, x.device, attention_mask, position_ids, cache)
         if cache is None and use_cache:
             cache = KVCache(config, B, config.max_position_embeddings, x.device, x.dtype)
@@ -224,7 +215,7 @@ class OPTDecoder(nn.Module):
         if self.final_layer_norm is not None:
             x = self.final_layer_norm(x)
         if self.project_out is not None:
-            x = self.project_out(x)
+            x = linear(self.project_out, x)
         hidden_states.append(x)
         if isinstance(view, Packing):
             hidden_states = [x.new_zeros(B * T, x.shape[-1]).index_copy(0, view.rows, x).unflatten(0, (B, T))
@@ -250,7 +241,7 @@ class OPTDecoder(nn.Module):
                 "attention_mask, position_ids: found one while a CUDA graph is captured, and 'flash_attention_2' takes "
                 "out as much padding as it finds; give none, or take 'sdpa'"
             )
-        return None if segments is None else pack(segments, T, past + T if cache is None else cache.slots)
+        return None if segments is None else unpad(segments, T)
 
 
 class OPTModel(nn.Module):
@@ -314,6 +305,7 @@ class OPTModel(nn.Module):
 
     from_pretrained = classmethod(from_pretrained)
     save_pretrained = save_pretrained
+    pack = pack
 
 
 class OPTForCausalLM(nn.Module):
@@ -361,7 +353,7 @@ class OPTForCausalLM(nn.Module):
             output_attentions,
         )
         keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-int(logits_to_keep), None)
-        logits = self.lm_head(out.last_hidden_state[:, keep])  # [B, T, V]
+        logits = linear(self.lm_head, out.last_hidden_state[:, keep])  # [B, T, V]
         loss = None
         if labels is not None:
             check_labels = tuple(labels.shape) == tuple(logits.shape[:2])
@@ -387,6 +379,7 @@ class OPTForCausalLM(nn.Module):
 
     from_pretrained = classmethod(from_pretrained)
     save_pretrained = save_pretrained
+    pack = pack
     generate = generate
 
 

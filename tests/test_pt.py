@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import CONFIGS
 from opt_common.config import OPTConfig
-from opt_pt import OPTForCausalLM, OPTModel
+from opt_pt import OPTForCausalLM, OPTModel, decode_cpu
 from opt_pt.attention import dense, sdpa
+from opt_pt.linear import Packed, onednn
 
 
 @pytest.fixture
@@ -280,3 +282,111 @@ def test_outputs_read_by_index_and_by_key(tiny, ids):
     loss, logits = with_loss[:2]
     assert loss is with_loss.loss and logits is with_loss.logits
     assert np.isfinite(float(loss.detach()))
+
+
+no_bfloat16 = pytest.mark.skipif(not onednn(torch.bfloat16), reason="this CPU has no bfloat16")
+
+
+@pytest.mark.skipif(not onednn(torch.float32), reason="needs oneDNN")
+@pytest.mark.parametrize("config", ["350m", "no-bias", "gelu"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=no_bfloat16)])
+def test_packed(tiny, ids, config, dtype, monkeypatch):
+    """A packed model answers as before, by the packed weights; as long as those are the weights."""
+    folder, _ = tiny(config)
+    model = OPTForCausalLM.from_pretrained(folder, dtype=dtype)
+
+    def answer(onednn=True):
+        with torch.no_grad(), monkeypatch.context() as patch:
+            patch.setattr("opt_pt.linear.ONEDNN", onednn)
+            return model(ids).logits
+
+    wanted = answer(onednn=False)
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == "float32" else {"atol": 3e-2, "rtol": 3e-2}
+    torch.testing.assert_close(answer(), wanted, **close)
+    model.pack()
+    torch.testing.assert_close(answer(), wanted, **close)
+    used = []
+    current = Packed.current
+    monkeypatch.setattr(Packed, "current", lambda self, *p: used.append(current(self, *p)) or used[-1])
+    answer()
+    products = 4 * model.config.num_hidden_layers + 1 + 2 * model.config.projects_embeddings
+    assert len(used) == products and None not in used
+
+    layer = model.model.decoder.layers[0]
+    for change in ("q_proj", "fc1"):  # of which the first is packed with two others
+        used.clear()
+        before = answer()
+        with torch.no_grad():
+            (layer.fc1 if change == "fc1" else layer.self_attn.q_proj).weight.mul_(1.5)
+        changed = answer()
+        assert not torch.allclose(changed, before, **close)
+        assert used.count(None) == (1 if change == "q_proj" else 3)
+        torch.testing.assert_close(changed, answer(onednn=False), **close)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(ids).logits, answer(), **close)
+    model(ids, labels=ids).loss.backward()
+    assert layer.fc1.weight.grad.abs().sum() > 0
+
+
+def test_pack_says_what_it_needs(tiny):
+    folder, _ = tiny()
+    with pytest.raises(ValueError, match="found a model in float16 on cpu; wanted float32 or bfloat16 on a CPU"):
+        OPTForCausalLM.from_pretrained(folder, dtype="float16").pack()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_on_a_cpu(dtype, masked):
+    """Is written out, as exactly as PyTorch's own or more so."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, S, 3, 16, dtype=dtype) * 2 for S in (1, 40, 40))
+    view = (torch.rand(2, 1, 1, 40) < 0.5) if masked else None
+    by = [x.transpose(1, 2) for x in (q, k, v)]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in by), attn_mask=view).transpose(1, 2)
+    theirs = torch.nn.functional.scaled_dot_product_attention(*by, attn_mask=view).transpose(1, 2)
+    error, limit = (sdpa(q, k, v, view, 0.0)[0] - wanted).norm(), (theirs - wanted).norm()
+    assert error <= 1.1 * limit + 1e-6 * wanted.norm() * (dtype != torch.float64) + 1e-14 * wanted.norm()
+
+
+@pytest.mark.skipif(not onednn(torch.float32), reason="needs oneDNN")
+@pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_step_on_a_cpu(tiny, ids, config, padding):
+    """Computes what the modules do, from one token to the next, packed or not."""
+    folder, _ = tiny(config)
+    model = OPTForCausalLM.from_pretrained(folder)
+    mask = torch.ones_like(ids)
+    hidden = {"none": [], "left": [0, 1, 2], "right": [10, 11], "holes": [2, 5, 6]}[padding]
+    mask[1, hidden] = 0
+    for packed in (False, True):
+        if packed:
+            model.pack()
+        token = ids[:, 3].clone()
+        caches = [model.init_cache(2, 16) for _ in range(2)]
+        with torch.no_grad():
+            for cache in caches:
+                model(ids, mask, past_key_values=cache)
+            assert decode_cpu.can_step(model, ids.device)
+            step = decode_cpu.Step(model, caches[0], mask, mask.sum(dim=1), token)
+            for i in range(4):
+                token.copy_(ids[:, i])
+                wanted = model(token[:, None], past_key_values=caches[1]).logits[:, 0]
+                torch.testing.assert_close(step(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_generate_goes_by_the_modules_where_they_are_not_plain(tiny, ids, monkeypatch):
+    folder, _ = tiny()
+    model = OPTForCausalLM.from_pretrained(folder)
+    steps = []
+    call = decode_cpu.Step.__call__
+    monkeypatch.setattr(decode_cpu.Step, "__call__", lambda self: steps.append(1) or call(self))
+    wanted = model.generate(ids, max_new_tokens=5, eos_token_id=[])
+    assert len(steps) == (4 if onednn(torch.float32) else 0)
+    hook = model.model.decoder.layers[1].fc2.register_forward_hook(lambda module, x, y: -y)
+    negated = model.generate(ids, max_new_tokens=5, eos_token_id=[])
+    hook.remove()
+    model.model.decoder.layers[1].fc2 = torch.nn.Sequential(model.model.decoder.layers[1].fc2)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, eos_token_id=[]), wanted)
+    assert not torch.equal(negated, wanted)
+    assert len(steps) in (0, 4)
