@@ -17,7 +17,7 @@ from opt_common.inputs import check_call, check_generate, check_tokens
 
 from .cache import KVCache
 
-# Prompts and new tokens take up a multiple of so many columns: one program serves all the lengths between.
+# Prompts and new tokens take up a multiple of so many columns, or half of it: one program serves the lengths between.
 STEP = 64
 
 
@@ -73,7 +73,7 @@ def generate(
     # All padding goes to the left: every row then ends in its last token, and more padding changes nothing.
     order = np.argsort(mask, axis=1, kind="stable")[:, T - int(counts.max()) :]
     ids, mask = (np.take_along_axis(x, order, axis=1).astype(np.int32) for x in (ids, mask))
-    left = ((0, 0), (-ids.shape[1] % STEP, 0))
+    left = ((0, 0), (_columns(ids.shape[1]) - ids.shape[1], 0))
     tokens, length = _generate(
         self,
         [tf.convert_to_tensor(weight.value) for weight in self.weights],
@@ -88,12 +88,16 @@ def generate(
             tf.constant(settings.eos_token_ids, tf.int32),
             tf.constant(settings.pad_token_id),
         ),
-        room=settings.max_new_tokens + -settings.max_new_tokens % STEP,
+        room=_columns(settings.max_new_tokens),
         do_sample=do_sample,
         top_k=settings.top_k if do_sample else 0,
         nucleus=do_sample and settings.top_p < 1,
     )
     return tf.concat([prompts, tf.cast(tokens[:, : int(length)], prompts.dtype)], axis=1)
+
+
+def _columns(n: int) -> int:
+    return STEP // 2 if n <= STEP // 2 else n + -n % STEP
 
 
 class Limits(NamedTuple):

@@ -1,6 +1,6 @@
 """OPT (Zhang et al. 2022, arXiv:2205.01068) in Keras 3 on TensorFlow.
 
-B batch   T tokens of this call   S slots: all of a cache, or T without one
+B batch   T tokens of this call   S slots: all of a cache, or T without one   t, s of a block of them
 V vocabulary   E embedding width   H hidden   N heads   D head width (N·D = H)   F feed-forward
 """
 
@@ -26,6 +26,8 @@ from opt_common.outputs import BaseModelOutput, CausalLMOutput
 from .cache import KVCache, place, update
 from .generate import generate
 from .weights import from_pretrained, save_pretrained
+
+PARTS = 16  # of a matrix, for a product of few rows
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -54,13 +56,26 @@ ACTIVATIONS = {
 }
 
 
+class Linear(keras.layers.Dense):
+    """A Dense whose product of one row, which takes as long as reading the kernel, is shared among the cores."""
+
+    def call(self, x: Tensor, training: bool | None = None) -> Tensor:
+        one = math.prod(n or 0 for n in x.shape[:-1]) == 1
+        # XLA gives a product of one row to one core, and a batch of them to all. Half precision would round the parts.
+        if not one or x.shape[-1] % PARTS or x.dtype != tf.float32 or tf.executing_eagerly():
+            return super().call(x, training=training)
+        y = tf.matmul(ops.reshape(x, (PARTS, 1, -1)), ops.reshape(self.kernel, (PARTS, -1, self.units)))
+        y = ops.reshape(ops.sum(y, axis=0), (*x.shape[:-1], self.units))
+        return y if self.bias is None else y + self.bias
+
+
 class OPTAttention(keras.layers.Layer):
     """Multi-head causal self-attention."""
 
     def __init__(self, config: OPTConfig, initializer: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         H, bias, dtype = config.hidden_size, config.enable_bias, self.dtype_policy
-        linear = partial(keras.layers.Dense, H, use_bias=bias, kernel_initializer=initializer, dtype=dtype)
+        linear = partial(Linear, H, use_bias=bias, kernel_initializer=initializer, dtype=dtype)
         self.heads = config.num_attention_heads
         self.dropout = keras.layers.Dropout(config.attention_dropout, dtype=dtype)
         self.k_proj = linear(name="k_proj")
@@ -73,23 +88,38 @@ class OPTAttention(keras.layers.Layer):
             projection.build(input_shape)
 
     def call(
-        self, x: Tensor, attn_mask: Tensor, past: tuple[Tensor, Tensor, Tensor] | None, output_attentions: bool = False
+        self,
+        x: Tensor,
+        masks: tuple[Tensor, ...],
+        past: tuple[Tensor, Tensor, Tensor] | None,
+        output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         B, T, H = ops.shape(x)
-        heads = (B, T, self.heads, H // self.heads)
+        N, D = self.heads, H // self.heads
+
+        def split(x: Tensor) -> Tensor:
+            return ops.reshape(ops.transpose(ops.reshape(x, (B, T, N, D)), (0, 2, 1, 3)), (B * N, T, D))
+
         # The query is scaled, not the scores, as OPT was trained: in half precision it is not the same. The factor
         # stays float32: rounded to bfloat16, the 80^-½ of 2.7b would be off, for every query alike.
-        q = ops.cast(_wide(self.q_proj(x)) * heads[3] ** -0.5, x.dtype)
-        q = ops.reshape(q, heads)  # [B, T, N, D]
-        k = ops.reshape(self.k_proj(x), heads)
-        v = ops.reshape(self.v_proj(x), heads)
+        q = split(ops.cast(_wide(self.q_proj(x)) * D**-0.5, x.dtype))  # [B·N, T, D]
+        k, v = split(self.k_proj(x)), split(self.v_proj(x))
         if past is not None:
-            k, v = update(past, k, v)  # [B, S, N, D]
-        # the softmax is float32 in half precision too
-        scores = _wide(ops.einsum("btnd,bsnd->bnts", q, k))
-        weights = ops.cast(ops.softmax(ops.where(attn_mask, scores, scores.dtype.min)), x.dtype)  # [B, N, T, S]
-        out = ops.einsum("bnts,bsnd->btnd", self.dropout(weights), v)
-        return self.out_proj(ops.reshape(out, (B, T, H))), weights if output_attentions else None, (k, v)
+            k, v = update(past, k, v)  # [B·N, S, D]
+        S, first, outs, attentions = ops.shape(k)[1], 0, [], []
+        for mask in masks:
+            t, s = ops.shape(mask)[2:]
+            # the softmax is float32 in half precision too
+            scores = tf.matmul(q[:, first : first + t], k[:, :s], transpose_b=True)
+            scores = _wide(ops.reshape(scores, (B, N, t, s)))
+            weights = ops.cast(tf.nn.softmax(ops.where(mask, scores, scores.dtype.min)), x.dtype)  # [B, N, t, s]
+            outs.append(tf.matmul(ops.reshape(self.dropout(weights), (B * N, t, s)), v[:, :s]))
+            if output_attentions:
+                attentions.append(tf.pad(weights, ((0, 0), (0, 0), (0, 0), (0, S - s))))
+            first += t
+        out = ops.transpose(ops.reshape(ops.concatenate(outs, axis=1), (B, N, T, D)), (0, 2, 1, 3))
+        weights = ops.concatenate(attentions, axis=2) if output_attentions else None  # [B, N, T, S]
+        return self.out_proj(ops.reshape(out, (B, T, H))), weights, (k, v)
 
 
 class OPTDecoderLayer(keras.layers.Layer):
@@ -98,7 +128,7 @@ class OPTDecoderLayer(keras.layers.Layer):
     def __init__(self, config: OPTConfig, initializer: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         H, affine, dtype = config.hidden_size, config.layer_norm_elementwise_affine, self.dtype_policy
-        linear = partial(keras.layers.Dense, use_bias=config.enable_bias, kernel_initializer=initializer, dtype=dtype)
+        linear = partial(Linear, use_bias=config.enable_bias, kernel_initializer=initializer, dtype=dtype)
         norm = partial(keras.layers.LayerNormalization, epsilon=1e-5, center=affine, scale=affine, dtype=dtype)
         self.pre_norm = config.do_layer_norm_before
         self.dropout = keras.layers.Dropout(config.dropout, dtype=dtype)
@@ -115,12 +145,16 @@ class OPTDecoderLayer(keras.layers.Layer):
         self.fc2.build((*input_shape[:-1], self.fc1.units))
 
     def call(
-        self, x: Tensor, attn_mask: Tensor, past: tuple[Tensor, Tensor, Tensor] | None, output_attentions: bool = False
+        self,
+        x: Tensor,
+        masks: tuple[Tensor, ...],
+        past: tuple[Tensor, Tensor, Tensor] | None,
+        output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         residual = x
         if self.pre_norm:
             x = self.self_attn_layer_norm(x)
-        x, weights, kv = self.self_attn(x, attn_mask, past, output_attentions=output_attentions)
+        x, weights, kv = self.self_attn(x, masks, past, output_attentions=output_attentions)
         x = residual + self.dropout(x)
         if not self.pre_norm:
             x = self.self_attn_layer_norm(x)
@@ -145,7 +179,7 @@ class OPTDecoder(keras.layers.Layer):
         table = partial(keras.layers.Embedding, embeddings_initializer=initializer, dtype=dtype)
         self.embed_tokens = table(config.vocab_size, E, name="embed_tokens")
         self.embed_positions = table(config.max_position_embeddings + 2, H, name="embed_positions")
-        linear = partial(keras.layers.Dense, use_bias=False, kernel_initializer=initializer, dtype=dtype)
+        linear = partial(Linear, use_bias=False, kernel_initializer=initializer, dtype=dtype)
         self.project_in = linear(H, name="project_in") if config.projects_embeddings else None
         self.project_out = linear(E, name="project_out") if config.projects_embeddings else None
         self.layers = [
@@ -204,7 +238,7 @@ class OPTDecoder(keras.layers.Layer):
             x = self.project_in(x)  # [B, T, H]
         if cache is None and use_cache:
             cache = KVCache.empty(config, B, config.max_position_embeddings, self.compute_dtype)
-        positions, mask, segments = place(config, B, T, attention_mask, position_ids, cache)
+        positions, masks, segments = place(config, B, T, attention_mask, position_ids, cache)
         x = x + self.embed_positions(positions + 2)  # the table starts two rows in; padding is row 1
 
         hidden_states, attentions, written = [], [], []
@@ -212,7 +246,7 @@ class OPTDecoder(keras.layers.Layer):
             if output_hidden_states:
                 hidden_states.append(x)
             past = None if cache is None else (cache.k[i], cache.v[i], cache.length)
-            before, (x, weights, kv) = x, layer(x, mask, past, output_attentions=output_attentions)
+            before, (x, weights, kv) = x, layer(x, masks, past, output_attentions=output_attentions)
             if output_attentions:
                 attentions.append(weights)
             if cache is not None:
@@ -320,7 +354,7 @@ class TFOPTForCausalLM(keras.Model):
         super().__init__(**kwargs)
         self.config = config
         self.model = TFOPTModel(config, initializer, dtype=self.dtype_policy, name="model")
-        head = partial(keras.layers.Dense, config.vocab_size, use_bias=False, dtype=self.dtype_policy, name="lm_head")
+        head = partial(Linear, config.vocab_size, use_bias=False, dtype=self.dtype_policy, name="lm_head")
         self.lm_head = None if config.tie_word_embeddings else head(kernel_initializer=initializer or _normal(config))
         self.build()
 
@@ -379,11 +413,19 @@ class TFOPTForCausalLM(keras.Model):
         """The logits [B, T, V] of hidden states [B, T, E]."""
         if self.lm_head is not None:
             return self.lm_head(x)
-        # not ops.matmul, which wants a transposed copy of the table
         B, T, E = ops.shape(x)
+        V, rows = self.config.vocab_size, ops.reshape(x, (-1, E))
         table = ops.convert_to_tensor(self.model.decoder.embed_tokens.embeddings)
-        logits = tf.matmul(ops.reshape(x, (-1, E)), table, transpose_b=True)
-        return ops.reshape(logits, (B, T, self.config.vocab_size))
+        few = isinstance(n := ops.shape(rows)[0], int) and 1 < n < 64 and not V % PARTS
+        if few and not tf.executing_eagerly():
+            # for XLA faster by a third
+            rows = tf.broadcast_to(rows, (PARTS, n, E))
+            logits = tf.matmul(ops.reshape(table, (PARTS, -1, E)), rows, transpose_b=True)
+            logits = ops.transpose(ops.reshape(logits, (V, n)))
+        else:
+            # not ops.matmul, which wants a transposed copy of the table
+            logits = tf.matmul(rows, table, transpose_b=True)
+        return ops.reshape(logits, (B, T, V))
 
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """The loss given to `compile` is of the logits."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import re
 import weakref
 
 import numpy as np
@@ -14,7 +16,8 @@ import keras  # noqa: E402  after opt_tf has chosen its backend
 
 from opt_common.config import OPTConfig  # noqa: E402
 from opt_tf import TFOPTForCausalLM, TFOPTModel  # noqa: E402
-from opt_tf.generate import _generate  # noqa: E402
+from opt_tf.cache import place  # noqa: E402
+from opt_tf.generate import Limits, _generate  # noqa: E402
 
 SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
              max_position_embeddings=64)  # fmt: skip
@@ -78,13 +81,16 @@ def test_graph_and_xla_give_what_eager_gives(tiny, ids):
         np.testing.assert_allclose(run(tf.constant(ids), tf.constant(mask)).numpy()[mask == 1], wanted, atol=5e-5)
 
 
-def test_gradients(tiny, ids):
+@pytest.mark.parametrize("length", [12, 64])
+def test_gradients(tiny, rng, length, monkeypatch):
     """As PyTorch's here, which are held against transformers'."""
     torch = pytest.importorskip("torch")
     from opt_common.weights import KERAS, TORCH, table
     from opt_pt import OPTForCausalLM
 
     folder, _ = tiny("350m")
+    monkeypatch.setattr("opt_tf.cache.FEWEST", 16)
+    ids = rng.integers(3, 96, (2, length))
     ids[0, :3] = 1
     mask = (ids != 1).astype(int)
     labels = np.where((mask * np.roll(mask, 1, 1)) == 0, -100, ids)
@@ -99,6 +105,67 @@ def test_gradients(tiny, ids):
         wanted = TORCH.parameter(theirs, spec).grad.numpy()
         found = tf.convert_to_tensor(grad).numpy()
         np.testing.assert_allclose(found.T if spec.kind == "linear" else found, wanted, rtol=1e-8, atol=1e-12)
+
+
+def test_blocks_of_tokens(ids, rng):
+    """Each block of a long call sees the slots up to its last token: what one block of all would give."""
+    config = OPTConfig(**(SMALL | {"max_position_embeddings": 512}))
+    sizes = [tuple(mask.shape[2:]) for mask in place(config, 1, 300, None, None, None)[1]]
+    assert sizes == [(75, 75), (75, 150), (75, 225), (75, 300)]
+    assert [m.shape[2] for m in place(config, 1, 100, None, None, None)[1]] == [64, 36]
+    model = TFOPTForCausalLM(config, initializer=keras.initializers.RandomNormal(stddev=0.3, seed=0), dtype="float64")
+    ids, mask = rng.integers(3, 96, (2, 300)), np.ones((2, 300), int)
+    mask[0, :90] = mask[1, 280:] = 0
+    found = model(ids, mask, output_attentions=True, past_key_values=model.init_cache(2, 310))
+    apart, cache = [], model.init_cache(2, 310)
+    for first in range(0, 300, 60):  # each a block of its own
+        out = model(ids[:, first : first + 60], mask[:, : first + 60], past_key_values=cache, output_attentions=True)
+        cache = out.past_key_values
+        apart.append(out)
+    for name in ("logits", "attentions"):
+        pick = (lambda o: o.logits) if name == "logits" else (lambda o: tf.transpose(o.attentions[1], (0, 2, 1, 3)))
+        wanted = np.concatenate([pick(out).numpy() for out in apart], axis=1)
+        assert pick(found).shape == wanted.shape
+        np.testing.assert_allclose(pick(found).numpy()[mask == 1], wanted[mask == 1], rtol=0, atol=1e-12)
+    assert found.attentions[1].shape == (2, 4, 300, 310)
+    uncached = model(ids, mask, output_attentions=True)
+    np.testing.assert_allclose(uncached.attentions[1], found.attentions[1][..., :300], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("config", ["350m", "untied", "no-bias"])
+def test_a_compiled_step_gives_what_an_eager_one_gives(tiny, rng, config, rows):
+    """A compiled product of few rows is another one, in parts."""
+    folder, _ = tiny(config)
+    model = TFOPTForCausalLM.from_pretrained(folder)
+    ids = rng.integers(3, 96, (rows, 9))
+    cache = model(ids[:, :8], past_key_values=model.init_cache(rows, 12)).past_key_values
+    assert cache.k[0].shape == cache.v[0].shape == (rows * 4, 12, 16)
+    wanted = model(ids[:, 8:], past_key_values=cache)
+    step = tf.function(lambda i, cache: model(i, past_key_values=cache), jit_compile=True)
+    found = step(tf.constant(ids[:, 8:]), cache)
+    np.testing.assert_allclose(found.logits, wanted.logits, rtol=0, atol=5e-5)
+    for ours, theirs in zip(found.past_key_values.k, wanted.past_key_values.k, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_step_does_not_copy_the_cache(tiny, rng, rows):
+    """Nothing in the compiled loop has a cache's shape but the cache, written in place."""
+    folder, _ = tiny()
+    model = TFOPTForCausalLM.from_pretrained(folder)
+    ids = tf.constant(rng.integers(3, 96, (rows, 32)), tf.int32)
+    numbers = Limits(*map(tf.constant, (24, 0, 1.0, 1.0, [2], 1)))
+    text = _generate.experimental_get_compiler_ir(
+        model, [tf.convert_to_tensor(w.value) for w in model.weights], ids, tf.ones_like(ids),
+        tf.constant(0, tf.int64), numbers, room=21, do_sample=False, top_k=0, nucleus=False
+    )(stage="optimized_hlo")  # fmt: skip
+    (loop,) = re.findall(r"^%\S*while_body\S* \(.*?^}", text, re.DOTALL | re.MULTILINE)
+    size = rows * 4 * (32 + 21) * 16
+    made = [line for line in loop.splitlines() if (m := re.match(r".*?= f32\[([\d,]+)\]\S* (?!get-tuple)", line))
+            and math.prod(map(int, m[1].split(","))) == size]  # fmt: skip
+    assert len(made) == 2 * model.config.num_hidden_layers
+    assert all("dynamic-update-slice" in line for line in made)
 
 
 def test_new_weights_and_dropout(ids):
@@ -127,9 +194,12 @@ def test_generate_compiles_once_for_many_calls(tiny, ids):
     for n, prompt, settings in ((3, ids, {}), (9, ids[:, :5], {}), (5, ids, {"min_new_tokens": 2, "eos_token_id": 7})):
         model.generate(prompt, max_new_tokens=n, **settings)
     assert _generate.experimental_get_tracing_count() == before + 1
+    model.generate(np.repeat(ids, 3, axis=1)[:, :33], max_new_tokens=3)
+    model.generate(np.repeat(ids, 4, axis=1)[:, :40], max_new_tokens=3)
+    assert _generate.experimental_get_tracing_count() == before + 2
     for seed in range(3):
         model.generate(ids, max_new_tokens=4, do_sample=True, seed=seed, temperature=1.0 + seed)
-    assert _generate.experimental_get_tracing_count() == before + 2
+    assert _generate.experimental_get_tracing_count() == before + 3
 
 
 def test_a_deleted_model_is_freed(tiny, ids):
