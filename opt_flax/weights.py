@@ -23,12 +23,18 @@ Model = TypeVar("Model", bound="FlaxOPTModel | FlaxOPTForCausalLM")
 
 
 def from_pretrained(
-    cls: type[Model], path_or_name: str | Path, *, dtype: str | DTypeLike = "float32", **hub: Any
+    cls: type[Model],
+    path_or_name: str | Path,
+    *,
+    dtype: str | DTypeLike = "float32",
+    attn_implementation: str = "sdpa",
+    **hub: Any,
 ) -> Model:
     """The model of a checkpoint.
 
     path_or_name: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or not.
     dtype: a jax dtype, its name, or "auto" for the checkpoint's.
+    attn_implementation: "sdpa", "eager" or "cudnn"; see `opt_flax.attention`.
     hub: revision, cache_dir, token, local_files_only, as in huggingface_hub.
     The weights go to jax's default device, tensor by tensor as they are read.
     Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
@@ -39,7 +45,7 @@ def from_pretrained(
     if jax.dtypes.canonicalize_dtype(wanted) != wanted:
         raise ValueError("dtype: found float64, which jax has only after jax.config.update('jax_enable_x64', True)")
     # shapes without memory, and no random numbers
-    model = nnx.eval_shape(lambda: cls(opened.config, wanted, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: cls(opened.config, wanted, attn_implementation, rngs=nnx.Rngs(0)))
     for spec, array in opened.tensors:
         array = array.T if FLAX.transposed and spec.kind == "linear" else array
         array = np.ascontiguousarray(array, wanted)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,7 +13,7 @@ nnx = pytest.importorskip("flax.nnx")
 import jax.numpy as jnp  # noqa: E402
 
 from opt_common.config import OPTConfig  # noqa: E402
-from opt_flax import FlaxOPTForCausalLM, FlaxOPTModel  # noqa: E402
+from opt_flax import FlaxOPTForCausalLM, FlaxOPTModel, attention  # noqa: E402
 from opt_flax.generate import _generate  # noqa: E402
 
 SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
@@ -118,3 +121,146 @@ def test_generate_compiles_once_for_many_calls(tiny, ids):
     for seed in range(3):
         model.generate(ids, max_new_tokens=4, do_sample=True, seed=seed, temperature=1.0 + seed)
     assert _generate._cache_size() == before + 2
+
+
+def test_attention_implementations(tiny, ids):
+    folder, _ = tiny("350m")
+    model = FlaxOPTForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    mask = np.ones_like(ids)
+    mask[0, :3] = 0
+    eager = model(ids, mask).logits
+    model.set_attn_implementation("sdpa")
+    np.testing.assert_array_equal(model(ids, mask).logits, eager)  # on a CPU one formula serves both
+    wanted = "attn_implementation: found 'fast', wanted one of eager, sdpa, cudnn"
+    new = partial(FlaxOPTModel, model.config, rngs=nnx.Rngs(0))
+    for choose in (model.set_attn_implementation, lambda name: new(attn_implementation=name)):
+        with pytest.raises(ValueError, match=wanted):
+            choose("fast")
+    assert model.model.decoder.attn_implementation == "sdpa", "a refused choice changes nothing"
+
+
+GPU = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H100")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, None),
+        ({"device": jax.devices("cpu")[0]}, "the model is on cpu; move it to an NVIDIA GPU"),
+        ({"device": SimpleNamespace(platform="gpu", compute_capability="gfx942")}, "the model is on gpu; move it to"),
+        ({"device": SimpleNamespace(**vars(GPU) | {"compute_capability": "7.5"})}, "capability below 8.0; use a newer"),
+        ({"dtype": jnp.float32}, "it computes in float32; load it with dtype='float16' or 'bfloat16'"),
+        ({"dtype": np.dtype("bfloat16")}, None),
+        ({"D": 80}, None),
+        ({"D": 60}, "heads are 60 wide, not a multiple of 8 up to 128"),
+        ({"D": 160}, "heads are 160 wide"),
+        ({"T": 7, "S": 7}, None),
+        ({"T": 7, "S": 8, "masked": True}, "a mask of 7 x 8 is not even"),
+        ({"T": 8, "S": 7, "masked": True}, "a mask of 8 x 7 is not even"),
+        ({"T": 8, "S": 16, "masked": True}, None),
+        ({"T": 1, "S": 7, "masked": True}, None),
+        ({"drops": True}, "it drops no attention weights"),
+    ],
+)
+def test_the_rule(changes, why):
+    """cuDNN where it can run: "sdpa" takes it, or the formula; "cudnn" takes it, or says why not."""
+    call = {"device": GPU, "dtype": jnp.float16, "T": 8, "S": 8, "D": 64, "masked": False, "drops": False} | changes
+    choose = partial(attention.choose, **call)
+    assert choose("eager", weights=False) is choose("cudnn", weights=True) is attention.eager
+    if why is None:
+        assert choose("cudnn", weights=False) is attention.cudnn
+        assert choose("sdpa", weights=False) is (attention.cudnn if call["T"] > 1 else attention.eager)
+    else:
+        assert choose("sdpa", weights=False) is attention.eager
+        with pytest.raises(ValueError, match=f"attn_implementation: 'cudnn' cannot run: .*{why}.*, or take 'sdpa'"):
+            choose("cudnn", weights=False)
+
+
+def test_cudnn_where_it_cannot_run(tiny, ids):
+    folder, _ = tiny()
+    model = FlaxOPTForCausalLM.from_pretrained(folder, attn_implementation="cudnn", dtype="float16")
+    with pytest.raises(ValueError, match="'cudnn' cannot run: the model is on cpu; move it to an NVIDIA GPU"):
+        model(ids)
+    with pytest.raises(ValueError, match="cannot run"):
+        model.generate(ids, max_new_tokens=2)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """The calls of cuDNN, answered by jax's own formula for the same arguments, which a CPU can run."""
+    calls, real = [], jax.nn.dot_product_attention
+
+    def answer(q, k, v, *, implementation, **how):
+        assert implementation == "cudnn"
+        calls.append(sorted(how))
+        return real(q, k, v, implementation="xla", **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    monkeypatch.setattr("opt_flax.model.default_device", lambda: GPU)
+    return calls
+
+
+LENGTHS = ["is_causal", "key_value_seq_lengths", "query_seq_lengths"]
+PADDED = {
+    "left": [[1] * 12, [0] * 4 + [1] * 8, [0] * 11 + [1]],
+    "right": [[1] * 12, [1] * 8 + [0] * 4, [1] + [0] * 11],
+    "holes": [[1] * 12, [0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1], [0] * 12],
+}
+
+
+@pytest.mark.parametrize("padding", [None, *PADDED])
+@pytest.mark.parametrize("jit", [False, True])
+def test_padding_keeps_the_fast_path(tiny, rng, without_gpu, padding, jit):
+    """Rows are re-aligned and come back, in every output and in the cache."""
+    folder, _ = tiny("350m")
+    fast, slow = (
+        FlaxOPTForCausalLM.from_pretrained(folder, dtype="bfloat16", attn_implementation=name)
+        for name in ("sdpa", "eager")
+    )
+    ids = rng.integers(3, 96, (3, 16))
+    mask = None if padding is None else np.array([row + [1] * 4 for row in PADDED[padding]])
+
+    def run(model, ids, mask):
+        first = None if mask is None else mask[:, :12]
+        cache = model.init_cache(3, 16)
+        out = model(ids[:, :12], first, past_key_values=cache, output_hidden_states=True)
+        rest = model(ids[:, 12:], mask, past_key_values=out.past_key_values)
+        return (out.logits, *out.hidden_states, rest.logits, *rest.past_key_values.v)
+
+    run = jax.jit(run) if jit else run
+    wanted = run(slow, ids, mask)
+    assert without_gpu == []
+    found = run(fast, ids, mask)
+    assert without_gpu == [["is_causal"] if padding is None else LENGTHS] * 3 + [["mask"]] * 3
+    keep = np.ones((3, 16), bool) if mask is None else mask == 1
+    for a, b in zip(found, wanted, strict=True):
+        at = keep[:, :12] if a.shape[1] == 12 else keep[:, 12:] if a.shape[1] == 4 else keep
+        a, b = (np.asarray(x, np.float32)[at] for x in (a, b))
+        assert np.abs(a - b).max() < 0.05 * np.abs(b).max()
+    assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in found)
+
+
+def test_packed_rows_are_a_mask(tiny, ids, without_gpu):
+    folder, _ = tiny()
+    positions = np.array([[*range(5), *range(7)], range(12)])
+    fast, slow = (
+        FlaxOPTForCausalLM.from_pretrained(folder, dtype="bfloat16", attn_implementation=name)
+        for name in ("cudnn", "eager")
+    )
+    found, wanted = (np.asarray(m(ids, position_ids=positions).logits, np.float32) for m in (fast, slow))
+    assert without_gpu == [["mask"]] * 3
+    assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+def test_generate_prefills_on_the_fast_path(tiny, ids, without_gpu):
+    """Each prompt alone, with padding on either side, and together: the same tokens."""
+    folder, _ = tiny("350m")
+    model = FlaxOPTForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    mask = np.ones_like(ids)
+    mask[0, :5] = mask[1, 9:] = 0
+    text = np.asarray(model.generate(ids, mask, max_new_tokens=8, eos_token_id=[]))[:, 12:]
+    assert without_gpu == [LENGTHS] * 3  # the loop has one query a row
+    for row, prompt in zip(text, (ids[:1, 5:], ids[1:, :9]), strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(model.generate(prompt, max_new_tokens=8, eos_token_id=[]))[0, -8:], row
+        )
