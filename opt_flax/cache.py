@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
@@ -105,5 +106,6 @@ def place(
         positions = jnp.where(past + T <= S, positions, config.max_position_embeddings)
     else:
         name = "input_ids" if position_ids is None else "position_ids"
-        check_positions(config, int(positions.max()), name, int(positions.min()))
+        known = np.asarray(positions)  # numpy: under jit, what jax computes from a number is traced
+        check_positions(config, int(known.max()), name, int(known.min()))
     return positions, lax.dynamic_update_slice_in_dim(old, numbers, past, axis=1)

@@ -56,6 +56,19 @@ def test_jit_split_and_merge(tiny, ids):
     assert int(cached.length) == 12
 
 
+def test_constants_under_jit(tiny, ids):
+    """What is known while tracing is checked there too."""
+    folder, _ = tiny()
+    model = FlaxOPTForCausalLM.from_pretrained(folder)
+    positions = jnp.array([[*range(5), *range(7)], [*range(12)]])
+    wanted = model(ids, position_ids=positions).logits
+    found = jax.jit(lambda model: model(ids, position_ids=positions).logits)(model)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-5)
+    positions += 53
+    with pytest.raises(ValueError, match="position_ids: found position 64, wanted -1 to 63"):
+        jax.jit(lambda model: model(ids, position_ids=positions).logits)(model)
+
+
 def test_gradients(tiny, ids):
     """As PyTorch's here, which are held against transformers'."""
     torch = pytest.importorskip("torch")
