@@ -1,6 +1,6 @@
 """The ways to attend, with one signature, and the rule that chooses between them.
 
-q [B, T, N, D]; k, v [B, S, N, D]; view: what each query may see; drop: drops some of the weights. Result [B, T, N, D],
+q [B, T, N, D]; k, v [B, N, S, D]; view: what each query may see; drop: drops some of the weights. Result [B, T, N, D],
 and the weights [B, N, T, S] from the one that has them.
 
 B batch   T new tokens   S slots   N heads   D head width
@@ -47,10 +47,10 @@ def eager(q: Array, k: Array, v: Array, view: View, drop: Drop) -> tuple[Array, 
     wide = jnp.promote_types(q.dtype, jnp.float32)
     # The query is scaled, not the scores, as OPT was trained: in half precision it is not the same. The factor stays
     # float32: rounded to bfloat16, the 80^-½ of 2.7b is off by 0.2 %, for every query alike.
-    q = (q.astype(wide) * q.shape[-1] ** -0.5).astype(q.dtype)
-    scores = jnp.einsum("btnd,bsnd->bnts", q, k, preferred_element_type=wide)
+    q = (q.astype(wide) * q.shape[-1] ** -0.5).astype(q.dtype).swapaxes(1, 2)  # [B, N, T, D], or XLA copies k and v
+    scores = jnp.einsum("bntd,bnsd->bnts", q, k, preferred_element_type=wide)
     weights = jax.nn.softmax(jnp.where(view, scores, jnp.finfo(wide).min), axis=-1).astype(q.dtype)
-    return jnp.einsum("bnts,bsnd->btnd", drop(weights), v), weights
+    return jnp.einsum("bnts,bnsd->bntd", drop(weights), v).swapaxes(1, 2), weights
 
 
 def cudnn(q: Array, k: Array, v: Array, view: View, drop: Drop) -> tuple[Array, None]:
@@ -60,6 +60,7 @@ def cudnn(q: Array, k: Array, v: Array, view: View, drop: Drop) -> tuple[Array, 
         how |= {"query_seq_lengths": view.lengths, "key_value_seq_lengths": view.lengths}
     elif view is not None:
         how = {"mask": view}
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **how), None
 
 

@@ -65,12 +65,14 @@ class OPTAttention(nnx.Module):
     ) -> tuple[Array, Array | None, KVCache | None]:
         heads = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
         q, k, v = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, N, D] each
-        if isinstance(view, Alignment) and cache is not None:  # in the cache each token has the slot of its column
-            cache = cache.update(self.layer, reorder(k, view.back), reorder(v, view.back))
-        elif cache is not None:
-            empty, cache = cache.is_empty, cache.update(self.layer, k, v)
-            if not empty:
-                k, v = cache.k[self.layer], cache.v[self.layer]  # [B, S, N, D]
+        if cache is not None:
+            # in the cache each token has the slot of its column
+            new = (reorder(y, view.back) if isinstance(view, Alignment) else y for y in (k, v))
+            empty, cache = cache.is_empty, cache.update(self.layer, *(y.swapaxes(1, 2) for y in new))
+        if cache is None or empty:
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, N, T, D]
+        else:
+            k, v = cache.k[self.layer], cache.v[self.layer]  # [B, N, S, D]
         drop = partial(self.dropout, deterministic=rngs is None, rngs=rngs)
         out, weights = attend(q, k, v, view, drop)
         return self.out_proj(out.reshape(x.shape)), weights, cache
@@ -348,8 +350,7 @@ class FlaxOPTForCausalLM(nnx.Module):
         """The logits [..., V] of hidden states [..., E]."""
         if self.lm_head is not None:
             return self.lm_head(x)
-        # not embed_tokens.attend, which copies the table to turn it, where it is not compiled
-        return jnp.einsum("...e,ve->...v", x, self.model.decoder.embed_tokens.embedding[...])
+        return _product(x, self.model.decoder.embed_tokens.embedding[...], x.dtype).astype(x.dtype)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens a row."""
@@ -364,16 +365,39 @@ class FlaxOPTForCausalLM(nnx.Module):
     generate = generate
 
 
-class _Linear(nnx.Linear):
-    """nnx.Linear, but product and bias are rounded to half precision together, as PyTorch does it, not one by one."""
+class _Linear(nnx.Module):
+    """A kernel [out, in], as checkpoints have it, and a bias. Product and bias are rounded to half precision together,
+    as PyTorch does it, not one by one."""
 
     def __init__(self, config: OPTConfig, into: int, out: int, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        wide, init = jnp.promote_types(dtype, jnp.float32), nnx.initializers.normal(config.init_std)
-        dtypes = {"dtype": dtype, "param_dtype": dtype, "preferred_element_type": wide}
-        super().__init__(into, out, use_bias=bias, kernel_init=init, rngs=rngs, **dtypes)
+        self.kernel = nnx.Param(nnx.initializers.normal(config.init_std)(rngs.params(), (out, into), dtype))
+        self.bias = nnx.Param(jnp.zeros(out, dtype)) if bias else None
 
-    def __call__(self, inputs: Array) -> Array:
-        return super().__call__(inputs).astype(self.dtype)
+    def __call__(self, x: Array) -> Array:
+        if self.bias is None:
+            return _product(x, self.kernel[...], x.dtype).astype(x.dtype)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return (_product(x, self.kernel[...], wide) + self.bias[...]).astype(x.dtype)
+
+
+# Up to so many tokens, a CPU multiplies the weights by the tokens, not the tokens by the weights.
+FEW = 128
+
+
+def _product(x: Array, kernel: Array, dtype: DTypeLike) -> Array:
+    """x [..., in] · kernel [out, in]ᵀ in `dtype` or a wider one, [..., out].
+
+    With few tokens a product is the reading of its kernel, and its form decides how fast that is: benchmarks/NOTES.md.
+    """
+    tokens, platform = x.size // x.shape[-1], default_device().platform
+    if platform == "gpu" and tokens == 1:  # XLA makes one program of it and of what comes before and after
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return (kernel.astype(wide) * x.astype(wide)).sum(-1).reshape(*x.shape[:-1], -1)
+    if platform == "cpu" and tokens <= FEW:
+        y = lax.dot_general(kernel, x.reshape(tokens, -1), (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+        # the barrier keeps XLA from turning it around, and so copying the kernel
+        return lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 def _embed(

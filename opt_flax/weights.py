@@ -47,7 +47,6 @@ def from_pretrained(
     # shapes without memory, and no random numbers
     model = nnx.eval_shape(lambda: cls(opened.config, wanted, attn_implementation, rngs=nnx.Rngs(0)))
     for spec, array in opened.tensors:
-        array = array.T if FLAX.transposed and spec.kind == "linear" else array
         array = np.ascontiguousarray(array, wanted)
         FLAX.parameter(model, spec).set_value(jnp.asarray(array))
         del array  # or it would be held while the next is read
@@ -61,8 +60,7 @@ def save_pretrained(
     safetensors of at most `max_shard_size` bytes a file. Killed half-way, it leaves the old folder or the new one."""
 
     def get(spec: Spec) -> np.ndarray:
-        array = np.asarray(FLAX.parameter(model, spec)[...])
-        return array.T if FLAX.transposed and spec.kind == "linear" else array
+        return np.asarray(FLAX.parameter(model, spec)[...])
 
     first = next(table(model.config, model.weights_prefix))
     dtype = FLAX.parameter(model, first).dtype.name

@@ -90,7 +90,7 @@ def test_gradients(tiny, ids):
                 leaf = leaf[int(part)] if part.isdigit() else leaf[part]
             found = np.asarray(leaf[getattr(FLAX, spec.kind)][...])
             wanted = TORCH.parameter(theirs, spec).grad.numpy()
-            np.testing.assert_allclose(found.T if spec.kind == "linear" else found, wanted, rtol=1e-8, atol=1e-12)
+            np.testing.assert_allclose(found, wanted, rtol=1e-8, atol=1e-12)
 
 
 def test_new_weights_and_dropout(ids):
@@ -247,6 +247,7 @@ def test_padding_keeps_the_fast_path(tiny, rng, without_gpu, padding, jit):
     assert without_gpu == [["is_causal"] if padding is None else LENGTHS] * 3 + [["mask"]] * 3
     keep = np.ones((3, 16), bool) if mask is None else mask == 1
     for a, b in zip(found, wanted, strict=True):
+        a, b = (x.swapaxes(1, 2) if x.ndim == 4 else x for x in (a, b))  # of the cache
         at = keep[:, :12] if a.shape[1] == 12 else keep[:, 12:] if a.shape[1] == 4 else keep
         a, b = (np.asarray(x, np.float32)[at] for x in (a, b))
         assert np.abs(a - b).max() < 0.05 * np.abs(b).max()
