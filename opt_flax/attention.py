@@ -1,6 +1,6 @@
 """The ways to attend, with one signature, and the rule that chooses between them.
 
-q [B, T, N, D]; k, v [B, N, S, D]; view: what each query may see; drop: drops some of the weights. Result [B, T, N, D],
+q [B, T, N, D]; k, v [B·N, S, D]; view: what each query may see; drop: drops some of the weights. Result [B, T, N, D],
 and the weights [B, N, T, S] from the one that has them.
 
 B batch   T new tokens   S slots   N heads   D head width
@@ -41,16 +41,18 @@ def eager(q: Array, k: Array, v: Array, view: View, drop: Drop) -> tuple[Array, 
     """Written out, for XLA and for those who want the weights [B, N, T, S]. Scores and softmax are float32 in half
     precision too."""
     assert not isinstance(view, Alignment)
+    B, T, N, D = q.shape
     if view is None:
-        slots = jnp.arange(q.shape[1])
+        slots = jnp.arange(T)
         view = (slots[:, None] >= slots)[None, None]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     # The query is scaled, not the scores, as OPT was trained: in half precision it is not the same. The factor stays
     # float32: rounded to bfloat16, the 80^-½ of 2.7b is off by 0.2 %, for every query alike.
-    q = (q.astype(wide) * q.shape[-1] ** -0.5).astype(q.dtype).swapaxes(1, 2)  # [B, N, T, D], or XLA copies k and v
-    scores = jnp.einsum("bntd,bnsd->bnts", q, k, preferred_element_type=wide)
+    q = heads_first((q.astype(wide) * D**-0.5).astype(q.dtype))
+    scores = jnp.einsum("xtd,xsd->xts", q, k, preferred_element_type=wide).reshape(B, N, T, -1)
     weights = jax.nn.softmax(jnp.where(view, scores, jnp.finfo(wide).min), axis=-1).astype(q.dtype)
-    return jnp.einsum("bnts,bnsd->bntd", drop(weights), v).swapaxes(1, 2), weights
+    out = jnp.einsum("xts,xsd->xtd", drop(weights).reshape(B * N, T, -1), v)
+    return out.reshape(B, N, T, D).swapaxes(1, 2), weights
 
 
 def cudnn(q: Array, k: Array, v: Array, view: View, drop: Drop) -> tuple[Array, None]:
@@ -60,7 +62,8 @@ def cudnn(q: Array, k: Array, v: Array, view: View, drop: Drop) -> tuple[Array, 
         how |= {"query_seq_lengths": view.lengths, "key_value_seq_lengths": view.lengths}
     elif view is not None:
         how = {"mask": view}
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    B, _, N, D = q.shape
+    k, v = (y.reshape(B, N, -1, D).swapaxes(1, 2) for y in (k, v))
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **how), None
 
 
@@ -129,6 +132,11 @@ def align(real: Array) -> Alignment:
     order = jnp.argsort(~real, axis=1, stable=True)
     lengths = jnp.maximum(real.sum(axis=1, dtype=jnp.int32), 1)
     return Alignment(order, jnp.argsort(order, axis=1), lengths)
+
+
+def heads_first(x: Array) -> Array:
+    """[B, T, N, D] as [B·N, T, D]."""
+    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def reorder(x: Array, columns: Array) -> Array:

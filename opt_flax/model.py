@@ -31,6 +31,7 @@ from .attention import (
     cudnn,
     default_device,
     dense,
+    heads_first,
     reorder,
 )
 from .cache import KVCache, place
@@ -65,14 +66,15 @@ class OPTAttention(nnx.Module):
     ) -> tuple[Array, Array | None, KVCache | None]:
         heads = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
         q, k, v = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, N, D] each
+        empty = cache is None or cache.is_empty
         if cache is not None:
             # in the cache each token has the slot of its column
             new = (reorder(y, view.back) if isinstance(view, Alignment) else y for y in (k, v))
-            empty, cache = cache.is_empty, cache.update(self.layer, *(y.swapaxes(1, 2) for y in new))
+            cache = cache.update(self.layer, *map(heads_first, new))
         if cache is None or empty:
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, N, T, D]
+            k, v = heads_first(k), heads_first(v)  # [B·N, T, D]
         else:
-            k, v = cache.k[self.layer], cache.v[self.layer]  # [B, N, S, D]
+            k, v = cache.k[self.layer], cache.v[self.layer]  # [B·N, S, D]
         drop = partial(self.dropout, deterministic=rngs is None, rngs=rngs)
         out, weights = attend(q, k, v, view, drop)
         return self.out_proj(out.reshape(x.shape)), weights, cache
