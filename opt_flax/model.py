@@ -368,8 +368,7 @@ class FlaxOPTForCausalLM(nnx.Module):
 
 
 class _Linear(nnx.Module):
-    """A kernel [out, in], as checkpoints have it, and a bias. Product and bias are rounded to half precision together,
-    as PyTorch does it, not one by one."""
+    """A kernel [out, in], as checkpoints have it, and a bias."""
 
     def __init__(self, config: OPTConfig, into: int, out: int, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.kernel = nnx.Param(nnx.initializers.normal(config.init_std)(rngs.params(), (out, into), dtype))
@@ -378,8 +377,11 @@ class _Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         if self.bias is None:
             return _product(x, self.kernel[...], x.dtype).astype(x.dtype)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return (_product(x, self.kernel[...], wide) + self.bias[...]).astype(x.dtype)
+        # Product and bias are rounded to half precision together, as PyTorch does it. Not where a GPU would write the
+        # wide product to memory first: a forward pass of 2.7b takes 158 ms instead of 185
+        one_by_one = default_device().platform == "gpu" and x.size > x.shape[-1]
+        dtype = x.dtype if one_by_one else jnp.promote_types(x.dtype, jnp.float32)
+        return (_product(x, self.kernel[...], dtype) + self.bias[...]).astype(x.dtype)
 
 
 # Up to so many tokens, a CPU multiplies the weights by the tokens, not the tokens by the weights.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -278,3 +281,56 @@ def test_generate_prefills_on_the_fast_path(tiny, ids, without_gpu):
         np.testing.assert_array_equal(
             np.asarray(model.generate(prompt, max_new_tokens=8, eos_token_id=[]))[0, -8:], row
         )
+
+
+SHARDED = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from opt_flax import FlaxOPTForCausalLM
+
+mesh = Mesh(jax.devices(), ("model",))
+
+def sharding(name):
+    if "norm" in name or name.endswith("bias"):
+        return NamedSharding(mesh, PartitionSpec())
+    rows = any(part in name for part in ("q_proj", "k_proj", "v_proj", "fc1", "embed_tokens"))
+    return NamedSharding(mesh, PartitionSpec("model") if rows else PartitionSpec(None, "model"))
+
+ids = np.random.default_rng(0).integers(3, 96, (2, 12))
+wanted = FlaxOPTForCausalLM.from_pretrained(sys.argv[1])
+found = FlaxOPTForCausalLM.from_pretrained(sys.argv[1], sharding=sharding)
+layer = found.model.decoder.layers[0]
+for kernel, part in ((layer.fc1.kernel, (16, 64)), (layer.fc2.kernel, (64, 16))):
+    shards = kernel[...].addressable_shards
+    assert len({s.device for s in shards}) == 8 and {s.data.shape for s in shards} == {part}, shards
+a, b = (np.asarray(jax.jit(lambda m: m(ids).logits)(m)) for m in (found, wanted))
+assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max()
+a, b = (np.asarray(m.generate(ids, max_new_tokens=8, eos_token_id=[])) for m in (found, wanted))
+np.testing.assert_array_equal(a, b)
+whole = FlaxOPTForCausalLM.from_pretrained(sys.argv[1], sharding=NamedSharding(mesh, PartitionSpec()))
+assert whole.model.decoder.layers[0].fc1.kernel[...].sharding.is_fully_replicated
+"""
+
+
+def test_sharding(tiny):
+    """Eight devices, each with its part of the weights and no more; the same answers as one."""
+    folder, _ = tiny()
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run([sys.executable, "-c", SHARDED, str(folder)], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+def test_a_gpu_writes_half_precision_products(monkeypatch):
+    """One token's product is wide until the bias is added; that of many is written in half precision. On a CPU both are
+    wide."""
+    config = OPTConfig(**SMALL)
+    linear = FlaxOPTModel(config, "bfloat16", rngs=nnx.Rngs(0)).decoder.layers[0].fc1
+
+    def rounded_first(tokens: int) -> bool:
+        return "f32" not in str(jax.make_jaxpr(lambda x: linear(x))(jnp.ones((1, tokens, 64), jnp.bfloat16)))
+
+    assert not rounded_first(1) and not rounded_first(4)
+    monkeypatch.setattr("opt_flax.model.default_device", lambda: GPU)
+    assert not rounded_first(1) and rounded_first(4)
