@@ -59,7 +59,7 @@ class Layout:
 
 TORCH = Layout("weight", "weight", "bias", "weight", "bias", transposed=False)
 KERAS = Layout("embeddings", "kernel", "bias", "gamma", "beta", transposed=True)
-FLAX = Layout("embedding", "kernel", "bias", "scale", "bias", transposed=True)
+FLAX = Layout("embedding", "kernel", "bias", "scale", "bias", transposed=False)
 
 
 def table(config: OPTConfig, prefix: str = "model.") -> Iterator[Spec]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
@@ -19,7 +21,7 @@ from opt_common.inputs import check_positions
 class KVCache(NamedTuple):
     """Keys and values of past tokens: a value, which a call takes and returns with the new tokens written. S is fixed.
 
-    k, v: a [B, S, N, D] array a layer.
+    k, v: a [B·N, S, D] array a layer: of that shape XLA's loops read and write them without copies.
     length: how many slots are taken, an int32 scalar; every row takes the same ones.
     segments: [B, S] int32, the document each slot belongs to, counted from 1; 0 is padding, and a slot not taken yet.
     """
@@ -31,17 +33,24 @@ class KVCache(NamedTuple):
 
     @classmethod
     def empty(cls, config: OPTConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
-        shape = (batch, slots, config.num_attention_heads, config.head_dim)
+        shape = (batch * config.num_attention_heads, slots, config.head_dim)
         k = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
         v = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
-        return cls(k, v, jnp.zeros((), jnp.int32), jnp.zeros((batch, slots), jnp.int32))
+        with jax.ensure_compile_time_eval():  # under jit it is a number, not traced
+            length = jnp.zeros((), jnp.int32)
+        return cls(k, v, length, jnp.zeros((batch, slots), jnp.int32))
 
     @property
     def slots(self) -> int:
         return self.segments.shape[1]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no slot is taken; False where that is not known yet."""
+        return not isinstance(self.length, Tracer) and int(self.length) == 0
+
     def update(self, layer: int, k: Array, v: Array) -> KVCache:
-        """With the new keys and values [B, T, N, D] of a layer behind the past ones.
+        """With the new keys and values [B·N, T, D] of a layer behind the past ones.
         `length` moves on once a call, when all layers are done."""
         k = lax.dynamic_update_slice_in_dim(self.k[layer], k, self.length, axis=1)
         v = lax.dynamic_update_slice_in_dim(self.v[layer], v, self.length, axis=1)
@@ -58,22 +67,19 @@ def place(
     attention_mask: ArrayLike | None,
     position_ids: ArrayLike | None,
     cache: KVCache | None,
-) -> tuple[Array, Array, Array | None]:
-    """Positions [B or 1, T] of the new tokens (padding is -1), the boolean mask [B or 1, 1, T, S] of what each may
-    attend to, and the segments [B, S] (None: no cache to keep them for, all one document).
+) -> tuple[Array, Array]:
+    """Positions [B or 1, T] of the new tokens (padding is -1), and the segments [B, S]: the document of each slot,
+    counted from 1, and 0 for padding, or for a slot not taken yet.
 
-    A token attends to the earlier tokens of its own segment. Segment 0 is padding, which so attends to padding alone:
-    no row of the mask is empty, and nothing real sees it. With `position_ids`, a document begins at each position 0
-    and wherever the position does not grow.
-
-    `cache.length` can be traced, so all slots are in the mask: those behind the new tokens are nobody's past.
+    With `position_ids`, a document begins at each position 0 and wherever the position does not grow.
     """
-    if attention_mask is None and position_ids is None and cache is None:
-        check_positions(config, T - 1, "input_ids")
-        slots = jnp.arange(T)
-        return slots[None], (slots[:, None] >= slots)[None, None], None
-
     past, S = (0, T) if cache is None else (cache.length, cache.slots)
+    slots = jnp.arange(S, dtype=jnp.int32)
+    empty = cache is None or cache.is_empty
+    if attention_mask is None and position_ids is None and empty:
+        check_positions(config, T - 1, "input_ids")
+        return slots[None, :T], jnp.broadcast_to(slots < T, (B, S)).astype(jnp.int32)
+
     before = jnp.zeros((B, S), jnp.int32) if cache is None else cache.segments
     real = jnp.ones((B, S), jnp.int32)
     if attention_mask is not None:
@@ -83,7 +89,6 @@ def place(
             raise ValueError(f"attention_mask: found shape {[rows, columns]}, wanted [{B}, {T} to {S}]")
         real = jnp.pad((jnp.asarray(attention_mask) != 0).astype(jnp.int32), ((0, 0), (0, S - columns)))
 
-    slots = jnp.arange(S, dtype=jnp.int32)
     old = jnp.where(slots < past, real * before, 0)
     new = lax.dynamic_slice_in_dim(real, past, T, axis=1)
     current = jnp.maximum(old.max(axis=1, keepdims=True), 1)
@@ -101,9 +106,6 @@ def place(
         positions = jnp.where(past + T <= S, positions, config.max_position_embeddings)
     else:
         name = "input_ids" if position_ids is None else "position_ids"
-        check_positions(config, int(positions.max()), name, int(positions.min()))
-
-    segments = lax.dynamic_update_slice_in_dim(old, numbers, past, axis=1)
-    causal = (past + slots[:T])[:, None] >= slots
-    mask = causal & (numbers[:, :, None] == segments[:, None, :])
-    return positions, mask[:, None], segments
+        known = np.asarray(positions)  # numpy: under jit, what jax computes from a number is traced
+        check_positions(config, int(known.max()), name, int(known.min()))
+    return positions, lax.dynamic_update_slice_in_dim(old, numbers, past, axis=1)

@@ -18,7 +18,7 @@ from opt_common.inputs import check_call, check_generate, check_tokens
 from .cache import KVCache
 
 # Prompts and new tokens take up a multiple of so many columns: one program serves all the lengths between.
-STEP = 64
+PROMPT_STEP, NEW_STEP = 32, 64
 
 
 def generate(
@@ -69,7 +69,7 @@ def generate(
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
     )
-    left = ((0, 0), (-T % STEP, 0))
+    left = ((0, 0), (-T % PROMPT_STEP, 0))
     tokens, length = _generate(
         self,
         np.pad(ids, left, constant_values=settings.pad_token_id).astype(np.int32),
@@ -83,7 +83,7 @@ def generate(
             np.array(settings.eos_token_ids, np.int32),
             settings.pad_token_id,
         ),
-        room=settings.max_new_tokens + -settings.max_new_tokens % STEP,
+        room=settings.max_new_tokens + -settings.max_new_tokens % NEW_STEP,
         do_sample=do_sample,
         top_k=settings.top_k if do_sample else 0,
         nucleus=do_sample and settings.top_p < 1,

@@ -21,6 +21,19 @@ from opt_common.config import OPTConfig
 from opt_common.inputs import check_call, check_tokens
 from opt_common.outputs import BaseModelOutput, CausalLMOutput
 
+from .attention import (
+    Alignment,
+    Attend,
+    View,
+    align,
+    check_implementation,
+    choose,
+    cudnn,
+    default_device,
+    dense,
+    heads_first,
+    reorder,
+)
 from .cache import KVCache, place
 from .generate import generate
 from .weights import from_pretrained, save_pretrained
@@ -49,23 +62,21 @@ class OPTAttention(nnx.Module):
         self.out_proj = _Linear(config, H, H, bias, dtype, rngs)
 
     def __call__(
-        self, x: Array, mask: Array, cache: KVCache | None, rngs: nnx.Rngs | None
-    ) -> tuple[Array, Array, KVCache | None]:
+        self, x: Array, attend: Attend, view: View, cache: KVCache | None, rngs: nnx.Rngs | None
+    ) -> tuple[Array, Array | None, KVCache | None]:
         heads = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        # The query is scaled, not the scores, as OPT was trained: in half precision it is not the same. The factor
-        # stays float32: rounded to bfloat16, the 80^-½ of 2.7b is off by 0.2 %, for every query alike.
-        q = (self.q_proj(x).astype(wide) * heads[3] ** -0.5).astype(x.dtype).reshape(heads)  # [B, T, N, D]
-        k = self.k_proj(x).reshape(heads)
-        v = self.v_proj(x).reshape(heads)
+        q, k, v = (f(x).reshape(heads) for f in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, N, D] each
+        empty = cache is None or cache.is_empty
         if cache is not None:
-            cache = cache.update(self.layer, k, v)
-            k, v = cache.k[self.layer], cache.v[self.layer]  # [B, S, N, D]
-        # scores and softmax are float32 in half precision too
-        scores = jnp.einsum("btnd,bsnd->bnts", q, k, preferred_element_type=wide)
-        weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(wide).min), axis=-1).astype(x.dtype)
-        dropped = self.dropout(weights, deterministic=rngs is None, rngs=rngs)
-        out = jnp.einsum("bnts,bsnd->btnd", dropped, v)
+            # in the cache each token has the slot of its column
+            new = (reorder(y, view.back) if isinstance(view, Alignment) else y for y in (k, v))
+            cache = cache.update(self.layer, *map(heads_first, new))
+        if cache is None or empty:
+            k, v = heads_first(k), heads_first(v)  # [B·N, T, D]
+        else:
+            k, v = cache.k[self.layer], cache.v[self.layer]  # [B·N, S, D]
+        drop = partial(self.dropout, deterministic=rngs is None, rngs=rngs)
+        out, weights = attend(q, k, v, view, drop)
         return self.out_proj(out.reshape(x.shape)), weights, cache
 
 
@@ -83,12 +94,12 @@ class OPTDecoderLayer(nnx.Module):
         self.final_layer_norm = _layer_norm(config, dtype, rngs)
 
     def __call__(
-        self, x: Array, mask: Array, cache: KVCache | None, rngs: nnx.Rngs | None
-    ) -> tuple[Array, Array, KVCache | None]:
+        self, x: Array, attend: Attend, view: View, cache: KVCache | None, rngs: nnx.Rngs | None
+    ) -> tuple[Array, Array | None, KVCache | None]:
         residual = x
         if self.pre_norm:
             x = self.self_attn_layer_norm(x)
-        x, weights, cache = self.self_attn(x, mask, cache, rngs)
+        x, weights, cache = self.self_attn(x, attend, view, cache, rngs)
         x = residual + self.dropout(x, deterministic=rngs is None, rngs=rngs)
         if not self.pre_norm:
             x = self.self_attn_layer_norm(x)
@@ -106,9 +117,9 @@ class OPTDecoderLayer(nnx.Module):
 class OPTDecoder(nnx.Module):
     """Embeddings, the layers, and the final norm and projection where the size has them."""
 
-    def __init__(self, config: OPTConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: OPTConfig, dtype: DTypeLike, attn_implementation: str, rngs: nnx.Rngs) -> None:
         E, H = config.embed_dim, config.hidden_size
-        self.config = config
+        self.config, self.attn_implementation = config, attn_implementation
         self.embed_tokens = _embed(config, config.vocab_size, E, config.pad_token_id, dtype, rngs)
         self.embed_positions = _embed(config, config.max_position_embeddings + 2, H, None, dtype, rngs)
         self.project_in = _Linear(config, E, H, False, dtype, rngs) if config.projects_embeddings else None
@@ -155,14 +166,29 @@ class OPTDecoder(nnx.Module):
             x = self.project_in(x)  # [B, T, H]
         if cache is None and use_cache:
             cache = KVCache.empty(config, B, config.max_position_embeddings, dtype)
-        positions, mask, segments = place(config, B, T, attention_mask, position_ids, cache)
+        positions, segments = place(config, B, T, attention_mask, position_ids, cache)
         x = x + self.embed_positions(positions + 2)  # the table starts two rows in; padding is row 1
 
+        # An empty cache has no past to look at. Without positions of their own, the tokens are one document
+        empty = cache is None or cache.is_empty
+        masked = not empty or position_ids is not None
+        S = T if cache is None or empty else cache.slots
+        drops = rngs is not None and config.attention_dropout > 0
+        attend = choose(
+            self.attn_implementation, default_device(), dtype, T, S, config.head_dim, masked, drops, output_attentions
+        )
+        if not masked and attention_mask is None:
+            view = None
+        elif not masked and attend is cudnn:
+            view = align(segments[:, :T] > 0)
+            x = reorder(x, view.order)
+        else:
+            view = dense(segments[:, :S], past, T)
         hidden_states, attentions = [], []
         for layer in self.layers:
             if output_hidden_states:  # what nobody asked for is not kept
                 hidden_states.append(x)
-            before, (x, weights, cache) = x, layer(x, mask, cache, rngs)
+            before, (x, weights, cache) = x, layer(x, attend, view, cache, rngs)
             if output_attentions:
                 attentions.append(weights)
             if rngs is not None and config.layerdrop > 0:
@@ -172,11 +198,13 @@ class OPTDecoder(nnx.Module):
         if self.project_out is not None:
             x = self.project_out(x)
         hidden_states.append(x)
+        if isinstance(view, Alignment):
+            hidden_states = [reorder(x, view.back) for x in hidden_states]
 
         if cache is not None:
             cache = cache._replace(length=cache.length + T, segments=segments)
         return BaseModelOutput(
-            last_hidden_state=x,
+            last_hidden_state=hidden_states[-1],
             past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
@@ -188,9 +216,17 @@ class FlaxOPTModel(nnx.Module):
 
     weights_prefix = ""
 
-    def __init__(self, config: OPTConfig, dtype: DTypeLike = jnp.float32, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: OPTConfig,
+        dtype: DTypeLike = jnp.float32,
+        attn_implementation: str = "sdpa",
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        check_implementation(attn_implementation)
         self.config = config
-        self.decoder = OPTDecoder(config, jnp.dtype(dtype), rngs)
+        self.decoder = OPTDecoder(config, jnp.dtype(dtype), attn_implementation, rngs)
 
     def __call__(
         self,
@@ -214,7 +250,8 @@ class FlaxOPTModel(nnx.Module):
         past_key_values: the KVCache of the tokens before these; the result holds the one to pass next. With use_cache
             and none given a new one is made, with room for max_position_embeddings tokens (`init_cache` makes one of
             any size).
-        output_hidden_states, output_attentions: also return what BaseModelOutput says.
+        output_hidden_states, output_attentions: also return what BaseModelOutput says. Attention weights are computed
+            by the eager formula, whatever attn_implementation is.
         rngs: dropout happens if and only if these are given.
         Raises ValueError that names the argument. Under jit, where values cannot be looked at, a token or position
         that has no row in its table, and a token too many for the cache, make NaN.
@@ -235,6 +272,11 @@ class FlaxOPTModel(nnx.Module):
         """An empty cache with room for `max_length` tokens a row."""
         return KVCache.empty(self.config, batch_size, max_length, self.decoder.embed_positions.dtype)
 
+    def set_attn_implementation(self, name: str) -> None:
+        """Attend by "eager", "sdpa" or "cudnn" from now on; see `opt_flax.attention`."""
+        check_implementation(name)
+        self.decoder.attn_implementation = name
+
     from_pretrained = classmethod(from_pretrained)
     save_pretrained = save_pretrained
 
@@ -244,10 +286,17 @@ class FlaxOPTForCausalLM(nnx.Module):
 
     weights_prefix = "model."
 
-    def __init__(self, config: OPTConfig, dtype: DTypeLike = jnp.float32, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: OPTConfig,
+        dtype: DTypeLike = jnp.float32,
+        attn_implementation: str = "sdpa",
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
         E, V = config.embed_dim, config.vocab_size
         self.config = config
-        self.model = FlaxOPTModel(config, dtype, rngs=rngs)
+        self.model = FlaxOPTModel(config, dtype, attn_implementation, rngs=rngs)
         self.lm_head = None if config.tie_word_embeddings else _Linear(config, E, V, False, jnp.dtype(dtype), rngs)
 
     def __call__(
@@ -303,28 +352,56 @@ class FlaxOPTForCausalLM(nnx.Module):
         """The logits [..., V] of hidden states [..., E]."""
         if self.lm_head is not None:
             return self.lm_head(x)
-        # not embed_tokens.attend, which copies the table to turn it, where it is not compiled
-        return jnp.einsum("...e,ve->...v", x, self.model.decoder.embed_tokens.embedding[...])
+        return _product(x, self.model.decoder.embed_tokens.embedding[...], x.dtype).astype(x.dtype)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens a row."""
         return self.model.init_cache(batch_size, max_length)
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Attend by "eager", "sdpa" or "cudnn" from now on; see `opt_flax.attention`."""
+        self.model.set_attn_implementation(name)
 
     from_pretrained = classmethod(from_pretrained)
     save_pretrained = save_pretrained
     generate = generate
 
 
-class _Linear(nnx.Linear):
-    """nnx.Linear, but product and bias are rounded to half precision together, as PyTorch does it, not one by one."""
+class _Linear(nnx.Module):
+    """A kernel [out, in], as checkpoints have it, and a bias."""
 
     def __init__(self, config: OPTConfig, into: int, out: int, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        wide, init = jnp.promote_types(dtype, jnp.float32), nnx.initializers.normal(config.init_std)
-        dtypes = {"dtype": dtype, "param_dtype": dtype, "preferred_element_type": wide}
-        super().__init__(into, out, use_bias=bias, kernel_init=init, rngs=rngs, **dtypes)
+        self.kernel = nnx.Param(nnx.initializers.normal(config.init_std)(rngs.params(), (out, into), dtype))
+        self.bias = nnx.Param(jnp.zeros(out, dtype)) if bias else None
 
-    def __call__(self, inputs: Array) -> Array:
-        return super().__call__(inputs).astype(self.dtype)
+    def __call__(self, x: Array) -> Array:
+        if self.bias is None:
+            return _product(x, self.kernel[...], x.dtype).astype(x.dtype)
+        # Product and bias are rounded to half precision together, as PyTorch does it. Not where a GPU would write the
+        # wide product to memory first: a forward pass of 2.7b takes 158 ms instead of 185
+        one_by_one = default_device().platform == "gpu" and x.size > x.shape[-1]
+        dtype = x.dtype if one_by_one else jnp.promote_types(x.dtype, jnp.float32)
+        return (_product(x, self.kernel[...], dtype) + self.bias[...]).astype(x.dtype)
+
+
+# Up to so many tokens, a CPU multiplies the weights by the tokens, not the tokens by the weights.
+FEW = 128
+
+
+def _product(x: Array, kernel: Array, dtype: DTypeLike) -> Array:
+    """x [..., in] · kernel [out, in]ᵀ in `dtype` or a wider one, [..., out].
+
+    With few tokens a product is the reading of its kernel, and its form decides how fast that is: benchmarks/NOTES.md.
+    """
+    tokens, platform = x.size // x.shape[-1], default_device().platform
+    if platform == "gpu" and tokens == 1:  # XLA makes one program of it and of what comes before and after
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return (kernel.astype(wide) * x.astype(wide)).sum(-1).reshape(*x.shape[:-1], -1)
+    if platform == "cpu" and tokens <= FEW:
+        y = lax.dot_general(kernel, x.reshape(tokens, -1), (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+        # the barrier keeps XLA from turning it around, and so copying the kernel
+        return lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 def _embed(
