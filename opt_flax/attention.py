@@ -109,7 +109,7 @@ def refusal(device: Any, dtype: DTypeLike, T: int, S: int, D: int, masked: bool,
 
 def default_device() -> Any:
     """Where jax computes what is not bound to a device; what is traced is not."""
-    chosen = jax.config.jax_default_device
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen or jax.devices()[0]
 
 

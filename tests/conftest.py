@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 
 if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; it wants to know before it is imported
     os.environ["TRITON_INTERPRET"] = "1"
+if importlib.util.find_spec("triton"):  # whoever imports it after TensorFlow brings the process down
+    importlib.import_module("triton")
 
 import transformers
 
