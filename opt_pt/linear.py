@@ -21,14 +21,15 @@ class Packed:
 
     def __init__(self, weight: Tensor, *linears: nn.Linear) -> None:
         self.weight, self.linears = torch.ops.mkldnn._reorder_linear_weight(weight.detach()), linears
-        self.then = self._state()
+        # held, not only their addresses: what is freed could be followed there by another weight, unnoticed
+        self.then = [(f.weight.detach(), _version(f.weight)) for f in linears]
 
     def current(self) -> Tensor | None:
         """The weight; None if a parameter it was made of has been replaced or written since."""
-        return self.weight if self.then == self._state() else None
-
-    def _state(self) -> list[tuple[int, int]]:
-        return [(f.weight.data_ptr(), _version(f.weight)) for f in self.linears]
+        for f, (was, version) in zip(self.linears, self.then, strict=True):
+            if f.weight.data_ptr() != was.data_ptr() or _version(f.weight) != version:
+                return None
+        return self.weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model is not packed: what is in an order of oneDNN's own cannot be copied."""

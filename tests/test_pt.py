@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -327,6 +328,22 @@ def test_packed(tiny, ids, config, dtype, monkeypatch):
         torch.testing.assert_close(twin(ids).logits, answer(), **close)
     model(ids, labels=ids).loss.backward()
     assert layer.fc1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(not onednn(torch.float32), reason="needs oneDNN")
+def test_packed_weights_are_not_mistaken_for_others(tiny):
+    """A weight that was packed and then replaced keeps its memory: another one there would pass for it."""
+    folder, _ = tiny()
+    model = OPTForCausalLM.from_pretrained(folder)
+    fc1 = model.model.decoder.layers[0].fc1
+    memory = np.ones((fc1.out_features, fc1.in_features), np.float32)
+    alive = weakref.ref(memory)
+    fc1.weight = torch.nn.Parameter(torch.from_numpy(memory))
+    model.pack()
+    fc1.weight = torch.nn.Parameter(torch.ones_like(fc1.weight))
+    del memory
+    assert alive() is not None
+    assert fc1.packed.current() is None
 
 
 def test_pack_says_what_it_needs(tiny):
