@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .checkpoint import MAX_SHARD_SIZE, Checkpoint
+from .checkpoint import Checkpoint
 from .config import OPTConfig
 from .frameworks import FRAMEWORKS, to_numpy
 from .hub import DEMO, fetch_checkpoint
+from .tensors import MAX_SHARD_SIZE
 from .weights import match, parameter_count
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

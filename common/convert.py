@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import MAX_SHARD_SIZE, Checkpoint, Entry, Source, numpy_dtype, save_checkpoint
+from .checkpoint import Checkpoint, save_checkpoint
 from .config import DTYPES, OPTConfig
 from .hub import fetch_checkpoint
 from .progress import byte_bar
+from .tensors import MAX_SHARD_SIZE, Entry, Source, numpy_dtype
 from .weights import match, table
 
 # What a checkpoint folder holds beside config and weights, and takes along.

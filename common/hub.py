@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .checkpoint import FILES
 from .files import read_json
+from .layouts import LAYOUTS
 
 DEMO = "opt-demo"
 
@@ -71,7 +72,7 @@ def fetch_checkpoint(path_or_name: str | Path, **hub: object) -> Path:
 
 
 def _with_weights(path_or_name: str | Path, folder: Path, hub: dict[str, object]) -> Path:
-    for main in (FILES[0], FILES[2]):
+    for main in (module.MAIN[0] for module in LAYOUTS.values()):
         index = folder / f"{main}.index.json"
         shards = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else [main]
         folder = fetch(path_or_name, ["config.json", index.name, *shards], **hub)  # type: ignore[arg-type]

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import MAX_SHARD_SIZE, Checkpoint, Source, save_checkpoint
+from .checkpoint import Checkpoint, save_checkpoint
 from .config import DTYPES, OPTConfig
 from .hub import fetch_checkpoint
 from .progress import byte_bar
+from .tensors import MAX_SHARD_SIZE, Source
 from .weights import Spec, match, table
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_common.checkpoint import MAX_SHARD_SIZE, numpy_dtype
 from opt_common.pretrained import open_pretrained
 from opt_common.pretrained import save_pretrained as save
+from opt_common.tensors import MAX_SHARD_SIZE, numpy_dtype
 from opt_common.weights import KERAS, Spec
 
 if TYPE_CHECKING:

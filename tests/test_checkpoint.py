@@ -22,9 +22,10 @@ import transformers
 
 from backends import Backend, relative_error
 from conftest import CONFIGS, make_reference, save_reference
-from opt_common.checkpoint import Checkpoint, Source, parse_size, save_checkpoint
+from opt_common.checkpoint import Checkpoint, save_checkpoint
 from opt_common.config import OPTConfig
 from opt_common.convert import convert
+from opt_common.tensors import Source, parse_size
 
 STATE = "model.safetensors"
 
@@ -335,7 +336,8 @@ def test_a_killed_save_leaves_old_or_new(tmp_path):
     """The same with a real kill at random moments."""
     program = """
         import sys, numpy as np
-        from opt_common.checkpoint import Source, save_checkpoint
+        from opt_common.checkpoint import save_checkpoint
+        from opt_common.tensors import Source
         for value in range(1, 1000):
             array = np.full(200_000, value, np.float32)
             save = [Source(f"t{i}", array.shape, "float32", lambda: array) for i in range(5)]

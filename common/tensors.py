@@ -1,0 +1,117 @@
+"""Tensors that lie in a file, and tensors to be written to one.
+
+Arrays are numpy's, in the checkpoint's own dtype (bfloat16 through ml_dtypes), so that every framework reads through
+the same door.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from .files import read_json
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The numpy dtype called `name`, bfloat16 included."""
+    return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype(name)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor: its shape, the name of its dtype, its file, and how to read it: `read` makes a fresh array,
+    `map` one of the file's own pages, for those who copy it elsewhere at once and let it go."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    read: Callable[[], np.ndarray]
+    map: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * numpy_dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor to be written: what is known before it is read, and how to read it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * numpy_dtype(self.dtype).itemsize
+
+
+def split(tensors: Sequence[Source], limit: int) -> list[list[Source]]:
+    """The tensors in order, as shards of at most `limit` bytes; one larger than that gets a shard of its own."""
+    shards: list[list[Source]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > limit:
+            shards.append([])
+        shards[-1].append(tensor)
+    return shards
+
+
+def parse_size(size: int | str) -> int:
+    """A number of bytes: 1000, "5GB", "200MB" (decimal), "5GiB" (binary). ValueError for anything else."""
+    if isinstance(size, str):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size.strip(), re.IGNORECASE)
+        if found:
+            number, unit, binary = found.groups()
+            size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    if not isinstance(size, int) or size <= 0:
+        raise ValueError(f"max_shard_size: found {size!r}, wanted bytes > 0 such as 1000000, '200MB' or '5GB'")
+    return size
+
+
+def read_sharded(index: Path, read: Callable[[Path], dict[str, Entry]]) -> tuple[list[Path], dict[str, Entry]]:
+    """The shards that an index names, and their tensors. Each tensor must lie where the index says, once."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index}: weight_map: wanted an object of tensor names and file names")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
+    if outside:
+        raise ValueError(f"{index}: weight_map names files outside the folder: {', '.join(map(repr, outside))}")
+    files = [index.with_name(name) for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index}: names shards that are not there: {', '.join(missing)}")
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read(file).items():
+            if weight_map.get(name) != file.name:
+                said = f"in {weight_map[name]}" if name in weight_map else "nowhere"
+                raise ValueError(f"{file}: holds {name}, which {index.name} puts {said}")
+            entries[name] = entry
+    absent = [name for name in weight_map if name not in entries]
+    if absent:
+        raise ValueError(f"{index}: names tensors that its shards do not hold: {', '.join(absent)}")
+    return files, entries
+
+
+def read_bytes(path: Path, start: int, size: int) -> np.ndarray:
+    # a plain read, not a memory map: the pages of a map count as this process's memory for as long as it is open
+    data = np.fromfile(path, np.uint8, size, offset=start)
+    if data.nbytes != size:
+        raise ValueError(f"{path}: ends at {start + data.nbytes} bytes, wanted {start + size}")
+    return data
+
+
+def map_bytes(path: Path, start: int, size: int) -> np.ndarray:
+    there = path.stat().st_size
+    if size == 0 or start % 8 or there < start + size:  # a map cannot be empty, and is as aligned as its file
+        return read_bytes(path, start, size)
+    return np.memmap(path, np.uint8, mode="c", offset=start, shape=(size,))  # "c": what is written stays in memory
