@@ -76,11 +76,20 @@ def parse_size(size: int | str) -> int:
     return size
 
 
-def read_sharded(index: Path, read: Callable[[Path], dict[str, Entry]]) -> tuple[list[Path], dict[str, Entry]]:
-    """The shards that an index names, and their tensors. Each tensor must lie where the index says, once."""
+def read_sharded(
+    index: Path, read: Callable[[Path], dict[str, Entry]], hub_name: Callable[[str], str] = lambda name: name
+) -> tuple[list[Path], dict[str, Entry]]:
+    """The shards that an index names, and their tensors. Each tensor must lie where the index says, once.
+
+    `hub_name` gives the Hub's name, by which `read` knows a tensor, for the one in the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index}: weight_map: wanted an object of tensor names and file names")
+    names = [hub_name(name) for name in weight_map]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{index}: weight_map: names {twice} twice")
+    weight_map = dict(zip(names, weight_map.values(), strict=True))
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
     if outside:
