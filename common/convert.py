@@ -121,6 +121,10 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
     ]
     texts: dict[str, str | bytes] = {"config.json": config.to_json()}
     texts |= {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+    companions = getattr(layout_module(checkpoint.layout), "companions", None)
+    if companions:
+        texts.pop("tokenizer.json", None)
+        texts |= companions(checkpoint.main)
     memory = 2 * max(t.nbytes for t in [*sources, *(entry for _, entry in entries)])
     return _Job(checkpoint.path.name, checkpoint.files, config, sources, texts, memory)
 

@@ -11,6 +11,7 @@ A module has
 and may have
 
     holds    whether such a file is of this layout, where several share a name
+    companions  from such a file to the tokenizer's files by their Hub names, where the layout has its own
     config   from such a file to the OPTConfig that it holds itself, where there is no Hub config.json; None if none
     plan     from what `write` takes to the files that it would write and their bytes, reading no tensor
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import flax_msgpack, safetensors, safetensors_flax, safetensors_tf, tf_h5, torch_bin
+from . import flax_msgpack, keras_hub, safetensors, safetensors_flax, safetensors_tf, tf_h5, torch_bin
 
 LAYOUTS: dict[str, ModuleType] = {
     "safetensors": safetensors,
@@ -31,6 +32,7 @@ LAYOUTS: dict[str, ModuleType] = {
     "safetensors-flax": safetensors_flax,
     "tf-h5": tf_h5,
     "flax-msgpack": flax_msgpack,
+    "keras-hub": keras_hub,
 }
 WRITABLE = tuple(name for name, module in LAYOUTS.items() if hasattr(module, "write"))
 
