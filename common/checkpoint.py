@@ -6,34 +6,42 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .config import OPTConfig
-from .layouts import LAYOUTS
-from .tensors import MAX_SHARD_SIZE, Entry, Source, parse_size
+import numpy as np
+from filelock import FileLock, Timeout
 
-# What a folder is opened by, the preferred first, and its layout.
-FILES = {name: layout for layout, module in LAYOUTS.items() for name in module.MAIN}
+from .config import OPTConfig
+from .files import read_json
+from .layouts import LAYOUTS, WRITABLE, layout_module
+from .tensors import MAX_SHARD_SIZE, Entry, Source, numpy_dtype, parse_size, some
+
+# What a folder is opened by.
+FILES = tuple(dict.fromkeys(name for module in LAYOUTS.values() for name in module.MAIN))
 
 
 class Checkpoint(Mapping[str, Entry]):
-    """The tensors of a checkpoint folder by name. Opening reads headers only.
+    """The tensors of a checkpoint by name. Opening reads headers only.
 
-    `layout` is "safetensors" or "torch", `files` the weight files, `path` the folder.
-    Raises FileNotFoundError if the folder holds no weights, ValueError that names the file for one that is damaged.
+    `path` is a folder, or a weight file of its own. `layout` is one of `opt_common.layouts.LAYOUTS`; None for the one
+    that is there. `main` is the file it was opened by, `files` the weight files.
+    Raises FileNotFoundError if there are no weights, ValueError if there are weights of several layouts and `layout`
+    does not choose, and ValueError that names the file for one that is damaged.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder)
-        finish_interrupted_save(self.path)
-        present = [name for name in FILES if (self.path / name).is_file()]
-        if not present:
-            there = ", ".join(sorted(p.name for p in self.path.iterdir())) if self.path.is_dir() else "no such folder"
-            wanted = ", ".join(FILES)
-            raise FileNotFoundError(f"{self.path}: no weights; wanted one of {wanted}; found: {there or 'nothing'}")
-        self.layout = FILES[present[0]]
-        self.files, self._entries = LAYOUTS[self.layout].read(self.path / present[0])
+    def __init__(self, path: str | Path, layout: str | None = None) -> None:
+        self.path = Path(path)
+        found = recognize(self.path, layout)
+        if len(found) > 1:
+            there = ", ".join(f"{name} ({main.name})" for name, main in found.items())
+            raise ValueError(
+                f"{self.path}: holds weights of {len(found)} layouts: {there}; choose one (--from, layout=)"
+            )
+        [(self.layout, self.main)] = found.items()
+        self.files, self._entries = LAYOUTS[self.layout].read(self.main)
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -47,7 +55,16 @@ class Checkpoint(Mapping[str, Entry]):
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same bits."""
         a, b = self[first], self[second]
-        return (a.shape, a.dtype) == (b.shape, b.dtype) and a.read().tobytes() == b.read().tobytes()
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            return False
+        bits = f"u{numpy_dtype(a.dtype).itemsize}"
+        x, y = (np.atleast_1d(entry.map().view(bits)) for entry in (a, b))
+        return all(np.array_equal(x[i : i + 1024], y[i : i + 1024]) for i in range(0, len(x), 1024))
+
+    @property
+    def folder(self) -> Path:
+        """Where config.json stands, and the tokenizer."""
+        return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def dtype(self) -> str:
@@ -58,10 +75,53 @@ class Checkpoint(Mapping[str, Entry]):
         return max(sizes, key=lambda name: sizes[name])
 
 
+def recognize(path: Path, layout: str | None = None) -> dict[str, Path]:
+    """The layouts of the weights at `path`, the preferred first, and the file to open each by.
+
+    By what the files are called inside and out, never by what a folder is called. Of one layout, shards that are all
+    there come before an unsharded file, which is then older (opt-13b's flax_model.msgpack); a warning says so.
+    Raises FileNotFoundError, saying what is there, if there are no weights, or none of `layout`.
+    """
+    path, chosen = Path(path), [layout] if layout else list(LAYOUTS)
+    finish_interrupted_save(path)
+    found: dict[str, Path] = {}
+    for name in chosen:
+        module = layout_module(name)
+        if path.is_file():
+            mains = [path] if any(path.suffixes[-1:] == Path(main).suffixes[-1:] for main in module.MAIN) else []
+        else:
+            mains = [path / main for main in module.MAIN if (path / main).is_file()]
+        if mains and (main := _newest(mains)) and getattr(module, "holds", lambda main: True)(main):
+            found[name] = main
+    if found:
+        return found
+    wanted = f"weights of layout {layout}" if layout else "weights"
+    names = ", ".join(layout_module(layout).MAIN if layout else FILES)
+    there = some(sorted(p.name for p in path.iterdir())) if path.is_dir() else "a file" if path.exists() else ""
+    raise FileNotFoundError(f"{path}: no {wanted}; wanted one of {names}; found: {there or 'nothing'}")
+
+
+def _newest(mains: list[Path]) -> Path:
+    """The file to open of those of one layout: shards if all are there, else the preferred one."""
+    indexes = [main for main in mains if main.name.endswith(".index.json")]
+    if not indexes or len(mains) == 1:
+        return mains[0]
+    try:
+        shards = read_json(indexes[0]).get("weight_map", {}).values()
+        complete = bool(shards) and all(indexes[0].with_name(name).is_file() for name in set(shards))
+    except (ValueError, TypeError, AttributeError):
+        complete = False
+    read = indexes[0] if complete else next(main for main in mains if main not in indexes)
+    ignored = [main.name for main in mains if main != read]
+    why = "whose shards are all there" if complete else "because shards of the index are missing"
+    warnings.warn(f"{read.parent}: reading {read.name}, {why}, and not {', '.join(ignored)}", stacklevel=4)
+    return read
+
+
 def save_checkpoint(
     folder: str | Path,
     tensors: Iterable[Source],
-    texts: Mapping[str, str],
+    texts: Mapping[str, str | bytes],
     max_shard_size: int | str = MAX_SHARD_SIZE,
     progress: Callable[[int], None] = lambda nbytes: None,
     layout: str = "safetensors",
@@ -72,31 +132,59 @@ def save_checkpoint(
     Tensors are read and written one at a time, in order, in shards of at most `max_shard_size` bytes (a tensor larger
     than that gets a shard of its own). `progress` is told the bytes of each. Everything is written to a folder beside,
     which one rename commits: killed at any moment, `folder` holds the old checkpoint or the new one. Weight files of
-    the old checkpoint that the new one does not have are removed. Returns the weight files. `config` is for layouts
-    that keep it in their own way.
+    the old checkpoint that the new one does not have are removed. What a killed save left is removed, and a warning
+    says so. Returns the weight files. `config` is for layouts that keep it in their own way.
+    Raises OSError if the disk is full, or if another process saves into `folder`.
     """
     limit, folder = parse_size(max_shard_size), Path(folder).resolve()
+    module = layout_module(layout)
+    if layout not in WRITABLE:
+        raise ValueError(f"layout: {layout} can only be read, wanted one of {', '.join(WRITABLE)}")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: is a file, wanted a folder to save into")
-    finish_interrupted_save(folder)
-    staged = folder / ".saving" if folder.exists() else folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(staged, ignore_errors=True)  # what a killed save left
-    staged.mkdir(parents=True)
-    try:
-        for name, text in texts.items():
-            (staged / name).write_text(text, encoding="utf-8")
-        names = LAYOUTS[layout].write(staged, list(tensors), config, limit, progress)
-        if folder.exists():
-            (staged / _FILES_LIST).write_text(json.dumps(sorted(p.name for p in staged.iterdir())))
-        for path in staged.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.rename(staged, folder / ".saved" if folder.exists() else folder)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    finish_interrupted_save(folder)
+    inside, beside = folder / ".saving", folder.with_name(f".{folder.name}.saving")
+    over = folder.exists()
+    staged = inside if over else beside
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(staged, folder):
+        finish_interrupted_save(folder)
+        for left in (inside, beside):
+            if left.exists():
+                warnings.warn(f"{left}: removed, an interrupted save left it", stacklevel=2)
+                shutil.rmtree(left)
+        staged.mkdir()
+        try:
+            for name, text in texts.items():
+                (staged / name).write_bytes(text.encode() if isinstance(text, str) else text)
+            names = module.write(staged, list(tensors), config, limit, progress)
+            if over:
+                (staged / _FILES_LIST).write_text(json.dumps(sorted(p.name for p in staged.iterdir())))
+            for path in staged.rglob("*"):
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+            os.rename(staged, folder / ".saved" if over else folder)
+        except BaseException as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk does not say where
+                raise OSError(error.errno, f"{folder}: not saved: {error.strerror}") from error
+            raise
+        finish_interrupted_save(folder)
     return [folder / name for name in names]
+
+
+@contextmanager
+def _locked(staged: Path, folder: Path) -> Iterator[None]:
+    """Only one process at a time stages into `folder`. The lock is the kernel's: it goes with the process."""
+    path = staged.with_name(f"{staged.name}.lock")
+    try:
+        with FileLock(path, timeout=0):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except Timeout as error:
+        raise BlockingIOError(f"{folder}: another process is saving into it") from error
 
 
 _FILES_LIST = ".files.json"
@@ -107,20 +195,36 @@ def finish_interrupted_save(folder: Path) -> None:
     """Move a committed save into place: the second half of `save_checkpoint`, which a kill may have cut short.
 
     Several files cannot be renamed at once. So a save is complete when `.saved` exists, and whoever opens the folder
-    next ends the moving.
+    next ends the moving. Two may do so at once: each step may find that the other has taken it.
     """
     saved = folder / ".saved"
-    if not saved.is_dir():
-        return
     listing = saved / _FILES_LIST
-    if listing.exists():  # missing only when everything was moved and the empty folder is all that is left
-        new = set(json.loads(listing.read_text()))
+    if not saved.is_dir() or saved.is_symlink():
+        return
+    with suppress(FileNotFoundError):  # the list is missing only when everything was moved and `.saved` is empty
+        new = _listed(listing)
         for name in sorted(new):
-            if (saved / name).exists():
+            if not (saved / name).exists():
+                continue
+            if (folder / name).is_dir() and not (folder / name).is_symlink():
+                shutil.rmtree(folder / name)
+            with suppress(FileNotFoundError):
                 os.replace(saved / name, folder / name)
         for path in folder.iterdir():
             weights = path.name in FILES or _SHARD.fullmatch(path.name)
             if weights and path.name not in new:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         listing.unlink()
-    saved.rmdir()
+    with suppress(FileNotFoundError):
+        saved.rmdir()
+
+
+def _listed(listing: Path) -> set[str]:
+    """The names in a list of files to move; it may come with a downloaded folder, and must not reach out of it."""
+    try:
+        names = json.loads(listing.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{listing}: not readable as JSON: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(n, str) and n and Path(n).name == n != ".." for n in names):
+        raise ValueError(f"{listing}: wanted a list of file names inside the folder")
+    return set(names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,17 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .checkpoint import Checkpoint
-from .config import OPTConfig
+from .convert import Plan
+from .files import plain
 from .frameworks import FRAMEWORKS, to_numpy
-from .hub import DEMO, fetch_checkpoint
+from .hub import DEMO
+from .layouts import LAYOUTS, WRITABLE
 from .tensors import MAX_SHARD_SIZE
-from .weights import match, parameter_count
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 Model = Annotated[str, typer.Option(help='a folder, a Hub name, or "opt-demo"')]
+From = Annotated[str | None, typer.Option("--from", help=f"layout to read, if there are several: {', '.join(LAYOUTS)}")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -141,56 +143,110 @@ def generate(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help='a folder, a Hub name, or "opt-demo"')],
+    source: Annotated[str, typer.Argument(help='a folder, a weight file, a Hub name, or "opt-demo"')],
     target: Annotated[Path, typer.Argument(help="the folder to write")],
+    to: Annotated[str, typer.Option(help=f"layout to write: {', '.join(WRITABLE)}")] = "safetensors",
+    layout: From = None,
     dtype: Annotated[str | None, typer.Option(help="cast to float16, bfloat16 or float32; default: as it is")] = None,
     max_shard_size: Annotated[str, typer.Option(help="largest weight file, such as 200MB")] = MAX_SHARD_SIZE,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="write nothing; say which files, memory and time it takes")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint as Hub safetensors: .bin or safetensors in, any dtype and sharding out."""
-    from .convert import convert as run
+    """Write a checkpoint in another layout, dtype or sharding, with its config, generation config and tokenizer.
 
-    files = run(source, target, dtype, max_shard_size)
+    Bit for bit unless --dtype is given. Killed at any moment, the target is as it was or complete.
+    """
+    from . import convert as job
+
+    if plan:
+        _print_plan(job.plan(source, target, to, dtype, max_shard_size, layout), as_json)
+        return
+    files = job.convert(source, target, to, dtype, max_shard_size, layout)
     written = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
     if as_json:
         _print_json(written)
     else:
         for row in written:
-            console.print(f"{row['file']}  {row['bytes']:,} bytes", highlight=False, soft_wrap=True)
+            console.print(f"{row['file']}  {row['bytes']:,} bytes", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_plan(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        _print_json({**dataclasses.asdict(plan), "bytes": plan.bytes})
+        return
+    shown = Table(show_header=False, box=None)
+    for name, size in plan.files:
+        shown.add_row(name, f"{size:,} bytes")
+    shown.add_row("all", f"{plan.bytes:,} bytes" + ("" if plan.exact else ", of tensors: this layout's files say more"))
+    shown.add_row("free", f"{plan.free:,} bytes" + ("" if plan.free > plan.bytes else ", [red]too few[/]"))
+    shown.add_row("memory", f"{plan.memory:,} bytes at most, twice the largest tensor")
+    if plan.seconds is None or plan.write is None:
+        shown.add_row("time", "not estimated: nothing can be written there")
+    else:
+        rates = f"{plan.read / 1e6:,.0f} MB/s reading and {plan.write / 1e6:,.0f} MB/s writing"
+        shown.add_row("time", f"{plan.seconds:,.0f} s, at {rates}, measured now on a short piece")
+    console.print(shown, highlight=False)
 
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help='a folder, a Hub name, or "opt-demo"')], as_json: AsJson = False
+    model: Annotated[str, typer.Argument(help='a folder, a weight file, a Hub name, or "opt-demo"')],
+    layout: From = None,
+    sha256: Annotated[bool, typer.Option("--sha256", help="a digest of each tensor, equal in every layout")] = False,
+    check: Annotated[bool, typer.Option("--check", help="look for NaN and infinite weights")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint holds, and whether it fits its config. Reads headers, not weights."""
-    folder = fetch_checkpoint(model)
-    checkpoint, config = Checkpoint(folder), OPTConfig.from_pretrained(folder)
-    _, tied = match(checkpoint, config)
-    facts = {
-        "folder": str(folder),
-        "layout": checkpoint.layout,
-        "files": len(checkpoint.files),
-        "bytes": sum(file.stat().st_size for file in checkpoint.files),
-        "tensors": len(checkpoint),
-        "dtype": checkpoint.dtype,
-        "parameters": parameter_count(dataclasses.replace(config, tie_word_embeddings=tied)),
-        "head": "tied to the embedding" if tied else "its own",
-        "layers": config.num_hidden_layers,
-        "hidden": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "embedding": config.embed_dim,
-        "norm": "before" if config.do_layer_norm_before else "after",
-        "positions": config.max_position_embeddings,
-        "vocabulary": config.vocab_size,
-    }
+    """Say what a checkpoint holds, and what does not fit its config. Reads headers, not weights, unless asked to."""
+    from .examine import examine
+
+    facts = examine(model, layout, sha256, check)
     if as_json:
         _print_json(facts)
         return
+    digests, not_finite, shards = facts.pop("sha256", {}), facts.pop("not_finite", None), facts.pop("shards")
+    misfits, dtypes = facts.pop("misfits"), facts.pop("dtypes")
+    facts["dtype"] = ", ".join(f"{name} ({count})" if len(dtypes) > 1 else name for name, count in dtypes.items())
+    facts["beside"] = ", ".join(facts["beside"]) or None
     shown = Table(show_header=False, box=None)
     for key, value in facts.items():
-        shown.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+        if value is not None:
+            shown.add_row(key, f"{value:,}" if isinstance(value, int) else escape(plain(str(value))))
+    if len(shards) > 1:
+        for name, size in shards.items():
+            shown.add_row("shard", f"{escape(plain(name))}  {size:,} bytes")
+    shown.add_row("fits its config", "[green]yes[/]" if not misfits else "[red]no[/]")
+    if not_finite is not None:
+        shown.add_row("NaN or infinite", "[red]found[/]" if not_finite else "[green]none[/]")
     console.print(shown, highlight=False)
+    for line in [
+        *misfits,
+        *(f"{name}: {count:,} numbers are NaN or infinite" for name, count in (not_finite or {}).items()),
+        *(f"{digest}  {name}" for name, digest in digests.items()),
+    ]:
+        console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(help='a folder, a weight file, a Hub name, or "opt-demo"')],
+    second: Annotated[str, typer.Argument(help="another")],
+    first_layout: Annotated[str | None, typer.Option("--from", help="layout to read of the first")] = None,
+    second_layout: Annotated[str | None, typer.Option("--with", help="layout to read of the second")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two checkpoints, of any layouts, tensor by tensor. Fails if they differ in any bit."""
+    from .examine import diff as compare
+
+    found = list(compare(first, second, (first_layout, second_layout)))
+    if as_json:
+        _print_json({"same": not found, "differences": [dataclasses.asdict(row) for row in found]})
+    else:
+        for row in found:
+            console.print(plain(f"{row.name}: {row.what}: {row.text}"), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{len(found)} differences" if found else "the same, bit for bit", highlight=False)
+    raise typer.Exit(1 if found else 0)
 
 
 def _framework(key: str) -> str:
@@ -205,10 +261,16 @@ def _print_json(value: Any) -> None:
 
 def main() -> None:
     """Run the command; what is wrong with the input is one line on stderr and exit status 1, not a traceback."""
+    errors = Console(stderr=True)
+
+    def note(message: Warning | str, *_: Any) -> None:
+        errors.print("[yellow]note:[/]", escape(plain(str(message))), highlight=False, soft_wrap=True)
+
+    warnings.showwarning = note
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        Console(stderr=True).print("[red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
+        errors.print("[red]error:[/]", escape(plain(str(error))), highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -89,7 +91,7 @@ class OPTConfig:
     def _validate(self) -> None:
         def check(ok: bool, name: str, wanted: str) -> None:
             if not ok:
-                raise ValueError(f"OPTConfig.{name}: found {getattr(self, name)!r}, wanted {wanted}")
+                raise ValueError(f"OPTConfig.{name}: found {reprlib.repr(getattr(self, name))}, wanted {wanted}")
 
         def whole(value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
@@ -100,7 +102,7 @@ class OPTConfig:
                 check(isinstance(value, bool), f.name, "true or false")
             elif f.type == "float":
                 check(isinstance(value, (int, float)) and not isinstance(value, bool), f.name, "a number")
-                limit = value >= 0 if f.name == "init_std" else 0 <= value < 1
+                limit = 0 <= value < (math.inf if f.name == "init_std" else 1)
                 check(limit, f.name, "a number ≥ 0" if f.name == "init_std" else "a probability, 0 ≤ p < 1")
             elif f.name in ("pad_token_id", "bos_token_id", "eos_token_id"):
                 ids = value if isinstance(value, tuple) and f.name == "eos_token_id" else (value,)
@@ -155,10 +157,10 @@ class OPTConfig:
         values = dict(values)
         model_type = values.pop("model_type", "opt")
         if model_type != "opt":
-            raise ValueError(f"{source}: model_type: found {model_type!r}, wanted 'opt'")
+            raise ValueError(f"{source}: model_type: found {reprlib.repr(model_type)}, wanted 'opt'")
         for key, harmless in _REFUSED.items():
             if key in values and values[key] not in harmless:
-                found = f"{source}: {key}: found {values[key]!r}"
+                found = f"{source}: {key}: found {reprlib.repr(values[key])}"
                 raise ValueError(f"{found}; OPT Zoo cannot do this and will not ignore it")
         # transformers before 4.56 writes torch_dtype, later releases dtype
         torch_dtype = values.pop("torch_dtype", None)
@@ -169,6 +171,8 @@ class OPTConfig:
             dtype = dtype.removeprefix("torch.")
         try:
             return cls(**{k: v for k, v in values.items() if k in known}, dtype=dtype, unknown=unknown)
+        except RecursionError as error:
+            raise ValueError(f"{source}: nested too deeply") from error
         except (ValueError, TypeError) as error:
             raise ValueError(f"{source}: {error}") from error
 

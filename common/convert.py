@@ -1,64 +1,161 @@
-"""From one checkpoint folder to another, tensor by tensor."""
+"""From one layout to another, tensor by tensor."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+import tempfile
+import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
-from .checkpoint import Checkpoint, save_checkpoint
+from .checkpoint import save_checkpoint
 from .config import DTYPES, OPTConfig
-from .hub import fetch_checkpoint
+from .hub import COMPANIONS
+from .layouts import WRITABLE, layout_module
+from .pretrained import open_checkpoint
 from .progress import byte_bar
-from .tensors import MAX_SHARD_SIZE, Entry, Source, numpy_dtype
-from .weights import match, table
+from .tensors import MAX_SHARD_SIZE, Entry, Source, numpy_dtype, parse_size
+from .weights import table
 
-# What a checkpoint folder holds beside config and weights, and takes along.
-COMPANIONS = (
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a conversion reads and writes; no tensor is read yet."""
+
+    name: str
+    files: list[Path]
+    config: OPTConfig
+    sources: list[Source]
+    texts: dict[str, str | bytes]
+    memory: int
 
 
 def convert(
-    source: str | Path, target: str | Path, dtype: str | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
+    source: str | Path,
+    target: str | Path,
+    to: str = "safetensors",
+    dtype: str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    layout: str | None = None,
 ) -> list[Path]:
-    """Write the checkpoint `source` (anything `from_pretrained` takes) as Hub safetensors into the folder `target`,
-    with its config, generation config and tokenizer. Returns the weight files.
+    """Write the checkpoint `source` in the layout `to` into the folder `target`, with its config (unknown keys too),
+    generation config and tokenizer. Returns the weight files.
 
-    `dtype` casts every tensor; by default each keeps its own. One tensor is in memory at a time.
-    Raises ValueError, leaving `target` as it was, for a tensor that does not fit or overflows in `dtype`.
+    `source`: as `open_checkpoint` takes it; `layout` says which to read if it holds several. `dtype` casts every
+    tensor once; by default each keeps its own, and its bits. One tensor is in memory at a time.
+    Raises ValueError or OSError, leaving `target` as it was, for a tensor that does not fit, that overflows in
+    `dtype`, or that `to` has no place for; for a file that cannot be read; for a full disk.
     """
+    job = _prepare(source, target, to, dtype, layout)
+    with byte_bar(f"Converting {job.name}", sum(s.nbytes for s in job.sources)) as advance:
+        return save_checkpoint(target, job.sources, job.texts, max_shard_size, advance, to, job.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a conversion would do. `files`: names and bytes; `exact` says whether the layout can tell the weight files
+    beforehand, or gives the bytes of the tensors only. `memory` is the most it takes above the interpreter's own:
+    twice the largest tensor. `seconds` is the time at the rates `read` and `write`, bytes per second, each measured
+    just now with `SAMPLE` bytes of the source and beside the target; None where nothing can be written. `free` is what
+    the target's disk has left."""
+
+    files: list[tuple[str, int]]
+    exact: bool
+    memory: int
+    seconds: float | None
+    read: float
+    write: float | None
+    free: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, size in self.files)
+
+
+SAMPLE = 64_000_000
+
+
+def plan(
+    source: str | Path,
+    target: str | Path,
+    to: str = "safetensors",
+    dtype: str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    layout: str | None = None,
+) -> Plan:
+    """What `convert` with the same arguments would write, from the headers alone. Raises as it does."""
+    job, limit = _prepare(source, target, to, dtype, layout), parse_size(max_shard_size)
+    module = layout_module(to)
+    exact = hasattr(module, "plan")
+    total = sum(s.nbytes for s in job.sources)
+    files = module.plan(job.sources, job.config, limit) if exact else [(module.MAIN[0], total)]
+    files += [(name, len(text.encode() if isinstance(text, str) else text)) for name, text in job.texts.items()]
+
+    there = Path(target).absolute()
+    while not there.is_dir():
+        there = there.parent
+    read, write = _read_rate(job.files), _write_rate(there)
+    out, into = sum(size for _, size in files), sum(file.stat().st_size for file in job.files)
+    seconds = None if write is None else into / read + out / write
+    return Plan(files, exact, job.memory, seconds, read, write, shutil.disk_usage(there).free)
+
+
+def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None, layout: str | None) -> _Job:
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype: found {dtype!r}, wanted one of {', '.join(DTYPES)}")
-    folder = fetch_checkpoint(source)
+    if to not in WRITABLE:
+        raise ValueError(f"layout: found {to!r}, wanted one of {', '.join(WRITABLE)} to write")
+    opened = open_checkpoint(source, layout, companions=True)
+    checkpoint, folder = opened.checkpoint, opened.checkpoint.folder
     if Path(target).resolve() == folder.resolve():
         raise ValueError(f"{target}: is the source too; wanted another folder")
-    checkpoint, config = Checkpoint(folder), OPTConfig.from_pretrained(folder)
-    names, tied = match(checkpoint, config)
-    config = dataclasses.replace(config, tie_word_embeddings=tied, dtype=dtype or checkpoint.dtype)
-    entries = [(spec, checkpoint[names[spec.name]]) for spec in table(config)]
+    config = dataclasses.replace(opened.config, tie_word_embeddings=opened.tied, dtype=dtype or checkpoint.dtype)
+    entries = [(spec, checkpoint[opened.names[spec.name]]) for spec in table(config)]
     sources = [
         Source(spec.name, spec.shape, dtype or entry.dtype, lambda n=spec.name, e=entry: _cast(n, e, dtype))
         for spec, entry in entries
     ]
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in COMPANIONS if (folder / name).is_file()}
-    with byte_bar(f"Converting {folder.name}", sum(s.nbytes for s in sources)) as advance:
-        return save_checkpoint(target, sources, {"config.json": config.to_json(), **texts}, max_shard_size, advance)
+    texts: dict[str, str | bytes] = {"config.json": config.to_json()}
+    texts |= {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+    memory = 2 * max(t.nbytes for t in [*sources, *(entry for _, entry in entries)])
+    return _Job(checkpoint.path.name, checkpoint.files, config, sources, texts, memory)
 
 
 def _cast(name: str, entry: Entry, dtype: str | None) -> np.ndarray:
     array = entry.read()
-    if dtype is None:
+    if dtype in (None, entry.dtype):
         return array
     with np.errstate(over="ignore"):  # told below, by name
         cast = array.astype(numpy_dtype(dtype))
-    lost = int(np.isinf(cast).sum() - np.isinf(array).sum())
-    if lost:
-        raise ValueError(f"{name}: {lost} of {array.size} numbers overflow {dtype}; bfloat16 or float32 can hold them")
+    if ml_dtypes.finfo(cast.dtype).max < ml_dtypes.finfo(array.dtype).max:
+        lost = int(np.isinf(cast).sum() - np.isinf(array).sum())
+        if lost:
+            wider = "bfloat16 or float32 can hold them" if dtype == "float16" else "float64 can hold them"
+            raise ValueError(f"{name}: {lost} of {array.size} numbers overflow {dtype}; {wider}")
     return cast
+
+
+def _read_rate(files: list[Path]) -> float:
+    largest = max(files, key=lambda file: file.stat().st_size)
+    start = time.perf_counter()
+    with open(largest, "rb") as file:
+        done = len(file.read(SAMPLE))
+    return done / (time.perf_counter() - start)
+
+
+def _write_rate(folder: Path) -> float | None:
+    data = os.urandom(1_000_000)
+    start = time.perf_counter()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(SAMPLE // len(data)):
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        return None
+    return SAMPLE / (time.perf_counter() - start)

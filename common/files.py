@@ -11,17 +11,23 @@ from typing import Any
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file. ValueError, naming the file, if it is not UTF-8 JSON, is not an object, or repeats
     a key; FileNotFoundError if it is missing."""
+    path = Path(path)
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """As `read_json`, of what was read from `path`."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands there twice")
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values:
+                raise ValueError(f"key {key!r} stands there twice")
+            values[key] = value
         return values
 
-    path = Path(path)
     try:
-        values = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=once)
+        values = json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(values, dict):
@@ -41,3 +47,8 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def plain(text: str) -> str:
+    """Text for a terminal: what is not printable, as a hostile file's names may not be, is spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

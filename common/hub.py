@@ -7,9 +7,19 @@ from pathlib import Path
 
 from .checkpoint import FILES
 from .files import read_json
-from .layouts import LAYOUTS
+from .layouts import LAYOUTS, layout_module
 
 DEMO = "opt-demo"
+
+# What a checkpoint folder holds beside config and weights, and takes along when it is converted.
+COMPANIONS = (
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
 
 def fetch(
@@ -63,19 +73,35 @@ def fetch(
         ) from error
 
 
-def fetch_checkpoint(path_or_name: str | Path, **hub: object) -> Path:
-    """A local folder with config and weights; of several weight layouts on the Hub only the preferred is fetched."""
-    folder = fetch(path_or_name, ["config.json", *[f for f in FILES if f.endswith(".index.json")]], **hub)  # type: ignore[arg-type]
+def fetch_checkpoint(
+    path_or_name: str | Path, layout: str | None = None, companions: bool = False, **hub: object
+) -> Path:
+    """A local folder with config and weights, and, if asked for, the tokenizer and the generation config.
+
+    Of several layouts on the Hub only the preferred is fetched, or `layout`. A weight file of its own is returned as
+    it is. Raises as `fetch`.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.is_dir() or path.is_file():
+        return path
+    indexes = [name for name in FILES if name.endswith(".index.json")]
+    files = ["config.json", *indexes, *(COMPANIONS if companions else ())]
+    folder = fetch(path_or_name, files, **hub)  # type: ignore[arg-type]
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json; wanted a folder or repository of an OPT")
-    return folder if Path(path_or_name).expanduser().is_dir() else _with_weights(path_or_name, folder, hub)
-
-
-def _with_weights(path_or_name: str | Path, folder: Path, hub: dict[str, object]) -> Path:
-    for main in (module.MAIN[0] for module in LAYOUTS.values()):
+    if str(path_or_name) == DEMO:
+        return folder
+    modules = [layout_module(layout)] if layout else LAYOUTS.values()
+    for main in dict.fromkeys(name for module in modules for name in module.MAIN if not name.endswith(".index.json")):
         index = folder / f"{main}.index.json"
-        shards = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else [main]
+        shards = sorted(set(_weight_map(index).values())) if index.is_file() else [main]
         folder = fetch(path_or_name, ["config.json", index.name, *shards], **hub)  # type: ignore[arg-type]
         if all((folder / shard).is_file() for shard in shards):
             break
     return folder
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    wrong = not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values())
+    return {} if wrong else weight_map  # opening it says what is wrong with it

@@ -11,12 +11,54 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import Checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, recognize, save_checkpoint
 from .config import DTYPES, OPTConfig
 from .hub import fetch_checkpoint
+from .layouts import LAYOUTS
 from .progress import byte_bar
-from .tensors import MAX_SHARD_SIZE, Source
+from .tensors import MAX_SHARD_SIZE, Source, contiguous
 from .weights import Spec, match, table
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint and its config, checked against each other: where each tensor of the table lies, and whether the
+    head is tied."""
+
+    checkpoint: Checkpoint
+    config: OPTConfig
+    names: dict[str, str]
+    tied: bool
+
+
+def open_checkpoint(
+    path_or_name: str | Path, layout: str | None = None, prefer: bool = False, companions: bool = False, **hub: Any
+) -> Opened:
+    """Find, open and check a checkpoint; no tensor is read, nothing of its size is allocated.
+
+    `path_or_name`: a folder, a weight file with its config.json beside it, "opt-demo", or a Hub name.
+    `layout`: one of `opt_common.layouts.LAYOUTS`, or None for the one that is there. Of several, `prefer` takes the
+    first: safetensors, then PyTorch's, then the others in the order of LAYOUTS; otherwise they are an error. Of a Hub
+    repository the preferred one is taken, which alone is fetched. `companions` fetches its tokenizer too.
+    Raises FileNotFoundError and ValueError as `fetch`, `Checkpoint`, `OPTConfig.from_pretrained` and `match` do.
+    """
+    checkpoint, config = find_checkpoint(path_or_name, layout, prefer, companions, **hub)
+    names, tied = match(checkpoint, config)
+    return Opened(checkpoint, config, names, tied)
+
+
+def find_checkpoint(
+    path_or_name: str | Path, layout: str | None = None, prefer: bool = False, companions: bool = False, **hub: Any
+) -> tuple[Checkpoint, OPTConfig]:
+    """As `open_checkpoint`, but the two are not checked against each other."""
+    path = fetch_checkpoint(path_or_name, layout, companions, **hub)
+    if prefer or not Path(path_or_name).expanduser().exists():  # what was fetched earlier lies beside it in the cache
+        layout = layout or next(iter(recognize(path)))
+    checkpoint = Checkpoint(path, layout)
+    own = getattr(LAYOUTS[checkpoint.layout], "config", lambda main: None)(checkpoint.main)
+    if own is None and not (checkpoint.folder / "config.json").is_file():
+        raise FileNotFoundError(f"{checkpoint.folder}: no config.json; wanted one beside the weights of an OPT")
+    return checkpoint, own or OPTConfig.from_pretrained(checkpoint.folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,29 +71,31 @@ class Pretrained:
     tensors: Iterator[tuple[Spec, np.ndarray]]
 
 
-def open_pretrained(path_or_name: str | Path, prefix: str, dtype: str, copied: bool = False, **hub: Any) -> Pretrained:
+def open_pretrained(
+    path_or_name: str | Path, prefix: str, dtype: str, copied: bool = False, layout: str | None = None, **hub: Any
+) -> Pretrained:
     """Find, open and check a checkpoint; no tensor is read yet.
 
     `prefix` is the table's: "model." for OPTForCausalLM, "" for OPTModel. `dtype` is a name, or "auto" for the
     checkpoint's own. `copied`: the caller copies each array elsewhere and lets it go, so it may be a map of the file.
+    `layout`: which to read of several, as on the Hub; the preferred one by default (`open_checkpoint`).
     `hub`: see `opt_common.hub.fetch`. Raises before anything is allocated.
     """
     if dtype not in (*DTYPES, "auto"):
         raise ValueError(f"dtype: found {dtype!r}, wanted 'auto' or one of {', '.join(DTYPES)}")
-    folder = fetch_checkpoint(path_or_name, **hub)
-    checkpoint = Checkpoint(folder)
-    config = OPTConfig.from_pretrained(folder)
-    names, tied = match(checkpoint, config)
+    opened = open_checkpoint(path_or_name, layout, prefer=True, **hub)
+    checkpoint, config, names, tied = opened.checkpoint, opened.config, opened.names, opened.tied
+    path = checkpoint.path
     if config.tie_word_embeddings and not tied:
-        warnings.warn(f"{folder}: lm_head.weight differs from embed_tokens.weight, so they are not tied", stacklevel=3)
+        warnings.warn(f"{path}: lm_head.weight differs from embed_tokens.weight, so they are not tied", stacklevel=3)
     dtype = checkpoint.dtype if dtype == "auto" else dtype
     config = dataclasses.replace(config, tie_word_embeddings=tied, dtype=dtype)
 
     def tensors() -> Iterator[tuple[Spec, np.ndarray]]:
         specs = [(spec, checkpoint[names[("" if prefix else "model.") + spec.name]]) for spec in table(config, prefix)]
-        with byte_bar(f"Loading {folder.name}", sum(entry.nbytes for _, entry in specs)) as advance:
+        with byte_bar(f"Loading {path.name}", sum(entry.nbytes for _, entry in specs)) as advance:
             for spec, entry in specs:
-                yield spec, entry.map() if copied else entry.read()
+                yield spec, contiguous(entry.map() if copied else entry.read())
                 advance(entry.nbytes)
 
     return Pretrained(config, dtype, tensors())

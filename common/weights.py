@@ -9,11 +9,10 @@ every framework, so there is nothing to map but the last name of a parameter and
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
-
-import numpy as np
 
 from .config import OPTConfig
 
@@ -36,7 +35,7 @@ class Spec:
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,18 @@ def match(checkpoint: Stored, config: OPTConfig) -> tuple[dict[str, str], bool]:
 
     Raises ValueError that lists every missing, unexpected, repeated, misshapen or wrongly typed tensor by name.
     """
+    names, tied, wrong = compare(checkpoint, config)
+    if wrong:
+        shown = "\n  ".join(wrong)
+        raise ValueError(f"{checkpoint.path}: {len(wrong)} tensor(s) do not fit the config:\n  {shown}")
+    return names, tied
+
+
+def compare(checkpoint: Stored, config: OPTConfig) -> tuple[dict[str, str], bool, list[str]]:
+    """As `match`, with what is wrong as a list of sentences; the names are those of the tensors that are there."""
+    layers, tensors = config.num_hidden_layers, len(list(checkpoint))
+    if layers > tensors:  # before a table of as many rows as somebody's config.json says is made
+        return {}, config.tie_word_embeddings, [f"num_hidden_layers: found {layers}, but it holds {tensors} tensors"]
     found: dict[str, str] = {}
     wrong: list[str] = []
     for name in checkpoint:
@@ -160,7 +171,4 @@ def match(checkpoint: Stored, config: OPTConfig) -> tuple[dict[str, str], bool]:
         if entry.dtype not in FLOATS:
             wrong.append(f"{found[name]}: found dtype {entry.dtype}, wanted one of {', '.join(FLOATS)}")
     wrong += [f"{found[name]}: unexpected, no such tensor in this OPT" for name in found if name not in specs]
-    if wrong:
-        shown = "\n  ".join(wrong)
-        raise ValueError(f"{checkpoint.path}: {len(wrong)} tensor(s) do not fit the config:\n  {shown}")
-    return {name: found[name] for name in specs}, tied
+    return {name: found[name] for name in specs if name in found}, tied, wrong

@@ -311,7 +311,7 @@ def test_a_save_stopped_anywhere_leaves_old_or_new(old, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             for module, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (Path, "unlink"), (Path, "rmdir"),
-                                 (Path, "write_text"), (shutil, "rmtree")):  # fmt: skip
+                                 (Path, "write_text"), (Path, "write_bytes"), (shutil, "rmtree")):  # fmt: skip
                 patch.setattr(module, name, counted(getattr(module, name)))
             try:
                 save_checkpoint(folder, sources(2.0, count=6), {"config.json": '{"is": 2}'}, 9000)
