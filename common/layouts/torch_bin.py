@@ -82,9 +82,12 @@ class Stacked:
         return self.parts[0].dtype
 
 
+Written = Source | Stacked | np.ndarray
+
+
 def save(path: Path, tree: Any, advance: Callable[[int], None]) -> None:
     """What `torch.save(tree, path)` writes, for dicts, lists, strings, numbers and tensors: Source or Stacked, read one
-    part at a time, in order. `advance` is told the bytes of each part."""
+    part at a time, in order, or a small array. `advance` is told the bytes of each Source."""
     content, tensors = _pickle(tree)
     with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
         for name, padding, _, wide in _records(content, tensors):
@@ -95,8 +98,11 @@ def save(path: Path, tree: Any, advance: Callable[[int], None]) -> None:
                 if key == name:
                     record.write(_SMALL.get(name, content))
                     continue
-                parts = tensors[int(key)]
-                for part in parts.parts if isinstance(parts, Stacked) else [parts]:
+                tensor = tensors[int(key)]
+                if isinstance(tensor, np.ndarray):
+                    record.write(tensor.tobytes())
+                    continue
+                for part in tensor.parts if isinstance(tensor, Stacked) else [tensor]:
                     array = np.asarray(part.read(), order="C")  # a transposed view would go out in the wrong order
                     if (array.shape, array.dtype) != (part.shape, numpy_dtype(part.dtype)):
                         found = f"{array.dtype}{list(array.shape)}"
@@ -127,12 +133,12 @@ _ALIGNED = 64  # as PyTorch aligns numbers, so that they can be used out of a ma
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
 
 
-def _records(content: bytes, tensors: Sequence[Source | Stacked]) -> Iterator[tuple[str, bytes, int, bool]]:
+def _records(content: bytes, tensors: Sequence[Written]) -> Iterator[tuple[str, bytes, int, bool]]:
     """The records of the file in order: name, what the header is padded with, bytes, and whether their number is too
     large for 32 bits."""
     sizes = {f"{_ROOT}data.pkl": len(content)} | {name: len(value) for name, value in _SMALL.items()}
     for key, t in enumerate(tensors):
-        sizes[f"{_DATA}{key}"] = int(np.prod(t.shape, dtype=np.int64)) * numpy_dtype(t.dtype).itemsize
+        sizes[f"{_DATA}{key}"] = int(np.prod(t.shape, dtype=np.int64)) * numpy_dtype(str(t.dtype)).itemsize
     at = 0
     for name, nbytes in sizes.items():
         wide = nbytes > zipfile.ZIP64_LIMIT
@@ -142,7 +148,7 @@ def _records(content: bytes, tensors: Sequence[Source | Stacked]) -> Iterator[tu
         at = start + len(padding) - 4 + nbytes
 
 
-def _pickle(tree: Any) -> tuple[bytes, list[Source | Stacked]]:
+def _pickle(tree: Any) -> tuple[bytes, list[Written]]:
     """The pickle of a tree as PyTorch's loader for untrusted files takes it, and the tensors in it."""
     out, tensors = bytearray(pickle.PROTO + b"\2"), []
 
@@ -161,14 +167,14 @@ def _pickle(tree: Any) -> tuple[bytes, list[Source | Stacked]]:
             whole(value)
         out.extend(pickle.TUPLE)
 
-    def tensor(value: Source | Stacked) -> None:
+    def tensor(value: Written) -> None:
         strides, step = [], 1
         for n in reversed(value.shape):
             strides.insert(0, step)
             step *= max(n, 1)
         out.extend(b"ctorch._utils\n_rebuild_tensor_v2\n" + pickle.MARK + pickle.MARK)
         text("storage")
-        out.extend(b"ctorch\n" + _STORAGE_NAMES[value.dtype].encode() + b"\n")
+        out.extend(b"ctorch\n" + _STORAGE_NAMES[str(value.dtype)].encode() + b"\n")
         text(str(len(tensors)))
         text("cpu")
         whole(int(np.prod(value.shape, dtype=np.int64)))
@@ -182,7 +188,7 @@ def _pickle(tree: Any) -> tuple[bytes, list[Source | Stacked]]:
 
     def put(value: Any) -> None:
         match value:
-            case Source() | Stacked():
+            case Source() | Stacked() | np.ndarray():
                 tensor(value)
             case dict():
                 out.extend(pickle.EMPTY_DICT + pickle.MARK)
