@@ -264,7 +264,8 @@ def _unflattened(
         for key, described in module["params"].items():
             strange = [name for name in (prefix + "flat", key, *described["names"]) if not is_name(name)]
             if strange:
-                raise ValueError(f"{paths[0]}: shard_metadata: {strange[0]!r:.80}: no name of a tensor")
+                found = repr(strange[0])[:80] if isinstance(strange[0], str) else type(strange[0]).__name__
+                raise ValueError(f"{paths[0]}: shard_metadata: found {found} for the name of a tensor")
             rows = []
             for path, model, given in zip(paths, models, metadata, strict=True):
                 padding = given["param_metadata"][i]["params"][key]["padding"]
@@ -272,7 +273,7 @@ def _unflattened(
                     raise ValueError(f"{path}: {prefix + key}: missing, its shard_metadata describes it")
                 row = model[prefix + key]
                 if len(row.shape) != 1 or type(padding) is not int or not 0 <= padding <= row.numel:
-                    found = f"shape {list(row.shape)}, padding {padding!r:.40}"
+                    found = f"shape {list(row.shape)}, padding {padding if type(padding) is int else type(padding)}"
                     raise ValueError(f"{path}: {prefix + key}: found {found}, wanted one row and its padding")
                 rows.append(row.rows(0, row.numel - padding))
                 if module["no_broadcast_optim_state"]:  # not sharded
