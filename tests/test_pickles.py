@@ -401,6 +401,7 @@ BAD_ZIPS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), "found Tensor, wanted a state_dict"),
     "a number": (lambda path: torch.save({"w": 3}, path), "w: found int, wanted a tensor"),
     "not names": (lambda path: torch.save({3: torch.zeros(3)}, path), "found dict, wanted a state_dict"),
+    "a strange name": (lambda path: torch.save({"w\x1b[2J": torch.zeros(3)}, path), "found dict, wanted a state_dict"),
     "sparse": (lambda path: torch.save({"w": torch.eye(3).to_sparse()}, path), "torch._utils._rebuild_sparse_tensor"),
     "meta": (lambda path: torch.save({"w": torch.zeros(3, device="meta")}, path), "_rebuild_meta_tensor_no_storage"),
     "conjugate": (lambda path: torch.save({"w": torch.zeros(3, dtype=torch.complex64).conj()}, path), "conjugate"),

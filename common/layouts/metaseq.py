@@ -22,7 +22,7 @@ import numpy as np
 from ..config import DTYPES, SIZES, OPTConfig
 from ..tensors import Entry, Source, numpy_dtype
 from . import torch_bin
-from .torch_bin import Stacked
+from .torch_bin import Stacked, is_name
 from .unpickle import Named, Tensor, load
 
 MAIN = ("restored.pt",)
@@ -238,7 +238,7 @@ def _part(paths: list[Path]) -> dict[str, _Block]:
         if not isinstance(model, dict):
             raise ValueError(f"{path}: found no 'model' of names and tensors")
         for name, tensor in model.items():
-            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            if not is_name(name) or not isinstance(tensor, Tensor):
                 raise ValueError(f"{path}: model: {name!r:.80}: found {type(tensor).__name__}, wanted a tensor")
     whole = {name: _Block(t.shape, t.dtype, [t]) for name, t in models[0].items()}
     flat = [name for name in whole if name.rpartition(".")[2].startswith("flat_param_")]
@@ -262,6 +262,10 @@ def _unflattened(
     for i, module in enumerate(metadata[0]["param_metadata"]):
         prefix = module["fsdp_path"] + "." if module["fsdp_path"] else ""
         for key, described in module["params"].items():
+            strange = [name for name in (prefix + "flat", key, *described["names"]) if not is_name(name)]
+            if strange:
+                found = repr(strange[0])[:80] if isinstance(strange[0], str) else type(strange[0]).__name__
+                raise ValueError(f"{paths[0]}: shard_metadata: found {found} for the name of a tensor")
             rows = []
             for path, model, given in zip(paths, models, metadata, strict=True):
                 padding = given["param_metadata"][i]["params"][key]["padding"]
@@ -269,7 +273,7 @@ def _unflattened(
                     raise ValueError(f"{path}: {prefix + key}: missing, its shard_metadata describes it")
                 row = model[prefix + key]
                 if len(row.shape) != 1 or type(padding) is not int or not 0 <= padding <= row.numel:
-                    found = f"shape {list(row.shape)}, padding {padding!r:.40}"
+                    found = f"shape {list(row.shape)}, padding {padding if type(padding) is int else type(padding)}"
                     raise ValueError(f"{path}: {prefix + key}: found {found}, wanted one row and its padding")
                 rows.append(row.rows(0, row.numel - padding))
                 if module["no_broadcast_optim_state"]:  # not sharded
@@ -278,7 +282,11 @@ def _unflattened(
                 raise ValueError(f"{paths[0]}: {prefix + key}: its shards have several dtypes")
             whole.pop(prefix + key, None)
             start, there = 0, sum(row.numel for row in rows)
-            for name, shape, numel in zip(described["names"], described["shapes"], described["numels"], strict=True):
+            names, shapes, numels = (described[kind] for kind in ("names", "shapes", "numels"))
+            if not len(names) == len(shapes) == len(numels):
+                found = f"{len(names)} names, {len(shapes)} shapes and {len(numels)} sizes"
+                raise ValueError(f"{paths[0]}: {prefix + key}: found {found} in its shard_metadata")
+            for name, shape, numel in zip(names, shapes, numels, strict=True):
                 good = type(shape) is tuple and all(type(n) is int and n > 0 for n in shape)
                 if not good or type(numel) is not int or math.prod(shape) != numel or start + numel > there:
                     raise ValueError(f"{paths[0]}: {prefix}{name}: does not fit the {there} numbers of {prefix + key}")

@@ -28,12 +28,17 @@ def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
 def entries(path: Path) -> dict[str, Entry]:
     """The tensors of a file that holds a state_dict."""
     tensors = load(path)
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+    if not isinstance(tensors, dict) or not all(is_name(name) for name in tensors):
         raise ValueError(f"{path}: found {type(tensors).__name__}, wanted a state_dict: names and tensors")
     other = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
     if other:
         raise ValueError(f"{path}: {other[0]}: found {type(tensors[other[0]]).__name__}, wanted a tensor")
     return {name: tensor.entry() for name, tensor in tensors.items()}
+
+
+def is_name(name: Any) -> bool:
+    """Whether it can be what a tensor is called: an error may print it."""
+    return isinstance(name, str) and name.isprintable() and len(name) <= 200
 
 
 def write(
