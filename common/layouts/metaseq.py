@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -300,9 +300,11 @@ def _unflattened(
     return blocks | whole  # what is left are buffers, alike in all shards
 
 
-def config(main: Path, entries: dict[str, Entry]) -> OPTConfig:
+def config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig | None:
     """The config of a checkpoint that has no config.json: from the shapes, and what metaseq was called with where that
-    was saved. Raises ValueError if they do not tell."""
+    was saved; None if it has one. Raises ValueError if they do not tell."""
+    if (main.parent / "config.json").is_file():
+        return None
     wanted = ("embed_tokens.weight", "embed_positions.weight", "layers.0.fc1.weight")
     shapes = [entries[f"decoder.{name}"].shape if f"decoder.{name}" in entries else () for name in wanted]
     for name, shape in zip(wanted, shapes, strict=True):

@@ -7,10 +7,15 @@ from pathlib import Path
 
 from ..config import OPTConfig
 from ..tensors import Entry, Source
-from . import torch_bin
+from . import metaseq, torch_bin
 
 MAIN = ("model.pt",)
 SHARD = r"(?!)"
+
+
+def holds(main: Path) -> bool:
+    """Whether this file is one of names and tensors rather than metaseq's, whose names end alike."""
+    return metaseq.find(main) is None
 
 
 def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
