@@ -159,13 +159,10 @@ def draw(report: Row, path: Path) -> None:
         panel.set_xlabel(x)
         panel.set_ylabel(y)
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-        if panel is panels[1]:
-            panel.set_ylim(bottom=0)
-        else:
-            panel.set_yscale("log")
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            panel.yaxis.set_minor_locator(NullLocator())
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if panel is panels[1] else (1, 2, 5)))
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.yaxis.set_minor_locator(NullLocator())
     figure.suptitle(f"{report['model']}, {report['device']}, {report['cores']} cores", fontweight="bold")
     lines, labels = panels[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
