@@ -70,6 +70,11 @@ def turned(entry: Entry) -> Entry:
     return Entry(entry.shape[::-1], entry.dtype, entry.file, lambda: entry.read().T, lambda: entry.map().T)
 
 
+def rearranged(entry: Entry, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> Entry:
+    """The stored tensor made into one of `shape` when it is read."""
+    return Entry(shape, entry.dtype, entry.file, lambda: change(entry.read()), lambda: change(entry.map()))
+
+
 def renamed(tensor: Source, name: str, transposed: bool) -> Source:
     """A tensor as a layout calls and stores it."""
     if transposed:
@@ -98,35 +103,6 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return out.view(array.dtype)
 
 
-def read_checked(tensor: Source) -> np.ndarray:
-    """The array of a tensor to be written. ValueError if it is not of the shape and dtype that were promised."""
-    array = tensor.read()
-    if (array.shape, array.dtype) != (tensor.shape, numpy_dtype(tensor.dtype)):
-        found = f"{array.dtype}{list(array.shape)}"
-        raise ValueError(f"{tensor.name}: found {found}, wanted {tensor.dtype}{list(tensor.shape)}")
-    return array
-
-
-def rearranged(entry: Entry, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> Entry:
-    """The stored tensor `entry`, made into one of `shape` when it is read."""
-    return Entry(shape, entry.dtype, entry.file, lambda: change(entry.read()), lambda: change(entry.map()))
-
-
-def transposed(matrix: np.ndarray) -> np.ndarray:
-    """A matrix turned around, in C order.
-
-    Rows a power of two apart fight for the same lines of the cache, and numpy's own copy of 4096 x 16384 half-precision
-    numbers runs at a quarter of a gigabyte a second. By way of rows of an odd length it is five times as fast."""
-    rows, columns = matrix.shape
-    result = np.empty((columns, rows), matrix.dtype)
-    strip = np.empty((128, columns + 32), matrix.dtype)
-    for i in range(0, rows, len(strip)):
-        n = min(len(strip), rows - i)
-        strip[:n, :columns] = matrix[i : i + n]
-        result[:, i : i + n] = strip[:n, :columns].T
-    return result
-
-
 def split(tensors: Sequence[Source], limit: int) -> list[list[Source]]:
     """The tensors in order, as shards of at most `limit` bytes; one larger than that gets a shard of its own."""
     shards: list[list[Source]] = [[]]
@@ -143,19 +119,18 @@ def write_sharded(
     tensors: Sequence[Source],
     limit: int,
     write: Callable[[Path, list[Source]], None],
-    index_name: Callable[[str], str],
+    in_index: Callable[[str], str],
 ) -> list[str]:
-    """Write the tensors to the file `main`, or to shards named after it and an index, and return the names of the files
-    with weights. `index_name` gives the name in the index for the Hub's."""
-    shards, (stem, suffix) = split(tensors, limit), main.rsplit(".", 1)
+    """Write the tensors to the file `main`, or to shards named after it and an index. Returns the names of the files
+    with weights. `in_index` is what the index calls a tensor."""
+    shards, (stem, _, suffix) = split(tensors, limit), main.partition(".")
     n = len(shards)
     names = [main] if n == 1 else [f"{stem}-{i:05}-of-{n:05}.{suffix}" for i in range(1, n + 1)]
     for name, shard in zip(names, shards, strict=True):
         write(folder / name, shard)
     if n > 1:
-        total = sum(t.nbytes for t in tensors)
-        weight_map = {index_name(t.name): name for name, shard in zip(names, shards, strict=True) for t in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        weight_map = {in_index(t.name): name for name, shard in zip(names, shards, strict=True) for t in shard}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": weight_map}
         (folder / f"{main}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return names
 

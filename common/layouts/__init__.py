@@ -39,8 +39,8 @@ LAYOUTS: dict[str, ModuleType] = {
     "torch": torch_bin,
     "safetensors-tf": safetensors_tf,
     "safetensors-flax": safetensors_flax,
-    "tf": tf_h5,
-    "flax": flax_msgpack,
+    "tf-h5": tf_h5,
+    "flax-msgpack": flax_msgpack,
     "metaseq": metaseq,
     "state-dict": state_dict,
 }

@@ -18,18 +18,7 @@ import msgpack
 import numpy as np
 
 from ..config import OPTConfig
-from ..tensors import (
-    Entry,
-    Source,
-    map_bytes,
-    numpy_dtype,
-    read_bytes,
-    read_checked,
-    read_sharded,
-    rearranged,
-    transposed,
-    write_sharded,
-)
+from ..tensors import Entry, Source, map_bytes, numpy_dtype, read_bytes, read_sharded, renamed, turned, write_sharded
 from ..weights import FLOATS
 from .names import from_flax, to_flax
 
@@ -57,11 +46,10 @@ def _entries(path: Path) -> dict[str, Entry]:
             raise scan.wrong("", "wanted one map of names, and nothing after it")
     for stored, entry in _flat(path, "", tree):
         # an unknown name is left as it is, for the check against the config to tell
-        name, turned = from_flax(stored) or (stored, False)
+        name, transposed = from_flax(stored) or (stored, False)
         if name in entries:
-            raise ValueError(f"{path}: holds {stored} twice")
-        turned = turned and len(entry.shape) == 2
-        entries[name] = rearranged(entry, entry.shape[::-1], transposed) if turned else entry
+            raise ValueError(f"{path}: holds {name} twice, once as {stored}")
+        entries[name] = turned(entry) if transposed else entry
     return entries
 
 
@@ -189,14 +177,15 @@ class _Scan:
         rank = self.number(name, "B") - 0x90 if self.number(name, "B") == 0x93 else -1
         if kind != _ARRAY or not 0 <= rank < 16:
             raise self.wrong(name, f"an extension of type {kind}, wanted {_ARRAY}, of shape, dtype and bytes")
-        shape = tuple(self.whole(name, self.number(name, "B")) for _ in range(rank))
+        sizes = [self.whole(name, self.number(name, "B")) for _ in range(rank)]
+        shape = tuple(size for size in sizes if size is not None)
         dtype = self.text(name, self.number(name, "B"))
         code = self.number(name, "B")
         forms = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
         size = self.number(name, forms[code]) if code in forms else -1
         start = self.skip(name, max(size, 0))
-        if None in shape or dtype not in FLOATS:
-            raise self.wrong(name, f"found {dtype}{list(shape)}, wanted one of {', '.join(FLOATS)}")
+        if len(shape) != rank or dtype not in FLOATS:
+            raise self.wrong(name, f"found {dtype}{sizes}, wanted one of {', '.join(FLOATS)}")
         if self.at != end or math.prod(shape) * numpy_dtype(dtype).itemsize != size:
             raise self.wrong(name, f"found {size} bytes for {dtype}{list(shape)}")
         path = self.path
@@ -210,16 +199,14 @@ class _Scan:
 def write(
     folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
 ) -> list[str]:
-    for t in tensors:
-        to_flax(t.name)  # refused before anything is written
-    index_name = lambda name: to_flax(name)[0].replace(".", "/")  # noqa: E731
-    return write_sharded(folder, MAIN[0], tensors, limit, partial(_write, advance), index_name)
+    stored = [renamed(t, *to_flax(t.name)) for t in tensors]
+    return write_sharded(folder, MAIN[0], stored, limit, partial(_write, advance), lambda name: name.replace(".", "/"))
 
 
 def _write(advance: Callable[[int], None], path: Path, tensors: list[Source]) -> None:
     tree: dict[str, Any] = {}
     for t in tensors:
-        *parts, last = to_flax(t.name)[0].split(".")
+        *parts, last = t.name.split(".")
         place = tree
         for part in parts:
             place = place.setdefault(part, {})
@@ -236,10 +223,7 @@ def _write_map(file: BinaryIO, tree: dict[str, Any], advance: Callable[[int], No
         if isinstance(value, dict):
             _write_map(file, value, advance)
         else:
-            array = read_checked(value)
-            array = transposed(array) if to_flax(value.name)[1] else np.ascontiguousarray(array)
-            _write_array(file, array, value.dtype)
-            del array
+            _write_array(file, value.array(), value.dtype)
             advance(value.nbytes)
 
 

@@ -233,7 +233,7 @@ def _entry(shape: tuple[int, ...], blocks: list[_Block], read: Callable[[], np.n
 def _part(paths: list[Path]) -> dict[str, _Block]:
     """The tensors of one model parallel part, by metaseq's names, out of its shards."""
     trees = [load(path) for path in paths]
-    models = [tree.get("model") if isinstance(tree, dict) else None for tree in trees]
+    models: list[Any] = [tree.get("model") if isinstance(tree, dict) else None for tree in trees]
     for path, model in zip(paths, models, strict=True):
         if not isinstance(model, dict):
             raise ValueError(f"{path}: found no 'model' of names and tensors")
@@ -306,7 +306,7 @@ def config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig | None:
     if (main.parent / "config.json").is_file():
         return None
     wanted = ("embed_tokens.weight", "embed_positions.weight", "layers.0.fc1.weight")
-    shapes = [entries[f"decoder.{name}"].shape if f"decoder.{name}" in entries else () for name in wanted]
+    shapes: list[Any] = [entries[f"decoder.{name}"].shape if f"decoder.{name}" in entries else () for name in wanted]
     for name, shape in zip(wanted, shapes, strict=True):
         if len(shape) != 2:
             raise ValueError(f"{main}: decoder.{name}: found {f'shape {list(shape)}' if shape else 'none'}")

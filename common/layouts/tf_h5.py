@@ -17,7 +17,7 @@ import numpy as np
 
 from ..config import OPTConfig
 from ..hdf5 import read_hdf5
-from ..tensors import Entry, Source, read_checked, read_sharded, rearranged, split, transposed, write_sharded
+from ..tensors import Entry, Source, read_sharded, renamed, split, turned, write_sharded
 from .names import from_tf, to_tf
 
 MAIN = ("tf_model.h5", "tf_model.h5.index.json")
@@ -37,11 +37,10 @@ def _entries(path: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for stored, entry in read_hdf5(path).items():
         # an unknown name is left as it is, for the check against the config to tell
-        name, turned = from_tf(re.sub(r"^model/(?=[^/]+/model/)", "", stored)) or (stored, False)
+        name, transposed = from_tf(re.sub(r"^model/(?=[^/]+/model/)", "", stored)) or (stored, False)
         if name in entries:
-            raise ValueError(f"{path}: holds {name} twice, the second time as {stored}")
-        turned = turned and len(entry.shape) == 2
-        entries[name] = rearranged(entry, entry.shape[::-1], transposed) if turned else entry
+            raise ValueError(f"{path}: holds {name} twice, once as {stored}")
+        entries[name] = turned(entry) if transposed else entry
     return entries
 
 
@@ -49,32 +48,25 @@ def write(
     folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
 ) -> list[str]:
     for t in tensors:
-        to_tf(t.name)  # TensorFlow's OPT has no head of its own
         if t.dtype == "bfloat16":
             raise ValueError(f"{t.name}: is bfloat16, which HDF5 has no type for and TensorFlow does not read from it")
-    whole = len(split(tensors, limit)) == 1
-    return write_sharded(
-        folder, MAIN[0], tensors, limit, partial(_write, whole, advance), lambda name: f"{_SCOPE}/{to_tf(name)[0]}"
-    )
+    stored = [renamed(t, *to_tf(t.name)) for t in tensors]
+    write = partial(_write, len(split(stored, limit)) == 1, advance)
+    return write_sharded(folder, MAIN[0], stored, limit, write, lambda name: f"{_SCOPE}/{name}")
 
 
 def _write(whole: bool, advance: Callable[[int], None], path: Path, tensors: list[Source]) -> None:
     with h5py.File(path, "w") as file:
-        names = []
-        for t in tensors:
-            name, turned = to_tf(t.name)
-            name = f"{_SCOPE}/{name}" if whole else name
-            array = read_checked(t)
-            array = transposed(array) if turned else np.ascontiguousarray(array)
-            file.create_dataset(f"model/{name}" if whole else name, data=array)
-            del array
-            names.append(name)
-            advance(t.nbytes)
+        names = [f"{_SCOPE}/{t.name}" if whole else t.name for t in tensors]
+        for name, tensor in zip(names, tensors, strict=True):
+            file.create_dataset(f"model/{name}" if whole else name, data=tensor.array())
+            advance(tensor.nbytes)
         if not whole:
-            return _attribute(file, "layer_names", names)
+            _attribute(file, "layer_names", names)
+            return
         file.attrs["backend"] = "tensorflow"
         _attribute(file, "layer_names", ["model"])
-        _attribute(file["model"], "weight_names", names)
+        _attribute(file.require_group("model"), "weight_names", names)
         _attribute(file.create_group("top_level_model_weights"), "weight_names", [])
 
 

@@ -121,7 +121,7 @@ class Tensor:
             return
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._start)
-            view = memoryview(out.reshape(-1).view(np.uint8))
+            view = memoryview(out.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
             while view.nbytes:
                 got = file.readinto(view)
                 if not got:
@@ -489,7 +489,7 @@ class _Unpickler:
             case pickle.FRAME:
                 self.take(8)
             case _:
-                known = pickletools.code2op.get(op.decode("latin-1"))
+                known = {code.code: code for code in pickletools.opcodes}.get(op.decode("latin-1"))
                 raise ValueError(f"its pickle has the instruction {known.name if known else op!r}; no tensor needs it")
 
     def add(self, items: list[Any]) -> None:
