@@ -6,6 +6,7 @@ the same door.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -69,6 +70,11 @@ def turned(entry: Entry) -> Entry:
     return Entry(entry.shape[::-1], entry.dtype, entry.file, lambda: entry.read().T, lambda: entry.map().T)
 
 
+def rearranged(entry: Entry, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> Entry:
+    """The stored tensor made into one of `shape` when it is read."""
+    return Entry(shape, entry.dtype, entry.file, lambda: change(entry.read()), lambda: change(entry.map()))
+
+
 def renamed(tensor: Source, name: str, transposed: bool) -> Source:
     """A tensor as a layout calls and stores it."""
     if transposed:
@@ -105,6 +111,28 @@ def split(tensors: Sequence[Source], limit: int) -> list[list[Source]]:
             shards.append([])
         shards[-1].append(tensor)
     return shards
+
+
+def write_sharded(
+    folder: Path,
+    main: str,
+    tensors: Sequence[Source],
+    limit: int,
+    write: Callable[[Path, list[Source]], None],
+    in_index: Callable[[str], str],
+) -> list[str]:
+    """Write the tensors to the file `main`, or to shards named after it and an index. Returns the names of the files
+    with weights. `in_index` is what the index calls a tensor."""
+    shards, (stem, _, suffix) = split(tensors, limit), main.partition(".")
+    n = len(shards)
+    names = [main] if n == 1 else [f"{stem}-{i:05}-of-{n:05}.{suffix}" for i in range(1, n + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        write(folder / name, shard)
+    if n > 1:
+        weight_map = {in_index(t.name): name for name, shard in zip(names, shards, strict=True) for t in shard}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": weight_map}
+        (folder / f"{main}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return names
 
 
 def parse_size(size: int | str) -> int:

@@ -240,18 +240,6 @@ def test_a_pickle_that_calls_something_is_refused(plain, tmp_path):
     assert not (tmp_path / "called").exists()
 
 
-def test_a_bin_without_torch_says_what_to_install(plain, tmp_path):
-    folder = write_layout(plain, "bin-decoder", tmp_path)
-    program = f"""
-        import sys
-        sys.modules["torch"] = None
-        from opt_common import Checkpoint
-        Checkpoint({str(folder)!r})
-    """
-    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
-    assert "pytorch_model.bin: reading a .bin takes PyTorch: pip install 'opt-zoo[pt]'" in ran.stderr
-
-
 def sources(value: float, count: int = 4, size: int = 1000) -> list[Source]:
     array = np.full(size, value, np.float32)
     return [Source(f"t{i}", (size,), "float32", lambda: array) for i in range(count)]

@@ -10,8 +10,9 @@ A module has
 
 and may have
 
+    find     from a folder or file to the file to open it by, or None; for layouts without names of their own
     holds    whether such a file is of this layout, where several share a name
-    config   from such a file to the OPTConfig that it holds itself, where there is no Hub config.json; None if none
+    config   from such a file and its tensors to the OPTConfig that it holds itself; None where config.json does
     plan     from what `write` takes to the files that it would write and their bytes, reading no tensor
 
 A tensor that a layout stores otherwise (transposed, cut, joined) is put right when it is read. `read` raises ValueError
@@ -22,13 +23,26 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import safetensors, safetensors_flax, safetensors_tf, torch_bin
+from . import (
+    flax_msgpack,
+    metaseq,
+    safetensors,
+    safetensors_flax,
+    safetensors_tf,
+    state_dict,
+    tf_h5,
+    torch_bin,
+)
 
 LAYOUTS: dict[str, ModuleType] = {
     "safetensors": safetensors,
     "torch": torch_bin,
     "safetensors-tf": safetensors_tf,
     "safetensors-flax": safetensors_flax,
+    "tf-h5": tf_h5,
+    "flax-msgpack": flax_msgpack,
+    "metaseq": metaseq,
+    "state-dict": state_dict,
 }
 WRITABLE = tuple(name for name, module in LAYOUTS.items() if hasattr(module, "write"))
 

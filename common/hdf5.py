@@ -1,0 +1,176 @@
+"""The tensors in an HDF5 file, for the layouts that are made of such files.
+
+h5py reads the headers, and the numbers are read from the file at the offsets it gives. That leaves out all by which an
+HDF5 file can reach outside itself or grow when it is read: links, virtual and external datasets, chunks, compression,
+types with pointers. Neither TensorFlow nor Keras writes any of these; a file with one is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import h5py
+import numpy as np
+from h5py import h5d, h5g, h5l, h5o, h5t  # pyright: ignore[reportAttributeAccessIssue]
+
+from .tensors import Entry, map_bytes, numpy_dtype, read_bytes
+
+# Bytes; sign bit, exponent, bits of it, mantissa, bits of it; bias: of the little-endian floats.
+_FLOATS = {
+    (2, (15, 10, 5, 0, 10), 15): "float16",
+    (2, (15, 7, 8, 0, 7), 127): "bfloat16",
+    (4, (31, 23, 8, 0, 23), 127): "float32",
+    (8, (63, 52, 11, 0, 52), 1023): "float64",
+}
+_DEPTH = 16  # of groups; OPT's names have 8 parts at most
+
+
+def read_hdf5(path: Path, start: int = 0, size: int | None = None) -> dict[str, Entry]:
+    """The datasets of an HDF5 file by their full names ("a/b/c"), as they are stored; headers only.
+
+    start, size: where in `path` the HDF5 file lies, if it is part of another file. Two-byte values without a type are
+    bfloat16, which HDF5 has no type for: that is how h5py stores them. Raises ValueError that names file and dataset.
+    """
+    with open(path, "rb") as file:
+        whole = size is None
+        size = file.seek(0, 2) if size is None else size
+        try:
+            # never locked: the Hub's cache may lie where nobody may write
+            with h5py.File(path if whole else _Part(file, start, size), "r", locking=False) as h5:
+                stored = dict(_walk(h5.id, "", set(), 0))
+                return {name: _entry(path, start, size, name, dataset) for name, dataset in stored.items()}
+        except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, TypeError and more
+            raise ValueError(f"{path}: not readable as HDF5 weights: {error}") from error
+
+
+def _walk(group: Any, prefix: str, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
+    for key in group:
+        name = prefix + key.decode("utf-8")
+        if group.links.get_info(key).type != h5l.TYPE_HARD:
+            raise ValueError(f"{name} is a link to elsewhere, wanted a dataset")
+        child = h5o.open(group, key)
+        address = h5o.get_info(child).addr
+        if address in seen:
+            raise ValueError(f"{name} stands in the file under another name too")
+        seen.add(address)
+        if isinstance(child, h5d.DatasetID):
+            yield name, child
+        elif isinstance(child, h5g.GroupID) and depth < _DEPTH:
+            yield from _walk(child, name + "/", seen, depth + 1)
+        else:
+            raise ValueError(f"{name} is neither a dataset nor a group, or lies more than {_DEPTH} groups deep")
+
+
+def _entry(path: Path, start: int, size: int, name: str, dataset: h5d.DatasetID) -> Entry:
+    shape, plist, offset = dataset.shape, dataset.get_create_plist(), dataset.get_offset()
+    if shape is None or plist.get_layout() != h5d.CONTIGUOUS or plist.get_external_count() or offset is None:
+        raise ValueError(f"{name} is chunked, compressed, virtual, empty or in another file; wanted plain numbers")
+    dtype = _dtype(dataset.get_type())
+    if dtype is None:
+        raise ValueError(f"{name} has the type {dataset.dtype}, wanted little-endian numbers")
+    nbytes = math.prod(shape) * numpy_dtype(dtype).itemsize
+    if dataset.get_storage_size() != nbytes or offset + nbytes > size:
+        raise ValueError(f"{name} has {nbytes} bytes at {offset}, and the file ends at {size}")
+
+    def array(get: Callable[[Path, int, int], np.ndarray]) -> np.ndarray:
+        return get(path, start + offset, nbytes).view(numpy_dtype(dtype)).reshape(shape)
+
+    return Entry(shape, dtype, path, lambda: array(read_bytes), lambda: array(map_bytes))
+
+
+def _dtype(stored: h5t.TypeID) -> str | None:
+    """The name of a type of numbers, or None for another."""
+    if isinstance(stored, h5t.TypeFloatID) and stored.get_order() == h5t.ORDER_LE:
+        return _FLOATS.get((stored.get_size(), stored.get_fields(), stored.get_ebias()))
+    if isinstance(stored, h5t.TypeIntegerID) and (stored.get_order() == h5t.ORDER_LE or stored.get_size() == 1):
+        return f"{'u' if stored.get_sign() == h5t.SGN_NONE else ''}int{8 * stored.get_size()}"
+    if isinstance(stored, h5t.TypeOpaqueID) and stored.get_size() == 2:
+        return "bfloat16"
+    return None
+
+
+@contextmanager
+def create_hdf5(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file to be written. Raises OSError, when all is done, if the disk did not take it."""
+    with open(path, "w+b", buffering=0) as file:
+        sink = _Sink(file)
+        with h5py.File(sink, "w") as h5:
+            yield h5
+        if sink.error:
+            raise sink.error
+
+
+class _Sink(io.RawIOBase):
+    """A file that never fails: HDF5 brings the process down where it cannot write what it has left when it closes."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def _tried(self, call: Callable[[], Any]) -> Any:
+        if self.error is None:
+            try:
+                return call()
+            except OSError as error:
+                self.error = error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readinto(self, buffer: Any) -> int | None:
+        return self.file.readinto(buffer)
+
+    def write(self, data: Any) -> int:
+        view, done = memoryview(data).cast("B"), 0
+        while self.error is None and done < len(view):  # the system takes 2 GiB at once
+            done += self._tried(lambda done=done: self.file.write(view[done:])) or 0
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        self._tried(lambda: self.file.truncate(size))
+        return size or 0
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as a file of its own."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self.file, self.start, self.size, self.at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = max(0, (0, self.at, self.size)[whence] + offset)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.start + self.at)
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, min(len(view), self.size - self.at))]
+        n = self.file.readinto(view)  # type: ignore[attr-defined]
+        self.at += n
+        return n
