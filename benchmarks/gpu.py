@@ -1,15 +1,18 @@
-"""OPT on the GPU beside transformers: forward pass, decode, memory, first token and load, against what the GPU can do.
+"""OPT on the GPU: the frameworks beside transformers, then PyTorch more closely: forward pass, decode, memory, first
+token and load, against what the GPU can do.
 
-    python -m benchmarks.gpu --out gpu.json                           # all but --compiled, about four minutes
-    python -m benchmarks.gpu --sections prefill,decode --sizes 350m
-    python -m benchmarks.gpu --smoke                                  # tiny models on the CPU: proves the code alone
+    python -m benchmarks gpu --out gpu.json                           # all but --compiled
+    python -m benchmarks gpu --sections prefill,decode --sizes 350m
+    python -m benchmarks gpu --smoke                                  # tiny models on the CPU: proves the code alone
 
 Random weights of the real shapes, float16, the same tensors in both systems. Every fraction "of ceiling" is of what
 this GPU did in the `ceilings` section of the same run; "faster" is ours over the best that transformers did there.
 
 ceilings   a copy within the GPU's memory (bytes read + written), and a matrix product of 8192 x 8192 x 8192
+frameworks the table of `benchmarks.compare`: a whole call of every system in processes of its own, from one checkpoint;
+           prompt 64, 128 new tokens. Twice; JAX's compiled programs are kept from the first process to the second
 prefill    forward pass, all logits, no cache. ours: the faster of the attentions given. floor: its FLOPs
-           (`systems.flops`) at the rate of that matrix product. captured: the call with sdpa as a CUDA graph, made by
+           (`report.flops`) at the rate of that matrix product. captured: the call with sdpa as a CUDA graph, made by
            `torch.cuda.make_graphed_callables`, up to 2048 tokens; not counted in "ours" and "faster"
 padded     B8 S1024 with half the rows left-padded to half, over the same batch without padding
 decode     greedy, prompt 64. whole call: 128 new tokens over the seconds of a whole `generate` (transformers' arms on
@@ -37,7 +40,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,18 +48,19 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import systems
-from benchmarks.load_memory import memory
-from benchmarks.systems import THEIRS, Arm, Setup, event_ms, forward, over, reason, say, show, wall_ms
+from benchmarks import compare, systems
+from benchmarks.load import memory
+from benchmarks.peers import Job
+from benchmarks.report import MB, ON_CPU, Row, console, flops, heading, over, reason, say, show
+from benchmarks.systems import THEIRS, Arm, Setup, event_ms, forward, wall_ms
+from opt_common.config import OPTConfig
 from opt_common.files import write_atomically
 from opt_common.hub import DEMO
 from opt_common.weights import byte_count, table
 from opt_pt import OPTForCausalLM
 
-Row = dict[str, Any]
 SHAPES = [(1, 512), (8, 512), (1, 1024), (8, 1024), (1, 2048), (4, 2048), (8, 2048)]
 PROMPT, NEW, SHORT, MORE = 64, 128, 32, 96
-MB = 1_000_000
 
 
 @dataclass
@@ -84,7 +88,7 @@ class Bench:
         self.held.clear()
         self.setup.free()
         options = {"sizes": ",".join(self.sizes), "attention": ",".join(self.attention)} | options
-        command = [sys.executable, "-m", "benchmarks.gpu", "--child", section, *(["--smoke"] * self.setup.smoke)]
+        command = [sys.executable, "-m", "benchmarks", "gpu", "--child", section, *(["--smoke"] * self.setup.smoke)]
         for name, value in options.items():
             command += [f"--{name}", value]
         ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}), timeout=300)
@@ -119,6 +123,41 @@ def _rate(setup: Setup, amount: int, run: Callable[[], Any]) -> float:
     return 10 * amount / statistics.median(event_ms(setup, ten) for _ in range(setup.repeats(10))) * 1000
 
 
+def frameworks(bench: Bench) -> Iterator[Row]:
+    setup = bench.setup
+    bench.held.clear()
+    setup.free()  # JAX takes what is free
+    systems = [replace(s, dtype="float32") for s in compare.GPU] if setup.smoke else compare.GPU
+    for size in bench.sizes:
+        planned = compare.plan(systems)
+        rows = [row for _, _, row in planned]
+        with tempfile.TemporaryDirectory() as folder:
+            say(f"frameworks {size}: writing a checkpoint")
+            config = checkpoint(setup, size, folder)
+            job = Job("", "", folder, [(8, setup.length(2048))], [1, 16])
+            job = replace(job, prompt=setup.length(PROMPT), new=setup.length(NEW))
+            job = replace(job, repeats=(setup.repeats(7), setup.repeats(4)), device="cpu" if setup.smoke else "gpu")
+            env = ON_CPU if setup.smoke else {"HF_HUB_OFFLINE": "1", "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax"}
+            for _ in range(setup.repeats(2)):
+                compare.turn(planned, job, env)
+        rates = {"read": bench.copy or 0, "float32" if setup.smoke else "float16": bench.matmul or 0}
+        compare.summarize(rows, config, job, rates)
+        yield from ({"size": size} | row for row in rows)
+
+
+def show_frameworks(printed: Console, title: str, rows: list[Row]) -> None:
+    """A table for each size, and what the first `generate` of a process took."""
+    for size in dict.fromkeys(row["size"] for row in rows):
+        some = [row for row in rows if row["size"] == size]
+        columns = list(dict.fromkeys(key for row in some for key in row if key.startswith(("prefill", "decode"))))
+        lines = [f"{title}: opt-{size}", compare.drawn(some, columns), *compare.notes(some)]
+        for row in (row for row in some if "not_run" not in row):
+            took = ", ".join(f"{s:.1f}" for s in row["first_s"]["decode B1"])
+            lines.append(f"first call of decode B1 in a process, the first process first: {row['system']}: {took} s")
+        for line in lines:
+            printed.print(line, markup=False, highlight=False)
+
+
 def prefill(bench: Bench) -> Iterator[Row]:
     for size in bench.sizes:
         ours, theirs = bench.models(size)
@@ -135,7 +174,7 @@ def prefill(bench: Bench) -> Iterator[Row]:
 
 
 def prefill_row(bench: Bench, size: str, B: int, S: int, ms: dict[str, float], not_run: dict[str, str]) -> Row:
-    floor = over(systems.flops(bench.setup.config(size), B, bench.setup.length(S)), bench.matmul)
+    floor = over(flops(bench.setup.config(size), B, bench.setup.length(S)), bench.matmul)
     floor = None if floor is None else 1000 * floor
     row: Row = {"size": size, "B": B, "S": S, "floor_ms": floor}
     names = [f"transformers {name}" for name in THEIRS] + [f"ours {name}" for name in bench.attention]
@@ -355,15 +394,20 @@ def load(bench: Bench) -> Iterator[Row]:
     setup, size = bench.setup, bench.sizes[-1]
     with tempfile.TemporaryDirectory() as folder:
         say(f"load: writing a checkpoint of opt-{size}")
-        from safetensors.torch import save_file
-
-        config = setup.config(size)
-        config.save_pretrained(folder)
-        draw = {s.name: torch.empty(s.shape, dtype=setup.dtype, device=setup.device) for s in table(config)}
-        save_file({k: v.normal_(0, 0.02) for k, v in draw.items()}, f"{folder}/model.safetensors", {"format": "pt"})
-        del draw
+        checkpoint(setup, size, folder)
         say("load, in a process of its own")
         yield from bench.child("load", sizes=size, folder=folder)
+
+
+def checkpoint(setup: Setup, size: str, folder: str) -> OPTConfig:
+    """Random weights, drawn on the GPU; norms are left at that too."""
+    from safetensors.torch import save_file
+
+    config = setup.config(size)
+    config.save_pretrained(folder)
+    draw = {s.name: torch.empty(s.shape, dtype=setup.dtype, device=setup.device) for s in table(config)}
+    save_file({k: v.normal_(0, 0.02) for k, v in draw.items()}, f"{folder}/model.safetensors", {"format": "pt"})
+    return config
 
 
 def load_child(bench: Bench, folder: Path) -> Iterator[Row]:
@@ -424,6 +468,7 @@ def host_peak() -> int:
 
 SECTIONS: dict[str, tuple[str, Callable[[Bench], Iterator[Row]]]] = {
     "ceilings": ("What the GPU can do", ceilings),
+    "frameworks": ("The frameworks side by side", frameworks),
     "prefill": ("Forward pass, all logits, no cache: milliseconds", prefill),
     "padded": ("Left-padded B8 S1024, half the rows half padding", padded),
     "decode": (f"Greedy decode, prompt {PROMPT}: new tokens per second over all rows", decode),
@@ -432,6 +477,16 @@ SECTIONS: dict[str, tuple[str, Callable[[Bench], Iterator[Row]]]] = {
     "first": ("First use in a fresh process, weights made, B1", first),
     "load": ("from_pretrained straight to the GPU, page cache warm", load),
 }
+
+
+JAX_TARGETS = (
+    ("2.7b", "prefill B8 S2048", "≤", 160),
+    ("350m", "prefill B8 S2048", "≤", 25),
+    ("2.7b", "decode B1", "≥", 430),
+    ("350m", "decode B1", "≥", 1200),
+    ("2.7b", "decode B16", "≥", 6000),
+    ("350m", "decode B16", "≥", 18000),
+)
 
 
 def targets(report: Row) -> list[Row]:
@@ -492,6 +547,11 @@ def targets(report: Row) -> list[Row]:
             part = over(ours["of_ceiling"] * ours[key], ours["steady"]) if ours.get("of_ceiling") else None
             what = f"greedy decode {size} B{B}, {key.replace('_', ' ')}"
             target(what, "≥", limit, "tokens/s", ours.get(key), max(theirs, default=None), part)
+    for size, column, sign, limit in JAX_TARGETS:
+        cell = row("frameworks", size=size, key="opt_flax").get(column, {})
+        theirs = over(cell.get("median"), cell.get("x_best"))
+        unit = "ms" if sign == "≤" else "tokens/s"
+        target(f"opt_flax {column} {size}", sign, limit, unit, cell.get("median"), theirs, cell.get("of_ceiling"))
     sampled = row("sampling", size="2.7b", choice="sampled")
     target("sampling over greedy, 2.7b B1", "≥", 0.95, "", sampled.get("over_greedy"), None, sampled.get("of_ceiling"))
     fresh = row("first", size="2.7b", kernel_caches="empty")
@@ -505,7 +565,7 @@ def targets(report: Row) -> list[Row]:
     return result
 
 
-def main(
+def gpu(
     out: Annotated[Path | None, typer.Option(help="JSON with every number, written after each section")] = None,
     sections: Annotated[str, typer.Option(help="the ceilings are always measured")] = ",".join(SECTIONS),
     sizes: Annotated[str, typer.Option(help="sampling, first and load take the last")] = "350m,2.7b",
@@ -515,7 +575,7 @@ def main(
     child: Annotated[str, typer.Option(hidden=True)] = "",
     folder: Annotated[Path, typer.Option(hidden=True)] = Path(),
 ) -> None:
-    """Measure OPT on the GPU beside transformers."""
+    """The frameworks on the GPU beside transformers, and PyTorch more closely."""
     default = "sdpa,flash_attention_2" if smoke else "flash_attention_2,sdpa"  # generate must run in a smoke run
     bench = Bench(Setup(smoke), sizes.split(","), (attention or default).split(","), compiled)
     if smoke:
@@ -527,10 +587,9 @@ def main(
     unknown = [name for name in sections.split(",") if name not in SECTIONS]
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: wanted some of {', '.join(SECTIONS)}")
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    report: Row = systems.machine(bench.setup) | {"smoke": smoke, "sections": {}}
-    versions = ", ".join(f"{name} {version or 'missing'}" for name, version in report["versions"].items())
-    console.print(f"{report['device']}, {report['dtype']}, {report['date']}, {versions}\n", highlight=False)
+    printed = console()
+    report: Row = systems.machine(bench.setup) | {"sections": {}}
+    printed.print(heading(report), report["dtype"], highlight=False)
     for name in ["ceilings", *(name for name in sections.split(",") if name != "ceilings")]:
         title, measure = SECTIONS[name]
         entry = report["sections"][name] = {"rows": []}
@@ -544,17 +603,13 @@ def main(
         report["targets"] = targets(report)
         if out is not None:
             write_atomically(out, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        show(console, title, entry["rows"])
+        (show_frameworks if name == "frameworks" else show)(printed, title, entry["rows"])
         if "failed" in entry:
-            console.print(f"FAILED: {entry['failed']}", style="red", markup=False)
-        console.print(f"{entry['seconds']:.1f} s\n", highlight=False)
-    show(console, "Targets", report["targets"])
+            printed.print(f"FAILED: {entry['failed']}", style="red", markup=False)
+        printed.print(f"{entry['seconds']:.1f} s\n", highlight=False)
+    show(printed, "Targets", report["targets"])
     entries = report["sections"].values()
     # without a GPU some arms cannot run; with one, each that did not is a failure
     missing = not smoke and any(row.get("not_run") for entry in entries for row in entry["rows"])
     if missing or any("failed" in entry for entry in entries):
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,7 +1,7 @@
 """The diagrams of the README: the forward pass against batch size, transformers' attentions and our FlashAttention-2.
 
-    python -m benchmarks.speedup measure --out benchmarks/speedup.json    # on a GPU, about a minute
-    python -m benchmarks.speedup draw benchmarks/speedup.json             # speedup-350m.png, speedup-2.7b.png beside it
+    python -m benchmarks speedup measure --out benchmarks/speedup.json    # on a GPU, about a minute
+    python -m benchmarks speedup draw benchmarks/speedup.json             # speedup-350m.png, speedup-2.7b.png beside it
 
 `draw` needs matplotlib. The measuring is `benchmarks.gpu`'s: random weights, float16, all logits, no cache, medians.
 """
@@ -16,7 +16,8 @@ import torch
 import typer
 
 from benchmarks import systems
-from benchmarks.systems import Setup, say
+from benchmarks.report import say
+from benchmarks.systems import Setup
 from opt_common.files import read_json, write_atomically
 
 SEQUENCES, BATCHES = (1024, 2048), (1, 2, 4, 8, 16)
@@ -28,7 +29,7 @@ STYLES = {
     FLASH: ("#0072b2", "D", "transformers FlashAttention-2"),
     OURS: ("#009e73", "o", "OPT Zoo FlashAttention-2"),
 }
-app = typer.Typer(add_completion=False)
+app = typer.Typer(help="The diagrams of the README: forward time against batch size, on a GPU.")
 
 
 @app.command()
@@ -108,7 +109,3 @@ def _draw(report: dict[str, Any], size: str, path: Path) -> None:
     figure.legend(lines, labels, loc="outside lower center", ncols=4, **style)
     figure.savefig(path, dpi=200)
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    app()

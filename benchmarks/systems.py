@@ -1,31 +1,23 @@
-"""What the GPU benchmarks share: the two systems over one set of random weights, and how a call is timed."""
+"""What the PyTorch benchmarks on a GPU share: ours and transformers over one set of random weights, in turns."""
 
 from __future__ import annotations
 
 import gc
-import importlib.metadata
-import platform
-import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks import report
+from benchmarks.report import reason, say
 from opt_common.config import OPTConfig
-from opt_common.weights import parameter_count
 from opt_pt import OPTForCausalLM
 
 THEIRS = ("eager", "sdpa", "flash_attention_2")
-STARTED = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -197,69 +189,7 @@ def in_turns(
     return {name: statistics.median(values) for name, values in times.items()}, not_run
 
 
-def flops(config: OPTConfig, B: int, S: int) -> int:
-    """Of a forward pass: 2 x parameters x tokens (a tied head counts, the position table does not), and causal
-    attention, 2 x layers x B x S² x hidden."""
-    H = config.hidden_size
-    parameters = parameter_count(config) - (config.max_position_embeddings + 2) * H
-    return 2 * parameters * B * S + 2 * config.num_hidden_layers * B * S * S * H
-
-
 def machine(setup: Setup) -> dict[str, Any]:
-    """The GPU, the versions and the date, to stand above every number."""
-    versions: dict[str, str | None] = {"python": platform.python_version(), "driver": None}
-    for name in ("torch", "triton", "transformers", "flash-attn"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        versions["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
-    return {
-        "device": "CPU, smoke run: no number means anything" if setup.smoke else torch.cuda.get_device_name(),
-        "dtype": str(setup.dtype).removeprefix("torch."),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-    }
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(f"{time.perf_counter() - STARTED:6.1f} s  {text}", file=sys.stderr, flush=True)
-
-
-def reason(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
-
-
-def over(a: float | None, b: float | None) -> float | None:
-    """a / b, or None where either is missing."""
-    return None if a is None or not b else a / b
-
-
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """Rows as a table, headed by their keys; below it, what did not run and why."""
-    keys = list(dict.fromkeys(key for row in rows for key in row if key != "not_run"))
-    table = Table(title=title, title_justify="left")
-    notes = [f"not run: {name}: {why}" for row in rows for name, why in row.get("not_run", {}).items()]
-    for key in keys:
-        words = all(isinstance(row.get(key), str | None) for row in rows)
-        heading = key.replace("flash_attention_2", "FA2").replace("_", " ")
-        table.add_column(heading, justify="left" if words else "right")
-    for row in rows:
-        table.add_row(*(_cell(row.get(key)) for key in keys))
-    console.print(table if keys else title)
-    for note in dict.fromkeys(notes):
-        console.print(note, markup=False, highlight=False)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if not isinstance(value, float):
-        return str(value)
-    places = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
-    return f"{value:,.{places}f}"
+    """`report.machine`, with the GPU's name and the dtype."""
+    name = "CPU" if setup.smoke else torch.cuda.get_device_name()
+    return report.machine(setup.smoke, name) | {"dtype": str(setup.dtype).removeprefix("torch.")}

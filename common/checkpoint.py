@@ -87,7 +87,10 @@ def recognize(path: Path, layout: str | None = None) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in chosen:
         module = layout_module(name)
-        if path.is_file():
+        if hasattr(module, "find"):
+            main = module.find(path)
+            mains = [main] if main else []
+        elif path.is_file():
             mains = [path] if any(path.suffixes[-1:] == Path(main).suffixes[-1:] for main in module.MAIN) else []
         else:
             mains = [path / main for main in module.MAIN if (path / main).is_file()]

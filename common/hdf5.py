@@ -10,12 +10,13 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
-from h5py import h5d, h5g, h5l, h5o, h5t
+from h5py import h5d, h5g, h5l, h5o, h5t  # pyright: ignore[reportAttributeAccessIssue]
 
 from .tensors import Entry, map_bytes, numpy_dtype, read_bytes
 
@@ -91,6 +92,60 @@ def _dtype(stored: h5t.TypeID) -> str | None:
     if isinstance(stored, h5t.TypeOpaqueID) and stored.get_size() == 2:
         return "bfloat16"
     return None
+
+
+@contextmanager
+def create_hdf5(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file to be written. Raises OSError, when all is done, if the disk did not take it."""
+    with open(path, "w+b", buffering=0) as file:
+        sink = _Sink(file)
+        with h5py.File(sink, "w") as h5:
+            yield h5
+        if sink.error:
+            raise sink.error
+
+
+class _Sink(io.RawIOBase):
+    """A file that never fails: HDF5 brings the process down where it cannot write what it has left when it closes."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def _tried(self, call: Callable[[], Any]) -> Any:
+        if self.error is None:
+            try:
+                return call()
+            except OSError as error:
+                self.error = error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readinto(self, buffer: Any) -> int | None:
+        return self.file.readinto(buffer)
+
+    def write(self, data: Any) -> int:
+        view, done = memoryview(data).cast("B"), 0
+        while self.error is None and done < len(view):  # the system takes 2 GiB at once
+            done += self._tried(lambda done=done: self.file.write(view[done:])) or 0
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        self._tried(lambda: self.file.truncate(size))
+        return size or 0
 
 
 class _Part(io.RawIOBase):

@@ -103,5 +103,6 @@ def fetch_checkpoint(
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
-    wrong = not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values())
-    return {} if wrong else weight_map  # opening it says what is wrong with it
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        return {}  # opening it says what is wrong with it
+    return weight_map

@@ -55,7 +55,7 @@ def find_checkpoint(
     if prefer or not Path(path_or_name).expanduser().exists():  # what was fetched earlier lies beside it in the cache
         layout = layout or next(iter(recognize(path)))
     checkpoint = Checkpoint(path, layout)
-    own = getattr(LAYOUTS[checkpoint.layout], "config", lambda main: None)(checkpoint.main)
+    own = getattr(LAYOUTS[checkpoint.layout], "config", lambda main, tensors: None)(checkpoint.main, checkpoint)
     if own is None and not (checkpoint.folder / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint.folder}: no config.json; wanted one beside the weights of an OPT")
     return checkpoint, own or OPTConfig.from_pretrained(checkpoint.folder)

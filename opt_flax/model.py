@@ -316,7 +316,9 @@ class FlaxOPTForCausalLM(nnx.Module):
         """Run the decoder and the head; arguments as in `FlaxOPTModel.__call__`, and:
 
         labels: [B, T] token ids, -100 where there is nothing to learn. They are shifted here: the logits of a token
-            are held against the label of the next. The loss is their mean cross-entropy, in float32.
+            are held against the label of the next. The loss is their mean cross-entropy, in float32. As in
+            transformers padding can be held against a token behind it, though what padding says means nothing: give
+            -100 for the first token of a left-padded row.
         logits_to_keep: the logits of the last so many tokens only, or of the columns in an array; 0 for all.
         """
         if labels is not None and (jnp.ndim(logits_to_keep) or logits_to_keep != 0):

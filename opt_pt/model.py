@@ -337,7 +337,9 @@ class OPTForCausalLM(nn.Module):
         """Run the decoder and the head; arguments as in `OPTModel.forward`, and:
 
         labels: [B, T] token ids, -100 where there is nothing to learn. They are shifted here: the logits of a token
-            are held against the label of the next. The loss is their mean cross-entropy, in float32.
+            are held against the label of the next. The loss is their mean cross-entropy, in float32. As in
+            transformers padding can be held against a token behind it, though what padding says means nothing: give
+            -100 for the first token of a left-padded row.
         logits_to_keep: the logits of the last so many tokens only, or of the columns in a tensor; 0 for all.
         """
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep != 0):

@@ -6,7 +6,8 @@ Run once, in an environment of its own:
     python tests/make_goldens.py
 
 Writes tests/goldens/NAME/ with a tiny random checkpoint (config.json, model.safetensors) and outputs.npz, whose arrays
-are float32: {tf,flax}_logits, {tf,flax}_hidden_0.., {tf,flax}_tokens, and the inputs.
+are float32: {tf,flax}_logits, {tf,flax}_hidden_0.., {tf,flax}_tokens, and the inputs. And goldens/safetensors/: one
+model, as PyTorch, TensorFlow (whole and in shards) and Flax wrote it.
 """
 
 from __future__ import annotations
@@ -69,5 +70,25 @@ def main() -> None:
         np.savez_compressed(folder / "outputs.npz", **arrays)
 
 
+def safetensors() -> None:
+    folder = Path(__file__).parent / "goldens" / "safetensors"
+    torch.manual_seed(2)
+    tiny = dict(vocab_size=24, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16)
+    config = transformers.OPTConfig(**tiny, max_position_embeddings=10, word_embed_proj_dim=4, init_std=0.4)
+    model = transformers.OPTForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(folder / "torch")
+    with tempfile.TemporaryDirectory() as bin_folder:
+        model.save_pretrained(bin_folder, safe_serialization=False)
+        tf_model = transformers.TFOPTForCausalLM.from_pretrained(bin_folder, from_pt=True)
+        flax_model = transformers.FlaxOPTForCausalLM.from_pretrained(bin_folder, from_pt=True)
+    for name, limit in (("tf", "5GB"), ("tf-sharded", "3KB")):
+        tf_model.save_pretrained(folder / name, safe_serialization=True, max_shard_size=limit)
+    flax_model.save_pretrained(folder / "flax", safe_serialization=True)
+
+
 if __name__ == "__main__":
     main()
+    safetensors()

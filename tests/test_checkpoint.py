@@ -240,18 +240,6 @@ def test_a_pickle_that_calls_something_is_refused(plain, tmp_path):
     assert not (tmp_path / "called").exists()
 
 
-def test_a_bin_without_torch_says_what_to_install(plain, tmp_path):
-    folder = write_layout(plain, "bin-decoder", tmp_path)
-    program = f"""
-        import sys
-        sys.modules["torch"] = None
-        from opt_common import Checkpoint
-        Checkpoint({str(folder)!r})
-    """
-    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
-    assert "pytorch_model.bin: reading a .bin takes PyTorch: pip install 'opt-zoo[pt]'" in ran.stderr
-
-
 def sources(value: float, count: int = 4, size: int = 1000) -> list[Source]:
     array = np.full(size, value, np.float32)
     return [Source(f"t{i}", (size,), "float32", lambda: array) for i in range(count)]
@@ -449,8 +437,128 @@ def test_the_hub_cache_is_read_offline(tmp_path, plain):
     )
 
 
-def test_huge_header_is_refused(plain, tmp_path):
-    shutil.copy(plain / "config.json", tmp_path)
-    (tmp_path / STATE).write_bytes(struct.pack("<Q", 2**60) + b"{}")
-    with pytest.raises(ValueError, match="model.safetensors: not a readable safetensors file"):
+def header(**tensors: object) -> bytes:
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def tensor(start: int, end: int, shape: object = None, dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": [(end - start) // 4] if shape is None else shape, "data_offsets": [start, end]}
+
+
+HOSTILE = {
+    "a header of 2**60 bytes": struct.pack("<Q", 2**60) + b"{}",
+    "a header of 2**64 - 1 bytes": struct.pack("<Q", 2**64 - 1) + b"{}",
+    "a header longer than the file": struct.pack("<Q", 99) + b"{}",
+    "a large header": struct.pack("<Q", 10_000_001) + b" " * 10_000_001,
+    "overlapping": header(a=tensor(0, 8), b=tensor(4, 12)) + bytes(12),
+    "negative": header(a=tensor(-8, 0)) + bytes(8),
+    "backwards": header(a={"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}) + bytes(8),
+    "huge offsets": header(a=tensor(2**62, 2**62 + 8)) + bytes(8),
+    "past the end": header(a=tensor(0, 80)) + bytes(8),
+    "a gap": header(a=tensor(0, 4), b=tensor(8, 12)) + bytes(12),
+    "bytes too many": header(a=tensor(0, 4)) + bytes(400),
+    "a huge shape": header(a=tensor(0, 8, [2**40, 2**40])) + bytes(8),
+    "a huge shape of nothing": header(a=tensor(0, 0, [2**63, 2**63, 0])),
+    "a negative shape": header(a=tensor(0, 8, [-2])) + bytes(8),
+    "a shape of text": header(a=tensor(0, 8, ["2"])) + bytes(8),
+    "an unknown dtype": header(a=tensor(0, 8, [2], "F31")) + bytes(8),
+    "no offsets": header(a={"dtype": "F32", "shape": [2]}) + bytes(8),
+    "a list": struct.pack("<Q", 2) + b"[]",
+    "deep": struct.pack("<Q", 60_000) + b'{"a":' * 10_000 + b" " * 10_000,
+    "not UTF-8": struct.pack("<Q", 10) + b'{"\xff\xff":1}',
+    "a key twice": struct.pack("<Q", 110)
+    + (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+       .ljust(110)) + bytes(4),
+    "metadata of numbers": header(__metadata__={"format": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("layout", [None, "safetensors", "safetensors-tf", "safetensors-flax"])
+def test_hostile_safetensors(case, layout, tmp_path):
+    (tmp_path / STATE).write_bytes(HOSTILE[case])
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / STATE))) as error:
+        Checkpoint(tmp_path, layout)
+    assert len(str(error.value)) < 500
+
+
+def test_a_dtype_that_is_not_read_here(tmp_path):
+    (tmp_path / STATE).write_bytes(header(a=tensor(0, 4, [8], "F4")) + bytes(4))
+    with pytest.raises(ValueError, match="model.safetensors: a: found dtype F4, wanted one of F64"):
         Checkpoint(tmp_path)
+
+
+INDEXES = {
+    "outside": ('{"weight_map": {"a": "../a.safetensors"}}', "names files outside the folder: '../a.safetensors'"),
+    "absolute": ('{"weight_map": {"a": "/etc/passwd"}}', "names files outside the folder: '/etc/passwd'"),
+    "in a folder": ('{"weight_map": {"a": "b/c.safetensors"}}', "names files outside the folder: 'b/c.safetensors'"),
+    "nothing": ('{"weight_map": {"a": ""}}', "names files outside the folder: ''"),
+    "itself": ('{"weight_map": {"a": "."}}', "names files outside the folder: '.'"),
+    "a null": ('{"weight_map": {"a": "\\u0000"}}', "names shards that are not there"),
+    "half a character": ('{"weight_map": {"a": "\\ud800"}}', "names shards that are not there"),
+    "missing": ('{"weight_map": {"a": "b.safetensors"}}', "names shards that are not there: b.safetensors"),
+    "twice": ('{"weight_map": {"a": "b", "a": "c"}}', "key 'a' stands there twice"),
+    "numbers": ('{"weight_map": {"a": 1}}', "wanted an object of tensor names"),
+    "a list": ('{"weight_map": ["a"]}', "wanted an object of tensor names"),
+    "no object": ("[]", "wanted an object"),
+    "deep": ('{"weight_map": ' + "[" * 100_000, "not readable as JSON"),
+    "bytes": ("\x80", "wanted"),
+    "very many": (json.dumps({"weight_map": {f"t{i}": f"s{i}" for i in range(10_000)}}), "and 9980 more"),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_hostile_indexes(case, tmp_path):
+    text, message = INDEXES[case]
+    path = tmp_path / f"{STATE}.index.json"
+    path.write_bytes(text.encode("latin-1"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises((ValueError, FileNotFoundError), match=message if case != "bytes" else "JSON") as error:
+        Checkpoint(tmp_path)
+    assert str(path) in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "field", ["num_hidden_layers", "hidden_size", "vocab_size", "ffn_dim", "max_position_embeddings"]
+)
+@pytest.mark.parametrize("size", [10**5, 10**9, 10**18, 10**30])
+def test_astronomical_sizes_are_refused_before_anything_is_allocated(field, size, plain, tmp_path):
+    """In a process that may have half a gigabyte more than it starts with."""
+    values = json.loads((plain / "config.json").read_text()) | {field: size, "num_attention_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    shutil.copy(plain / STATE, tmp_path)
+    program = """
+        import resource, sys
+        from pathlib import Path
+        from opt_common.pretrained import open_checkpoint
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + 500_000_000,) * 2)
+        open_checkpoint(sys.argv[1])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert f"ValueError: {tmp_path}: " in ran.stderr and "do not fit the config" in ran.stderr, ran.stderr[-500:]
+    assert str(size) in ran.stderr or str(size + 2) in ran.stderr
+
+
+def test_a_list_of_files_to_move_does_not_reach_out_of_the_folder(tmp_path):
+    """A downloaded folder may pretend that a save into it was cut short."""
+    (tmp_path / "precious").write_text("mine")
+    for i, names in enumerate(
+        (["../precious"], [str(tmp_path / "precious")], [".."], [1], {"a": 1}, ["a/../../precious"])
+    ):
+        saved = tmp_path / f"bad{i}" / ".saved"
+        saved.mkdir(parents=True)
+        (saved / ".files.json").write_text(json.dumps(names))
+        with pytest.raises(ValueError, match="files.json: wanted a list of file names inside the folder"):
+            Checkpoint(saved.parent)
+        assert (tmp_path / "precious").read_text() == "mine"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / ".files.json").write_text('["keep"]')
+    (tmp_path / "elsewhere" / "keep").touch()
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / ".saved").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        Checkpoint(tmp_path / "link")
+    assert (tmp_path / "elsewhere" / "keep").exists()

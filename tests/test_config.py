@@ -120,11 +120,15 @@ def test_errors_name_file_and_field(tmp_path, key, value, message):
         (b'{"dropout": 0.1, "dropout": 0.2}', "key 'dropout' stands there twice"),
         (b'{"prefix": "\xff"}', "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),
+        (b'{"prefix": ' + b"[" * 700 + b"]" * 700 + b"}", "nested too deeply"),
+        (b'{"init_std": ' + b"9" * 5000 + b"}", "not readable as JSON"),
+        (b'{"init_std": 1e999}', "init_std: found inf"),
+        (b'{"activation_function": "' + b"x" * 10**6 + b'"}', "activation_function: found 'xxx"),
     ],
-    ids=["cut", "list", "twice", "not utf-8", "deep"],
+    ids=["cut", "list", "twice", "not utf-8", "deep", "deep value", "long number", "infinite", "long"],
 )
 def test_broken_json(tmp_path, text, message):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match=message) as error:
         OPTConfig.from_pretrained(tmp_path)
-    assert "config.json" in str(error.value)
+    assert "config.json" in str(error.value) and len(str(error.value)) < 500

@@ -33,7 +33,7 @@ def test_reads_what_keras_hub_wrote():
     """Its config, its weights (by the logits that keras-hub computed with them), its tokenizer."""
     main = GOLDEN / "model.weights.h5"
     files, entries = keras_hub.read(main)
-    config = keras_hub.config(main)
+    config = keras_hub.config(main, {})
     assert files == [main] and len(entries) == 2 + 2 * 16 + 2
     assert (config.num_hidden_layers, config.hidden_size, config.ffn_dim, config.num_attention_heads) == (2, 8, 16, 2)
     assert not entries[POSITIONS].read()[:2].any() and entries[POSITIONS].shape == (10, 8)
@@ -86,7 +86,7 @@ def test_from_the_hub(tmp_path):
         shutil.copy(demo / name, hub)
     with pytest.warns(UserWarning, match=LOST):
         convert(hub, tmp_path / "preset", to="keras-hub")
-    assert keras_hub.config(tmp_path / "preset" / "model.weights.h5") == OPTConfig.from_pretrained(hub)
+    assert keras_hub.config(tmp_path / "preset" / "model.weights.h5", {}) == OPTConfig.from_pretrained(hub)
     assets = tmp_path / "preset" / "assets" / "tokenizer"
     assert (assets / "merges.txt").read_bytes() == (demo / "merges.txt").read_bytes().partition(b"\n")[2]
     assert json.loads((assets / "vocabulary.json").read_text()) == json.loads((demo / "vocab.json").read_text())
@@ -112,7 +112,7 @@ def test_back_and_forth(tmp_path, dtype, limit):
     with pytest.warns(UserWarning, match=LOST):
         main = write(keras_hub, tmp_path, arrays, config, limit)
     same_bits(keras_hub.read(main)[1], without_lost_rows(arrays))
-    assert dataclasses.replace(keras_hub.config(main), unknown={}, dtype=None) == config
+    assert dataclasses.replace(keras_hub.config(main, {}), unknown={}, dtype=None) == config
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_what_keras_hub_cannot_hold(tmp_path, name, reason):
 def test_hostile_config(tmp_path, change, part):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads((GOLDEN / "config.json").read_text()) | change))
-    refused(lambda: keras_hub.config(tmp_path / "model.weights.h5"), path, part)
+    refused(lambda: keras_hub.config(tmp_path / "model.weights.h5", {}), path, part)
 
 
 @pytest.mark.parametrize(

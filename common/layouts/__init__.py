@@ -10,9 +10,10 @@ A module has
 
 and may have
 
+    find     from a folder or file to the file to open it by, or None; for layouts without names of their own
     holds    whether such a file is of this layout, where several share a name
+    config   from such a file and its tensors to the OPTConfig that it holds itself; None where config.json does
     companions  from such a file to the tokenizer's files by their Hub names, where the layout has its own
-    config   from such a file to the OPTConfig that it holds itself, where there is no Hub config.json; None if none
     plan     from what `write` takes to the files that it would write and their bytes, reading no tensor
 
 A tensor that a layout stores otherwise (transposed, cut, joined) is put right when it is read. `read` raises ValueError
@@ -23,7 +24,17 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import flax_msgpack, keras_hub, safetensors, safetensors_flax, safetensors_tf, tf_h5, torch_bin
+from . import (
+    flax_msgpack,
+    keras_hub,
+    metaseq,
+    safetensors,
+    safetensors_flax,
+    safetensors_tf,
+    state_dict,
+    tf_h5,
+    torch_bin,
+)
 
 LAYOUTS: dict[str, ModuleType] = {
     "safetensors": safetensors,
@@ -32,6 +43,8 @@ LAYOUTS: dict[str, ModuleType] = {
     "safetensors-flax": safetensors_flax,
     "tf-h5": tf_h5,
     "flax-msgpack": flax_msgpack,
+    "metaseq": metaseq,
+    "state-dict": state_dict,
     "keras-hub": keras_hub,
 }
 WRITABLE = tuple(name for name, module in LAYOUTS.items() if hasattr(module, "write"))

@@ -177,14 +177,15 @@ class _Scan:
         rank = self.number(name, "B") - 0x90 if self.number(name, "B") == 0x93 else -1
         if kind != _ARRAY or not 0 <= rank < 16:
             raise self.wrong(name, f"an extension of type {kind}, wanted {_ARRAY}, of shape, dtype and bytes")
-        shape = tuple(self.whole(name, self.number(name, "B")) for _ in range(rank))
+        sizes = [self.whole(name, self.number(name, "B")) for _ in range(rank)]
+        shape = tuple(size for size in sizes if size is not None)
         dtype = self.text(name, self.number(name, "B"))
         code = self.number(name, "B")
         forms = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
         size = self.number(name, forms[code]) if code in forms else -1
         start = self.skip(name, max(size, 0))
-        if None in shape or dtype not in FLOATS:
-            raise self.wrong(name, f"found {dtype}{list(shape)}, wanted one of {', '.join(FLOATS)}")
+        if len(shape) != rank or dtype not in FLOATS:
+            raise self.wrong(name, f"found {dtype}{sizes}, wanted one of {', '.join(FLOATS)}")
         if self.at != end or math.prod(shape) * numpy_dtype(dtype).itemsize != size:
             raise self.wrong(name, f"found {size} bytes for {dtype}{list(shape)}")
         path = self.path

@@ -11,16 +11,15 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from ..config import OPTConfig
 from ..files import read_json
-from ..hdf5 import read_hdf5
+from ..hdf5 import create_hdf5, read_hdf5
 from ..tensors import Entry, Source, contiguous, rearranged, shard_files, split, turned
 
 MAIN = ("model.weights.h5", "model.weights.json")
@@ -109,7 +108,7 @@ def _as_hub(name: str, entry: Entry) -> Entry:
     return turned(entry) if len(shape) == 2 and "embed" not in name else entry
 
 
-def config(main: Path) -> OPTConfig:
+def config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig:
     """The config in keras-hub's config.json. Presets written here keep the Hub's keys in it too."""
     path = main.with_name("config.json")
     values = read_json(path)
@@ -164,7 +163,7 @@ def write(
         names = [f"model_{i:05}.weights.h5" for i in range(len(shards))]
     weight_map: dict[str, list[str]] = {}
     for name, shard in zip(names, shards, strict=True):
-        with h5py.File(folder / name, "w") as file:
+        with create_hdf5(folder / name) as file:
             for t in shard:
                 dataset = file.create_dataset(t.name, data=t.array())
                 if t.dtype == "bfloat16":

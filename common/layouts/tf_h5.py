@@ -17,7 +17,7 @@ import numpy as np
 
 from ..config import OPTConfig
 from ..files import read_json
-from ..hdf5 import read_hdf5
+from ..hdf5 import create_hdf5, read_hdf5
 from ..tensors import Entry, Source, read_sharded, renamed, split, turned, write_sharded
 from .names import from_tf, to_tf
 
@@ -65,7 +65,7 @@ def write(
 
 
 def _write(whole: bool, advance: Callable[[int], None], path: Path, tensors: list[Source]) -> None:
-    with h5py.File(path, "w") as file:
+    with create_hdf5(path) as file:
         names = [f"{_SCOPE}/{t.name}" if whole else t.name for t in tensors]
         for name, tensor in zip(names, tensors, strict=True):
             file.create_dataset(f"model/{name}" if whole else name, data=tensor.array())
@@ -75,7 +75,7 @@ def _write(whole: bool, advance: Callable[[int], None], path: Path, tensors: lis
             return
         file.attrs["backend"] = "tensorflow"
         _attribute(file, "layer_names", ["model"])
-        _attribute(file["model"], "weight_names", names)
+        _attribute(file.require_group("model"), "weight_names", names)
         _attribute(file.create_group("top_level_model_weights"), "weight_names", [])
 
 

@@ -1,0 +1,17 @@
+"""Every measurement of this project: `python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+import typer
+
+from benchmarks import compare, gpu, growth, load, speedup
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="What the claims about speed and memory rest on.")
+app.command()(compare.cpu)
+app.command()(gpu.gpu)
+app.command()(growth.growth)
+app.command()(load.load)
+app.add_typer(speedup.app, name="speedup")
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,26 @@
+"""Damaged files of every layout, a few hundred of each here; OPT_ZOO_FUZZ=100000 and OPT_ZOO_FUZZ_SEED for more.
+
+In a process of its own: memory is limited there (fuzz_readers.py).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opt_common.layouts import WRITABLE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory through Linux")
+@pytest.mark.parametrize("layout", WRITABLE)
+def test_damaged_files(layout):
+    examples, seed = os.environ.get("OPT_ZOO_FUZZ", "300"), os.environ.get("OPT_ZOO_FUZZ_SEED", "0")
+    program = Path(__file__).parent / "fuzz_readers.py"
+    command = [sys.executable, str(program), "--examples", examples, "--seed", seed, "--layout", layout]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    print(ran.stdout)
