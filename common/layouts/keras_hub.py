@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,13 @@ from ..tensors import Entry, Source, contiguous, rearranged, shard_files, split,
 
 MAIN = ("model.weights.h5", "model.weights.json")
 SHARD = r"model_\d+\.weights\.h5"
+LOST = (
+    "model.decoder.embed_positions.weight: rows 0 and 1, which only padding looks at, are not in a keras-hub preset; "
+    "they are zeros when it is read"
+)
+ASSETS = ("assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt")
+
+_VERSION = b"#version: 0.2\n"
 
 _LAYER = {
     "self_attention_layer/key_dense": "self_attn.k_proj",
@@ -56,7 +62,8 @@ def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
     if main.suffix != ".json":
         return [main], _entries(main)
     weight_map = read_json(main).get("weight_map")
-    placed = {group: [files] if isinstance(files, str) else files for group, files in dict(weight_map or {}).items()}
+    weight_map = weight_map if isinstance(weight_map, dict) else {}
+    placed = {group: [files] if isinstance(files, str) else files for group, files in weight_map.items()}
     if not placed or not all(isinstance(f, list) and all(isinstance(name, str) for name in f) for f in placed.values()):
         raise ValueError(f"{main}: weight_map: wanted an object of names and the files they are in")
     files, entries = shard_files(main, (name for names in placed.values() for name in names)), {}
@@ -132,18 +139,16 @@ _FIELDS = {
     "dropout": "dropout",
     "max_sequence_length": "max_position_embeddings",
 }
-_VERSION = "#version:"
 _BACKBONE = ("module", "class_name", "config", "registered_name")
 
 
 def companions(main: Path) -> dict[str, bytes]:
-    """The tokenizer's files of the preset, by their names on the Hub."""
-    assets = main.parent / "assets" / "tokenizer"
-    vocab, merges = assets / "vocabulary.json", assets / "merges.txt"
+    """The tokenizer's files of the preset, by their names on the Hub; its tokenizer.json is none of the Hub's."""
+    vocab, merges = (main.parent / name for name in ASSETS)
     if not (vocab.is_file() and merges.is_file()):
         return {}
-    pairs = merges.read_bytes()  # the Hub's readers pass over the first line, whatever it says
-    version = b"" if pairs.startswith(_VERSION.encode()) else _VERSION.encode() + b" 0.2\n"
+    pairs = merges.read_bytes()
+    version = b"" if pairs.startswith(b"#version:") else _VERSION  # the Hub's readers pass over a first line
     return {"vocab.json": vocab.read_bytes(), "merges.txt": version + pairs}
 
 
@@ -156,8 +161,6 @@ def write(
     if wrong:
         raise ValueError(f"keras-hub's OPT cannot be this model, for it {' and '.join(wrong)}")
     stored = [_as_keras(t, config) for t in tensors]
-    lost = "rows 0 and 1, which only padding looks at, have no place in a keras-hub preset"
-    warnings.warn(f"model.decoder.embed_positions.weight: {lost}; read back, they are zeros", stacklevel=2)
     shards, names, given = split(stored, limit), [MAIN[0]], iter(tensors)
     if len(shards) > 1:
         names = [f"model_{i:05}.weights.h5" for i in range(len(shards))]
@@ -242,20 +245,29 @@ def _write_tokenizer(folder: Path) -> None:
     """keras-hub's tokenizer.json and assets, of the Hub's tokenizer files in the folder, if there are any."""
     vocab, merges, fast = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
     if vocab.is_file() and merges.is_file():
-        words = read_json(vocab)
-        pairs = [line for line in merges.read_text(encoding="utf-8").splitlines() if not line.startswith(_VERSION)]
+        files = [vocab.read_bytes(), merges.read_bytes()]  # keras-hub passes over the line of the version too
     elif fast.is_file():
-        model = read_json(fast).get("model") or {}
-        words = model.get("vocab", {})
-        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
+        files = _of_one_file(fast)
     else:
         return
-    assets = folder / "assets" / "tokenizer"
-    assets.mkdir(parents=True)
-    (assets / "vocabulary.json").write_text(json.dumps(words), encoding="utf-8")
-    (assets / "merges.txt").write_text("".join(f"{pair}\n" for pair in pairs), encoding="utf-8")
+    for name, data in zip(ASSETS, files, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
     values = {"config_file": "tokenizer.json", "sequence_length": None, "add_prefix_space": False}
     _dump(fast, _object("models.opt.opt_tokenizer", "OPTTokenizer", "opt_tokenizer", "int32", values))
+
+
+def _of_one_file(fast: Path) -> list[bytes]:
+    """Vocabulary and merges out of the Hub's tokenizer.json."""
+    model = read_json(fast).get("model")
+    words, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
+    if not isinstance(words, dict) or not isinstance(merges, list):
+        raise ValueError(f"{fast}: model: wanted the vocab and merges of a BPE")
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    wrong = [pair for pair in pairs if not (isinstance(pair, list) and [type(part) for part in pair] == [str, str])]
+    if wrong:
+        raise ValueError(f"{fast}: model: merges: found {wrong[0]!r:.80}, wanted two tokens")
+    return [json.dumps(words).encode(), _VERSION + "".join(f"{a} {b}\n" for a, b in pairs).encode()]
 
 
 def _dump(path: Path, values: dict[str, Any]) -> None:
