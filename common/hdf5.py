@@ -95,10 +95,11 @@ def _dtype(stored: h5t.TypeID) -> str | None:
 
 
 @contextmanager
-def create_hdf5(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file to be written. Raises OSError, when all is done, if the disk did not take it."""
+def create_hdf5(path: Path, start: int = 0) -> Iterator[h5py.File]:
+    """An HDF5 file to be written, from byte `start` of its file on. Raises OSError, when all is done, if the disk did
+    not take it."""
     with open(path, "w+b", buffering=0) as file:
-        sink = _Sink(file)
+        sink = _Sink(file, start)
         with h5py.File(sink, "w") as h5:
             yield h5
         if sink.error:
@@ -108,8 +109,8 @@ def create_hdf5(path: Path) -> Iterator[h5py.File]:
 class _Sink(io.RawIOBase):
     """A file that never fails: HDF5 brings the process down where it cannot write what it has left when it closes."""
 
-    def __init__(self, file: io.RawIOBase) -> None:
-        self.file = file
+    def __init__(self, file: io.RawIOBase, start: int) -> None:
+        self.file, self.start = file, start
         self.error: OSError | None = None
 
     def _tried(self, call: Callable[[], Any]) -> Any:
@@ -129,10 +130,10 @@ class _Sink(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self.file.seek(offset, whence)
+        return max(0, self.file.seek(offset + (0 if whence else self.start), whence) - self.start)
 
     def tell(self) -> int:
-        return self.file.tell()
+        return self.file.tell() - self.start
 
     def readinto(self, buffer: Any) -> int | None:
         return self.file.readinto(buffer)
@@ -144,7 +145,7 @@ class _Sink(io.RawIOBase):
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
-        self._tried(lambda: self.file.truncate(size))
+        self._tried(lambda: self.file.truncate(None if size is None else self.start + size))
         return size or 0
 
 

@@ -39,7 +39,7 @@ REFUSED = {
     ("keras-hub", "350m"): "has its layer norms after the layers .* and projects its embedding",
 }
 # Layouts of one file, whatever its size.
-ONE_FILE = ("metaseq", "state-dict")
+ONE_FILE = ("metaseq", "state-dict", "keras")
 # Layouts that do not keep the two rows of positions that no token has.
 WITHOUT_OFFSET_ROWS: tuple[str, ...] = ("keras-hub",)
 

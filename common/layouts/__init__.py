@@ -27,6 +27,7 @@ from types import ModuleType
 
 from . import (
     flax_msgpack,
+    keras_file,
     keras_hub,
     metaseq,
     safetensors,
@@ -47,6 +48,7 @@ LAYOUTS: dict[str, ModuleType] = {
     "metaseq": metaseq,
     "state-dict": state_dict,
     "keras-hub": keras_hub,
+    "keras": keras_file,
 }
 WRITABLE = tuple(name for name, module in LAYOUTS.items() if hasattr(module, "write"))
 

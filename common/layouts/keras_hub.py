@@ -55,7 +55,7 @@ def holds(main: Path) -> bool:
     if main.suffix == ".json":
         weight_map = read_json(main).get("weight_map")
         return isinstance(weight_map, dict) and any(name.endswith("/vars") for name in weight_map)
-    return any(_PLACE.fullmatch(name) for name in read_hdf5(main))
+    return any(_hub_name(name) for name in read_hdf5(main))
 
 
 def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:

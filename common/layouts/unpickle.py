@@ -20,10 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..tensors import Entry, map_bytes, numpy_dtype
+from ..zips import Records, shown
 
 # A pickle holds names and shapes: that of OPT-175b in one file is 300 kB and 50 thousand steps. An object takes up to
 # 130 times the byte that asks for it, so steps are counted too.
-_PICKLE_BYTES, _DIRECTORY_BYTES, _STEPS = 1 << 26, 1 << 24, 1_000_000
+_PICKLE_BYTES, _STEPS = 1 << 26, 1_000_000
 
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -171,101 +172,39 @@ def load(path: Path) -> Any:
 
 
 def _load_zip(path: Path, file: BinaryIO) -> Any:
-    records, end = _directory(file)
-    mains = [name for name in records if name.endswith(b"/data.pkl")]
+    records = Records(file)
+    mains = [name for name in records.names if name.endswith(b"/data.pkl")]
     if len(mains) != 1:
         raise ValueError(f"found {len(mains)} records called data.pkl, wanted one")
     root = mains[0].removesuffix(b"data.pkl")
-    if root + b"constants.pkl" in records:
+    if root + b"constants.pkl" in records.names:
         raise ValueError("it is a TorchScript program, wanted weights")
 
-    def locate(name: bytes) -> tuple[int, int]:
-        start, size = records[name]
-        file.seek(start)
-        header = file.read(30)
-        if len(header) < 30 or header[:4] != b"PK\3\4":
-            raise ValueError(f"record {_text(name)}: no header at byte {start}")
-        name_size, extra_size = struct.unpack("<2H", header[26:])
-        if file.read(name_size) != name:
-            raise ValueError(f"record {_text(name)}: its header names another")
-        start += 30 + name_size + extra_size
-        if start + size > end:
-            raise ValueError(f"record {_text(name)}: {size} bytes from byte {start}, which run past byte {end}")
-        return start, size
-
-    if root + b"byteorder" in records:
-        start, size = locate(root + b"byteorder")
+    if root + b"byteorder" in records.names:
+        start, size = records.locate(root + b"byteorder")
         file.seek(start)
         order = file.read(min(size, 16))
         if order != b"little":
-            raise ValueError(f"byte order: found {_text(order)}, wanted little")
+            raise ValueError(f"byte order: found {shown(order)}, wanted little")
 
     storages: dict[str, Storage] = {}
 
     def persistent(dtype: str, key: str, numel: int, view: Any) -> Storage:
         if key not in storages:
             name = root + b"data/" + key.encode()
-            if name not in records:
-                raise ValueError(f"record {_text(name)}: missing")
-            start, size = locate(name)
+            if name not in records.names:
+                raise ValueError(f"record {shown(name)}: missing")
+            start, size = records.locate(name)
             storages[key] = Storage(dtype, numel, start)
             if size != numel * numpy_dtype(dtype).itemsize:
-                raise ValueError(f"record {_text(name)}: found {size} bytes, wanted {numel} of {dtype}")
+                raise ValueError(f"record {shown(name)}: found {size} bytes, wanted {numel} of {dtype}")
         if (storages[key].dtype, storages[key].numel) != (dtype, numel):
             raise ValueError(f"storage {key}: {numel} of {dtype}, elsewhere {storages[key].numel} of another")
         return storages[key]
 
-    start, size = locate(mains[0])
+    start, size = records.locate(mains[0])
     file.seek(start)
     return _Unpickler(path, io.BytesIO(file.read(min(size, _PICKLE_BYTES))), size, persistent).run()
-
-
-def _directory(file: BinaryIO) -> tuple[dict[bytes, tuple[int, int]], int]:
-    """Where the header of each record of a zip file begins and how many bytes it holds; where the directory begins.
-
-    The zipfile module is not made for files that mean harm: it takes twenty times the directory's size in memory, and
-    keeps the last of two records of one name.
-    """
-    length = file.seek(0, 2)
-    file.seek(max(0, length - 42))
-    tail = file.read()
-    if len(tail) < 42 or tail[20:24] != b"PK\5\6":
-        raise ValueError("no zip directory at its end: is it cut short?")
-    size, start = struct.unpack("<2L", tail[32:40])
-    if tail[:4] == b"PK\6\7":  # 64-bit
-        (position,) = struct.unpack("<Q", tail[8:16])
-        file.seek(min(position, length))
-        record = file.read(56)
-        if len(record) < 56 or record[:4] != b"PK\6\6":
-            raise ValueError(f"zip directory: no 64-bit record at byte {position}")
-        size, start = struct.unpack("<2Q", record[40:56])
-    if size > _DIRECTORY_BYTES or start + size > length:
-        raise ValueError(f"zip directory: {size} bytes from byte {start} of {length}")
-    file.seek(start)
-    directory, at = file.read(size), 0
-    records: dict[bytes, tuple[int, int]] = {}
-    while at < size:
-        if directory[at : at + 4] != b"PK\1\2" or at + 46 > size:
-            raise ValueError(f"zip directory: damaged at byte {start + at}")
-        flags, method = struct.unpack_from("<2H", directory, at + 8)
-        packed, plain, name_size, extra_size, note_size = struct.unpack_from("<2L3H", directory, at + 20)
-        (header,) = struct.unpack_from("<L", directory, at + 42)
-        name = directory[at + 46 : at + 46 + name_size]
-        extra = directory[at + 46 + name_size : at + 46 + name_size + extra_size]
-        at += 46 + name_size + extra_size + note_size
-        field_at = 0
-        while field_at + 4 <= len(extra):
-            kind, length_of = struct.unpack_from("<2H", extra, field_at)
-            if kind == 1:  # 64-bit numbers, for those that are full
-                wide = list(struct.iter_unpack("<Q", extra[field_at + 4 : field_at + 4 + length_of // 8 * 8]))
-                plain, packed, header = (wide.pop(0)[0] if n == 0xFFFFFFFF else n for n in (plain, packed, header))
-            field_at += 4 + length_of
-        if name in records:
-            raise ValueError(f"record {_text(name)}: stands there twice")
-        if method or flags & 1 or packed != plain:
-            raise ValueError(f"record {_text(name)}: is compressed or encrypted, wanted plain bytes")
-        records[name] = header, plain
-    return records, start
 
 
 def _load_legacy(path: Path, file: BinaryIO) -> Any:
@@ -322,10 +261,6 @@ def _load_legacy(path: Path, file: BinaryIO) -> Any:
     for view, whole, offset in views:
         view.start = whole.start + offset * numpy_dtype(whole.dtype).itemsize
     return result
-
-
-def _text(name: bytes) -> str:
-    return repr(name[:80].decode("utf-8", "replace"))
 
 
 class _Unpickler:

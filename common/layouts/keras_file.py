@@ -1,0 +1,170 @@
+"""`model.save("model.keras")` of opt_tf: config.json and an HDF5 file in a zip file. Takes no Keras, no TensorFlow.
+
+Nothing that the file names is made or imported: a class in its config is compared with the two it can be, and of its
+records only those two are read, where they lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import OPTConfig
+from ..files import parse_json
+from ..hdf5 import create_hdf5, read_hdf5
+from ..tensors import Entry, Source, renamed, turned
+from ..zips import Records
+
+MAIN = ("model.keras",)
+SHARD = r"(?!)"
+
+_WEIGHTS, _CONFIG = "model.weights.h5", "config.json"
+_CONFIG_BYTES = 1 << 20
+_CLASSES = {"opt_zoo>TFOPTForCausalLM": "layers/tfopt_model/", "opt_zoo>TFOPTModel": ""}
+# Keras counts the layers of a list, from a first without a number.
+_PLACE = re.compile(
+    r"(?:layers/tfopt_model/)?decoder/(?:layers/opt_decoder_layer(?:_([1-9]\d{0,3}))?/)?([a-z_/0-9]+)/vars/([01])",
+    re.ASCII,
+)
+_IN_LAYER = (
+    *(f"self_attn/{name}_proj" for name in "kvq"),
+    "self_attn/out_proj",
+    "self_attn_layer_norm",
+    "fc1",
+    "fc2",
+    "final_layer_norm",
+)
+_IN_DECODER = ("embed_tokens", "embed_positions", "project_in", "project_out", "final_layer_norm")
+_HEAD = "layers/linear/vars/0"
+_ALIGNED = 64  # numbers lie in the file as they lie in the HDF5 file, which aligns them to eight bytes
+
+
+def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
+    start, size = _locate(main, _WEIGHTS)
+    entries: dict[str, Entry] = {}
+    for stored, entry in read_hdf5(main, start, size).items():
+        if stored.startswith("optimizer/"):  # what a compiled model was trained with is no part of the model
+            continue
+        # an unknown name is left as it is, for the check against the config to tell
+        name = _hub_name(stored) or stored
+        if name in entries:
+            raise ValueError(f"{main}: holds {name} twice, once as {stored}")
+        matrix = name != stored and len(entry.shape) == 2 and ".embed_" not in name
+        entries[name] = turned(entry) if matrix else entry
+    return [main], entries
+
+
+def _hub_name(stored: str) -> str | None:
+    if stored == _HEAD:
+        return "lm_head.weight"
+    found = _PLACE.fullmatch(stored)
+    if found is None:
+        return None
+    number, place, variable = found.groups()
+    in_layer = "/opt_decoder_layer" in stored
+    if place not in (_IN_LAYER if in_layer else _IN_DECODER):
+        return None
+    path = f"layers.{number or 0}.{place.replace('/', '.')}" if in_layer else place
+    return f"model.decoder.{path}.{'bias' if variable == '1' else 'weight'}"
+
+
+def config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig:
+    """The config in the file's own config.json; one beside it says nothing of this model."""
+    start, size = _locate(main, _CONFIG)
+    if size > _CONFIG_BYTES:
+        raise ValueError(f"{main}: {_CONFIG}: found {size} bytes, wanted at most {_CONFIG_BYTES}")
+    with open(main, "rb") as file:
+        file.seek(start)
+        values = parse_json(file.read(size), main)
+    kind, theirs = values.get("registered_name"), values.get("config")
+    if not isinstance(kind, str) or kind not in _CLASSES:
+        found = f"a model of class {kind!r:.80}"
+        raise ValueError(f"{main}: {_CONFIG}: found {found}, wanted one of {', '.join(_CLASSES)}")
+    given = theirs.get("config") if isinstance(theirs, dict) else None
+    unknown = given.get("unknown", {}) if isinstance(given, dict) else None
+    if not isinstance(given, dict) or not isinstance(unknown, dict):
+        raise ValueError(f"{main}: {_CONFIG}: wanted the fields of an OPTConfig as config.config")
+    fields = {key: value for key, value in given.items() if key != "unknown"}
+    return OPTConfig.from_dict(unknown | fields, source=f"{main}: {_CONFIG}")
+
+
+def _locate(main: Path, name: str) -> tuple[int, int]:
+    """Where a record of the file lies, and its bytes."""
+    try:
+        with open(main, "rb") as file:
+            records = Records(file)
+            if name.encode() not in records.names:
+                raise ValueError(f"no record {name}")
+            return records.locate(name.encode())
+    except (ValueError, struct.error) as error:
+        raise ValueError(f"{main}: not readable as a Keras file: {error}") from error
+
+
+def write(
+    folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
+) -> list[str]:
+    """One file, whatever `limit`."""
+    if config is None:
+        raise ValueError("keras: wanted a config to write a model")
+    head = zipfile.ZipInfo(_WEIGHTS)
+    head.CRC = 0
+    # a field of the header that is there to be long: zip's own 64-bit numbers follow it
+    padding = -(30 + len(_WEIGHTS) + 4 + 20) % _ALIGNED
+    head.extra = struct.pack("<2sH", b"OZ", padding) + bytes(padding)
+    path, begin = folder / MAIN[0], len(head.FileHeader(zip64=True))
+    bare = not any(t.name.startswith(("model.", "lm_head.")) for t in tensors)
+    kind = "TFOPTModel" if bare else "TFOPTForCausalLM"
+    with create_hdf5(path, begin) as file:
+        for t in tensors:
+            stored = _as_keras(t, _CLASSES[f"opt_zoo>{kind}"])
+            dataset = file.create_dataset(stored.name, data=stored.array())
+            if t.dtype == "bfloat16":
+                dataset.attrs["dtype"] = "bfloat16"  # HDF5 has no such type; Keras marks it so
+            advance(t.nbytes)
+    # HDF5 goes back and forth in its file, so the checksum is made, and the rest written, when that is complete
+    with open(path, "r+b") as file:
+        file.seek(begin)
+        while piece := file.read(1 << 22):
+            head.CRC = zlib.crc32(piece, head.CRC)
+            head.file_size += len(piece)
+        head.compress_size = head.file_size
+        file.seek(0)
+        file.write(head.FileHeader(zip64=True))
+        file.seek(0, 2)
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.infolist().append(head)
+            archive.writestr(zipfile.ZipInfo("metadata.json"), json.dumps({"keras_version": _VERSION}))
+            archive.writestr(zipfile.ZipInfo(_CONFIG), json.dumps(_serialized(kind, config, tensors[0].dtype)))
+    return [MAIN[0]]
+
+
+_VERSION = "3.12.0"  # the oldest Keras that opt_tf takes; the files of later ones are the same
+
+
+def _as_keras(tensor: Source, prefix: str) -> Source:
+    """A tensor as Keras calls and stores it."""
+    if tensor.name == "lm_head.weight":
+        return renamed(tensor, _HEAD, True)
+    path, _, leaf = tensor.name.removeprefix("model.").removeprefix("decoder.").rpartition(".")
+    place = path.replace(".", "/")
+    if path.startswith("layers."):
+        _, number, place = path.split(".", 2)
+        place = f"layers/opt_decoder_layer{'' if number == '0' else f'_{number}'}/{place.replace('.', '/')}"
+    matrix = len(tensor.shape) == 2 and not path.startswith("embed_")
+    return renamed(tensor, f"{prefix}decoder/{place}/vars/{0 if leaf == 'weight' else 1}", matrix)
+
+
+def _serialized(kind: str, config: OPTConfig, dtype: str) -> dict[str, Any]:
+    """The model as Keras serializes it."""
+    policy = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": dtype}, "registered_name": None}
+    name = "tfopt_model" if kind == "TFOPTModel" else "tfopt_for_causal_lm"
+    values = {"name": name, "trainable": True, "dtype": policy, "config": dataclasses.asdict(config)}
+    own = {"module": "opt_tf.model", "class_name": kind, "config": values, "registered_name": f"opt_zoo>{kind}"}
+    return own | {"build_config": {"shapes_dict": {}}, "compile_config": {}}
