@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -545,6 +546,53 @@ def test_a_file_that_may_not_grow(layout, tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert contents(tmp_path / "new") == contents(tmp_path / "new-whole")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("old", [False, True], ids=["new folder", "over an old one"])
+@pytest.mark.parametrize("layout", WRITABLE)
+def test_stopped_between_any_two_steps(layout, old, tmp_path, monkeypatch):
+    """Before each call that moves, makes or removes a file, in turn, everything ends: what is read then is one whole
+    checkpoint, and the next conversion finishes and leaves nothing beside."""
+    given = random_checkpoint(tmp_path / "given", tiny_config(layers=1), seed=2)
+    before = random_checkpoint(tmp_path / "before", tiny_config(layers=1), seed=1)
+    for stop_at in range(200):
+        new, calls = tmp_path / f"{stop_at}" / "new", 0
+        if old:
+            convert(before, new, layout)
+
+        def counted(function, stop_at=stop_at):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls > stop_at:  # and every later one: the process is dead, it cleans nothing up
+                    raise Stop
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (Path, "unlink"), (Path, "rmdir"),
+                                 (Path, "mkdir"), (Path, "write_bytes"), (shutil, "rmtree")):  # fmt: skip
+                patch.setattr(module, name, counted(getattr(module, name)))
+            try:
+                convert(given, new, layout)
+                finished = True
+            except Stop:
+                finished = False
+        if new.exists():
+            assert list(diff(new, given)) == [] or (not finished and list(diff(new, before)) == [])
+        convert(given, new, layout)
+        assert list(diff(new, given)) == []
+        assert files_of(new.parent) == ["new"]
+        assert not [name for name in files_of(new) if name.startswith(".")]
+        if finished:
+            return
+    raise AssertionError("the conversion never finished")
 
 
 @pytest.mark.parametrize("layout", WRITABLE)
