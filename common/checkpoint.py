@@ -8,7 +8,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -140,8 +140,8 @@ def save_checkpoint(
     Tensors are read and written one at a time, in order, in shards of at most `max_shard_size` bytes (a tensor larger
     than that gets a shard of its own). `progress` is told the bytes of each. Everything is written to a folder beside,
     which one rename commits: killed at any moment, `folder` holds the old checkpoint or the new one. Weight files of
-    the old checkpoint that the new one does not have are removed. What a killed save left is removed, and a warning
-    says so. Returns the weight files. `config` is for layouts that keep it in their own way.
+    the old checkpoint that the new one does not have are removed, if their names are the Hub's. What a killed save left
+    is removed, and a warning says so. Returns the weight files. `config` is for layouts that keep it in their own way.
     Raises OSError if the disk is full, or if another process saves into `folder`.
     """
     limit, folder = parse_size(max_shard_size), Path(folder).resolve()
@@ -154,9 +154,13 @@ def save_checkpoint(
     over = folder.exists()
     staged = inside if over else beside
     staged.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(staged, folder):
+    # a folder that was made, or removed, since a save into it began has its staging at the other place
+    places = [p for p in (inside, beside) if p == staged or p.exists() or _lock(p).exists()]
+    with ExitStack() as locks:
+        for place in places:
+            locks.enter_context(_locked(place, folder))
         finish_interrupted_save(folder)
-        for left in (inside, beside):
+        for left in places:
             if left.exists():
                 warnings.warn(f"{left}: removed, an interrupted save left it", stacklevel=2)
                 shutil.rmtree(left)
@@ -184,7 +188,7 @@ def save_checkpoint(
 @contextmanager
 def _locked(staged: Path, folder: Path) -> Iterator[None]:
     """Only one process at a time stages into `folder`. The lock is the kernel's: it goes with the process."""
-    path = staged.with_name(f"{staged.name}.lock")
+    path = _lock(staged)
     try:
         with FileLock(path, timeout=0):
             try:
@@ -195,8 +199,14 @@ def _locked(staged: Path, folder: Path) -> Iterator[None]:
         raise BlockingIOError(f"{folder}: another process is saving into it") from error
 
 
+def _lock(staged: Path) -> Path:
+    return staged.with_name(f"{staged.name}.lock")
+
+
 _FILES_LIST = ".files.json"
-_SHARD = re.compile("|".join(module.SHARD for module in LAYOUTS.values()))
+# The names of the Hub's own layouts, which a save may clear away; a `model.pt` may be anything of the user's.
+_HUB = [module for module in LAYOUTS.values() if any(name.endswith(".index.json") for name in module.MAIN)]
+_CLEARED = re.compile("|".join([*(re.escape(name) for m in _HUB for name in m.MAIN), *(m.SHARD for m in _HUB)]))
 
 
 def finish_interrupted_save(folder: Path) -> None:
@@ -219,9 +229,8 @@ def finish_interrupted_save(folder: Path) -> None:
             with suppress(FileNotFoundError):
                 os.replace(saved / name, folder / name)
         for path in folder.iterdir():
-            weights = path.name in FILES or _SHARD.fullmatch(path.name)
-            if weights and path.name not in new:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            if _CLEARED.fullmatch(path.name) and path.name not in new and not path.is_dir():
+                path.unlink(missing_ok=True)
         listing.unlink()
     with suppress(FileNotFoundError):
         saved.rmdir()

@@ -149,6 +149,71 @@ class _Sink(io.RawIOBase):
         return size or 0
 
 
+@contextmanager
+def imagine_hdf5() -> Iterator[tuple[h5py.File, Holes]]:
+    """An HDF5 file in memory, to see how large it becomes."""
+    memory = Holes()
+    with h5py.File(memory, "w") as h5:
+        yield h5, memory
+
+
+class Holes(io.RawIOBase):
+    """A file in memory, of `size` bytes; those that are zero take none."""
+
+    _PAGE = 4096
+
+    def __init__(self) -> None:
+        self.pages: dict[int, bytes] = {}
+        self.at = self.size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = (0, self.at, self.size)[whence] + offset
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def truncate(self, size: int | None = None) -> int:
+        self.size = self.at if size is None else size
+        return self.size
+
+    def _spans(self, n: int) -> Iterator[tuple[int, int, int, int]]:
+        """Of the next `n` bytes, page by page: the page, where in it they begin, where among the n, how many."""
+        done = 0
+        while done < n:
+            page, start = divmod(self.at, self._PAGE)
+            length = min(self._PAGE - start, n - done)
+            yield page, start, done, length
+            done += length
+            self.at += length
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, min(len(view), self.size - self.at))]
+        for page, start, done, length in self._spans(len(view)):
+            view[done : done + length] = self.pages.get(page, bytes(self._PAGE))[start : start + length]
+        return len(view)
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for page, start, done, length in self._spans(len(view)):
+            old = self.pages.pop(page, bytes(self._PAGE))
+            new = old[:start] + bytes(view[done : done + length]) + old[start + length :]
+            if any(new):
+                self.pages[page] = new
+        self.size = max(self.size, self.at)
+        return len(view)
+
+
 class _Part(io.RawIOBase):
     """A part of a file, as a file of its own."""
 

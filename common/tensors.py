@@ -113,26 +113,49 @@ def split(tensors: Sequence[Source], limit: int) -> list[list[Source]]:
     return shards
 
 
+def name_shards(main: str, tensors: Sequence[Source], limit: int) -> dict[str, list[Source]]:
+    """The files that hold the tensors: `main`, or shards named after it."""
+    shards, (stem, _, suffix) = split(tensors, limit), main.partition(".")
+    n = len(shards)
+    names = [main] if n == 1 else [f"{stem}-{i:05}-of-{n:05}.{suffix}" for i in range(1, n + 1)]
+    return dict(zip(names, shards, strict=True))
+
+
 def write_sharded(
     folder: Path,
     main: str,
     tensors: Sequence[Source],
     limit: int,
     write: Callable[[Path, list[Source]], None],
-    in_index: Callable[[str], str],
+    in_index: Callable[[str], str] = lambda name: name,
 ) -> list[str]:
     """Write the tensors to the file `main`, or to shards named after it and an index. Returns the names of the files
     with weights. `in_index` is what the index calls a tensor."""
-    shards, (stem, _, suffix) = split(tensors, limit), main.partition(".")
-    n = len(shards)
-    names = [main] if n == 1 else [f"{stem}-{i:05}-of-{n:05}.{suffix}" for i in range(1, n + 1)]
-    for name, shard in zip(names, shards, strict=True):
+    shards = name_shards(main, tensors, limit)
+    for name, shard in shards.items():
         write(folder / name, shard)
-    if n > 1:
-        weight_map = {in_index(t.name): name for name, shard in zip(names, shards, strict=True) for t in shard}
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": weight_map}
-        (folder / f"{main}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return names
+    if len(shards) > 1:
+        (folder / f"{main}.index.json").write_bytes(_index(shards, in_index))
+    return list(shards)
+
+
+def plan_sharded(
+    main: str,
+    tensors: Sequence[Source],
+    limit: int,
+    size: Callable[[list[Source]], int],
+    in_index: Callable[[str], str] = lambda name: name,
+) -> list[tuple[str, int]]:
+    """The files that `write_sharded` would make, and their bytes; `size` tells those of one."""
+    shards = name_shards(main, tensors, limit)
+    files = [(name, size(shard)) for name, shard in shards.items()]
+    return files + ([(f"{main}.index.json", len(_index(shards, in_index)))] if len(shards) > 1 else [])
+
+
+def _index(shards: dict[str, list[Source]], in_index: Callable[[str], str]) -> bytes:
+    weight_map = {in_index(tensor.name): name for name, shard in shards.items() for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
+    return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
 
 
 def parse_size(size: int | str) -> int:

@@ -263,9 +263,14 @@ def test_shards_and_sizes(tmp_path):
 def test_the_companions_of_a_folder_stay(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "runs").mkdir()
+    kept = ("model.pt", "optimizer-shard0.pt", "weights.keras", "model.safetensors.bak")
+    stale = ("pytorch_model.bin", "tf_model-00001-of-00002.h5", "flax_model.msgpack.index.json")
+    for name in (*kept, *stale):
+        (tmp_path / name).touch()
     save_checkpoint(tmp_path, sources(1.0), {"config.json": "{}"})
     assert (tmp_path / "README.md").read_text() == "mine"
     assert (tmp_path / "runs").is_dir()
+    assert sorted(os.listdir(tmp_path)) == sorted(["README.md", "config.json", STATE, "runs", *kept])
 
 
 def test_transposed_views_are_written_in_order(tmp_path, rng):

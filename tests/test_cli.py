@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -132,9 +133,71 @@ def test_convert_and_inspect(tmp_path):
     assert again.returncode == 0, again.stderr
 
 
+def test_convert_to_another_layout_and_compare(tmp_path):
+    folder = tmp_path / "tf"
+    plan = json.loads(opt_zoo("convert", DEMO, folder, "--to", "safetensors-tf", "--plan", "--json").stdout)
+    assert not folder.exists()
+    ran = opt_zoo("convert", DEMO, folder, "--to", "safetensors-tf", "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert dict(plan["files"]) == {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert plan["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert json.loads(opt_zoo("inspect", folder, "--json").stdout)["layout"] == "safetensors-tf"
+
+    same = opt_zoo("diff", DEMO, folder)
+    assert (same.returncode, same.stdout) == (0, "the same, bit for bit\n")
+    opt_zoo("convert", folder, tmp_path / "wide", "--dtype", "float32")
+    other = opt_zoo("diff", DEMO, tmp_path / "wide", "--json")
+    assert other.returncode == 1
+    found = json.loads(other.stdout)
+    assert not found["same"] and {(row["what"], row["largest"]) for row in found["differences"]} == {("dtype", 0.0)}
+    shown = opt_zoo("diff", DEMO, tmp_path / "wide")
+    assert shown.returncode == 1 and "fc1.bias: dtype: float16 and float32, largest difference 0" in shown.stdout
+
+
+def test_the_plan_in_words(tmp_path):
+    ran = opt_zoo("convert", DEMO, tmp_path / "new", "--plan", "--max-shard-size", "4MB")
+    assert ran.returncode == 0, ran.stderr
+    for said in ("model-00001-of-00003.safetensors", "config.json", "merges.txt", "memory", "time", "MB/s", "free"):
+        assert said in ran.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_says_what_is_wrong(tmp_path):
+    shutil.copytree(fetch(DEMO, []), tmp_path / "bad")
+    path = tmp_path / "bad" / "model.safetensors"
+    weights = safetensors.numpy.load_file(path)
+    weights["model.decoder.layers.2.fc1.bias"][:2] = np.nan
+    weights["\x1b[2Jevil"] = weights.pop("model.decoder.layers.3.fc1.bias")
+    safetensors.numpy.save_file(weights, path)
+    ran = opt_zoo("inspect", tmp_path / "bad", "--check", "--sha256")
+    assert ran.returncode == 0, ran.stderr
+    assert "model.decoder.layers.3.fc1.bias: missing, wanted [1024]" in ran.stdout
+    assert "model.decoder.layers.2.fc1.bias: 2 numbers are NaN or infinite" in ran.stdout
+    assert "\\x1b[2Jevil: unexpected, no such tensor in this OPT" in ran.stdout and "\x1b" not in ran.stdout
+    digest = hashlib.sha256(weights["model.decoder.layers.0.fc1.bias"].tobytes()).hexdigest()
+    assert f"{digest}  model.decoder.layers.0.fc1.bias" in ran.stdout
+    ran = opt_zoo("convert", tmp_path / "bad", tmp_path / "new")
+    assert ran.returncode == 1 and "\\x1b[2Jevil" in ran.stderr and "\x1b" not in ran.stderr
+    facts = json.loads(opt_zoo("inspect", tmp_path / "bad", "--json").stdout)
+    assert len(facts["misfits"]) == 2 and "sha256" not in facts
+
+
+def test_an_ambiguous_folder_in_the_command(tmp_path):
+    shutil.copytree(fetch(DEMO, []), tmp_path / "both")
+    (tmp_path / "both" / "pytorch_model.bin").write_bytes(b"")
+    ran = opt_zoo("convert", tmp_path / "both", tmp_path / "new")
+    assert ran.returncode == 1
+    assert "holds weights of 2 layouts: safetensors (model.safetensors), torch (pytorch_model.bin)" in ran.stderr
+    assert "--from" in ran.stderr and ran.stderr.count("\n") == 1
+    assert opt_zoo("convert", tmp_path / "both", tmp_path / "new", "--from", "safetensors").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("convert", DEMO, "{tmp}/x", "--to", "onnx"), "error: layout: found 'onnx', wanted one of safetensors, torch"),
+        (("convert", DEMO, "{tmp}/x", "--from", "tf-h5"), "no weights of layout tf-h5; wanted one of tf_model.h5"),
+        (("diff", DEMO, "/no/such/folder"), "error: /no/such/folder: no such folder"),
         (("inspect", "/no/such/folder"), "error: /no/such/folder: no such folder"),
         (("generate", "The", "--framework", "mx"), "error: framework: found 'mx', wanted one of pt, tf, flax"),
         (("parity", "--framework", "mx"), "error: framework: found 'mx'"),

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from opt_common.convert import convert, plan
 from opt_common.examine import diff
 from opt_common.layouts import LAYOUTS, WRITABLE
 from opt_common.layouts.names import from_flax, from_tf, to_flax, to_tf
-from opt_common.tensors import Entry, Source, contiguous, parse_size
+from opt_common.tensors import Entry, Source, contiguous, name_shards, parse_size
 from opt_common.weights import table
 
 GOLDENS = Path(__file__).parent / "goldens" / "safetensors"
@@ -44,8 +45,8 @@ ONE_FILE = ("metaseq", "state-dict", "keras")
 WITHOUT_OFFSET_ROWS: tuple[str, ...] = ("keras-hub",)
 
 
-def source(folder: Path, config: OPTConfig, through: tuple[str, ...] = ()) -> Path:
-    random_checkpoint(folder, config)
+def source(folder: Path, config: OPTConfig, through: tuple[str, ...] = (), seed: int = 0) -> Path:
+    random_checkpoint(folder, config, seed)
     if set(through) & set(WITHOUT_OFFSET_ROWS):
         path = folder / "model.safetensors"
         state = safetensors.numpy.load_file(path)
@@ -359,13 +360,17 @@ def test_of_a_hub_repository_only_the_preferred_layout_is_fetched(tmp_path, monk
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("shards", ["5GB", "60KB"])
+@pytest.mark.parametrize(("size", "width", "shards"), [("125m", 24, "5GB"), ("125m", 24, "60KB"), ("350m", 128, "1MB")])
 @pytest.mark.parametrize("layout", WRITABLE)
-def test_the_plan_is_what_comes(layout, shards, tmp_path):
-    given = random_checkpoint(tmp_path / "given", tiny_config("125m"))
+def test_the_plan_is_what_comes(layout, size, width, shards, tmp_path):
+    config = tiny_config(size, hidden_size=2 * width, ffn_dim=4 * width)
+    given = random_checkpoint(tmp_path / "given", config)
+    if refused(layout, config, size, given, tmp_path / "new"):
+        return
     foreseen = plan(given, tmp_path / "new", layout, max_shard_size=shards)
     assert not (tmp_path / "new").exists()
     convert(given, tmp_path / "new", layout, max_shard_size=shards)
+    assert foreseen.exact == hasattr(LAYOUTS[layout], "plan")
     if foreseen.exact:
         assert dict(foreseen.files) == {name: len(data) for name, data in contents(tmp_path / "new").items()}
     assert foreseen.seconds is not None and foreseen.seconds > 0
@@ -381,8 +386,7 @@ def sparse(folder: Path, size: str, shards: str) -> int:
     (folder / "config.json").write_text(config.to_json())
     sources = [Source(s.name, s.shape, "float16", lambda: np.empty(0)) for s in table(config)]
     total, weight_map = 0, {}
-    files = LAYOUTS["safetensors"]._shards(sources, parse_size(shards), lambda name: (name, False))
-    for name, shard in files.items():
+    for name, shard in name_shards("model.safetensors", sources, parse_size(shards)).items():
         head = LAYOUTS["safetensors"]._head(shard, "pt")
         with open(folder / name, "wb") as file:
             file.write(head)
@@ -549,6 +553,54 @@ def test_a_file_that_may_not_grow(layout, tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert contents(tmp_path / "new") == contents(tmp_path / "new-whole")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("old", [False, True], ids=["new folder", "over an old one"])
+@pytest.mark.parametrize("layout", WRITABLE)
+def test_stopped_between_any_two_steps(layout, old, tmp_path, monkeypatch):
+    """Before each call that moves, makes or removes a file, in turn, everything ends: what is read then is one whole
+    checkpoint, and the next conversion finishes and leaves nothing beside."""
+    given, before = (
+        source(tmp_path / x, tiny_config(layers=1), (layout,), i) for i, x in enumerate(("given", "before"))
+    )
+    for stop_at in range(200):
+        new, calls = tmp_path / f"{stop_at}" / "new", 0
+        if old:
+            convert(before, new, layout)
+
+        def counted(function, stop_at=stop_at):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls > stop_at:  # and every later one: the process is dead, it cleans nothing up
+                    raise Stop
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (Path, "unlink"), (Path, "rmdir"),
+                                 (Path, "mkdir"), (Path, "write_bytes"), (shutil, "rmtree")):  # fmt: skip
+                patch.setattr(module, name, counted(getattr(module, name)))
+            try:
+                convert(given, new, layout)
+                finished = True
+            except Stop:
+                finished = False
+        if new.exists():
+            assert list(diff(new, given)) == [] or (not finished and list(diff(new, before)) == [])
+        convert(given, new, layout)
+        assert list(diff(new, given)) == []
+        assert files_of(new.parent) == ["new"]
+        assert not [name for name in files_of(new) if name.startswith(".")]
+        if finished:
+            return
+    raise AssertionError("the conversion never finished")
 
 
 @pytest.mark.parametrize("layout", WRITABLE)

@@ -24,3 +24,33 @@ def test_damaged_files(layout):
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     print(ran.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory through Linux")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("{}['x']", "KeyError"),
+        ("int('x')", "does not name the file"),
+        ("numpy.ones(4 * 10**9, 'u1')", "MemoryError"),
+        ("time.sleep(60)", "Timeout"),
+    ],
+)
+def test_the_fuzz_sees(damage, message):
+    """A reader that raises something else, names nothing, takes memory, or hangs, is found."""
+    program = f"""
+import sys, time, numpy
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import fuzz_readers
+read, fuzz_readers.SECONDS = fuzz_readers.open_checkpoint, 2
+def broken(folder, *args, **options):
+    if folder.name == "damaged":
+        {damage}
+    return read(folder, *args, **options)
+fuzz_readers.open_checkpoint = broken
+sys.argv = ["fuzz", "--examples", "50", "--layout", "safetensors"]
+fuzz_readers.main()
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode != 0
+    assert message in ran.stderr

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from framework_files import CONFIGS, GOLDENS, damaged, random_tensors, refused, same_bits, write
-from opt_common.hdf5 import read_hdf5
+from opt_common.hdf5 import create_hdf5, imagine_hdf5, read_hdf5
 from opt_common.layouts import tf_h5
 
 SCOPE = "model/tfopt_for_causal_lm/model/decoder"
@@ -93,6 +93,26 @@ def test_many_names(tmp_path, monkeypatch):
         names = [name for i in range(len(attributes)) for name in attributes[f"weight_names{i}"]]
         assert len(attributes) > 1 and len(names) == 11 * 16 + 4
         assert all(name in file["model"] for name in texts(names))
+
+
+def test_a_file_in_memory(tmp_path, rng):
+    """Is to HDF5 what a file on disk is, and takes no memory where nothing is written."""
+
+    def fill(file: h5py.File) -> None:
+        file.create_dataset("a/b", data=small)
+        file.create_dataset("large", (4 * 10**11,), "u1")[10**11] = 7
+        for i in range(2000):
+            file.create_dataset(f"{i}/kernel:0", (8,), "f4")[0] = i
+
+    small = rng.standard_normal((300, 5))
+    with create_hdf5(tmp_path / "x.h5") as on_disk, imagine_hdf5() as (file, memory):
+        fill(on_disk)
+        fill(file)
+    assert memory.size == (tmp_path / "x.h5").stat().st_size > 4 * 10**11
+    assert sum(map(len, memory.pages.values())) < 4_000_000
+    with h5py.File(memory) as file:
+        np.testing.assert_array_equal(file["a/b"], small)
+        assert (file["large"][10**11], file["large"][10**11 - 1], file["1999/kernel:0"][0]) == (7, 0, 1999)
 
 
 def test_bare_model(tmp_path):

@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from framework_files import CONFIGS, GOLDENS, damaged, random_tensors, refused, same_bits, write
 from opt_common.layouts import flax_msgpack
+from opt_common.tensors import Source
 
 
 @pytest.fixture
@@ -64,6 +65,8 @@ def test_the_same_bytes_as_flax(tmp_path, monkeypatch, flax, dtype, chunk):
     monkeypatch.setattr(flax, "MAX_CHUNK_SIZE", chunk)
     arrays = random_tensors(CONFIGS["untied"], dtype)
     main = write(flax_msgpack, tmp_path, arrays, None)
+    tensors = [Source(name, a.shape, dtype, lambda a=a: a) for name, a in arrays.items()]
+    assert flax_msgpack.plan(tensors, None, 10**9) == [(main.name, main.stat().st_size)]
     tree = flax.msgpack_restore(main.read_bytes())
     kernel = tree["model"]["decoder"]["layers"]["10"]["fc1"]["kernel"]
     assert kernel.tobytes() == arrays["model.decoder.layers.10.fc1.weight"].T.tobytes()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,18 @@ import msgpack
 import numpy as np
 
 from ..config import OPTConfig
-from ..tensors import Entry, Source, map_bytes, numpy_dtype, read_bytes, read_sharded, renamed, turned, write_sharded
+from ..tensors import (
+    Entry,
+    Source,
+    map_bytes,
+    numpy_dtype,
+    plan_sharded,
+    read_bytes,
+    read_sharded,
+    renamed,
+    turned,
+    write_sharded,
+)
 from ..weights import FLOATS
 from .names import from_flax, to_flax
 
@@ -200,10 +211,41 @@ def write(
     folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
 ) -> list[str]:
     stored = [renamed(t, *to_flax(t.name)) for t in tensors]
-    return write_sharded(folder, MAIN[0], stored, limit, partial(_write, advance), lambda name: name.replace(".", "/"))
+    return write_sharded(folder, MAIN[0], stored, limit, partial(_write, advance), _in_index)
+
+
+def plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> list[tuple[str, int]]:
+    """The files that `write` would make, and their bytes."""
+    return plan_sharded(MAIN[0], [renamed(t, *to_flax(t.name)) for t in tensors], limit, _size, _in_index)
+
+
+def _in_index(name: str) -> str:
+    return name.replace(".", "/")
 
 
 def _write(advance: Callable[[int], None], path: Path, tensors: list[Source]) -> None:
+    with open(path, "wb") as file:
+        for item in _items(_tree(tensors)):
+            if isinstance(item, bytes):
+                file.write(item)
+                continue
+            flat, at = item.array().reshape(-1).view(np.uint8), 0
+            for head, nbytes in _pieces(item):
+                file.write(head)
+                file.write(flat[at : at + nbytes].data)
+                at += nbytes
+            del flat
+            advance(item.nbytes)
+
+
+def _size(tensors: list[Source]) -> int:
+    return sum(
+        len(item) if isinstance(item, bytes) else sum(len(head) + nbytes for head, nbytes in _pieces(item))
+        for item in _items(_tree(tensors))
+    )
+
+
+def _tree(tensors: list[Source]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for t in tensors:
         *parts, last = t.name.split(".")
@@ -211,38 +253,42 @@ def _write(advance: Callable[[int], None], path: Path, tensors: list[Source]) ->
         for part in parts:
             place = place.setdefault(part, {})
         place[last] = t
-    with open(path, "wb") as file:
-        _write_map(file, tree, advance)
+    return tree
 
 
-def _write_map(file: BinaryIO, tree: dict[str, Any], advance: Callable[[int], None]) -> None:
+def _items(tree: dict[str, Any]) -> Iterator[bytes | Source]:
+    """What a file consists of: maps and their keys, and the tensors in their places."""
     packer = msgpack.Packer()
-    file.write(packer.pack_map_header(len(tree)))
+    yield packer.pack_map_header(len(tree))
     for key, value in tree.items():
-        file.write(packer.pack(key))
+        yield packer.pack(key)
         if isinstance(value, dict):
-            _write_map(file, value, advance)
+            yield from _items(value)
         else:
-            _write_array(file, value.array(), value.dtype)
-            advance(value.nbytes)
+            yield value
 
 
-def _write_array(file: BinaryIO, array: np.ndarray, dtype: str) -> None:
+def _pieces(t: Source) -> list[tuple[bytes, int]]:
+    """A tensor as it is stored: what comes before, and the bytes that follow; several times, if it is large."""
     packer = msgpack.Packer()
-    if array.nbytes <= _CHUNK:
-        bytes_ = _header(array.nbytes, (0xC4, 0xC5, 0xC6))
-        head = packer.pack_array_header(3) + packer.pack(array.shape) + packer.pack(dtype) + bytes_
-        file.write(_header(len(head) + array.nbytes, (0xC7, 0xC8, 0xC9)) + bytes([_ARRAY]) + head)
-        file.write(array.reshape(-1).view(np.uint8).data)
-        return
-    flat, n = array.reshape(-1), _CHUNK // array.itemsize
-    pieces = [flat[i : i + n] for i in range(0, flat.size, n)]
-    shape = {str(i): size for i, size in enumerate(array.shape)}
-    file.write(packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True))
-    file.write(packer.pack("shape") + packer.pack(shape) + packer.pack("chunks") + packer.pack_map_header(len(pieces)))
-    for i, piece in enumerate(pieces):
-        file.write(packer.pack(str(i)))
-        _write_array(file, piece, dtype)
+    if t.nbytes <= _CHUNK:
+        return [(_array_header(t.shape, t.dtype, t.nbytes), t.nbytes)]
+    itemsize = numpy_dtype(t.dtype).itemsize
+    whole = _CHUNK // itemsize * itemsize
+    sizes = [min(whole, t.nbytes - at) for at in range(0, t.nbytes, whole)]
+    shape = {str(i): size for i, size in enumerate(t.shape)}
+    head = packer.pack_map_header(3) + packer.pack(_CHUNKED) + packer.pack(True) + packer.pack("shape")
+    head += packer.pack(shape) + packer.pack("chunks") + packer.pack_map_header(len(sizes))
+    return [(head, 0)] + [
+        (packer.pack(str(i)) + _array_header((size // itemsize,), t.dtype, size), size) for i, size in enumerate(sizes)
+    ]
+
+
+def _array_header(shape: tuple[int, ...], dtype: str, nbytes: int) -> bytes:
+    packer = msgpack.Packer()
+    head = packer.pack_array_header(3) + packer.pack(shape) + packer.pack(dtype)
+    head += _header(nbytes, (0xC4, 0xC5, 0xC6))
+    return _header(len(head) + nbytes, (0xC7, 0xC8, 0xC9)) + bytes([_ARRAY]) + head
 
 
 def _header(size: int, codes: tuple[int, int, int]) -> bytes:

@@ -19,7 +19,18 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import OPTConfig
 from ..files import parse_json, read_json
-from ..tensors import Entry, Source, map_bytes, numpy_dtype, read_bytes, read_sharded, renamed, split, turned
+from ..tensors import (
+    Entry,
+    Source,
+    map_bytes,
+    numpy_dtype,
+    plan_sharded,
+    read_bytes,
+    read_sharded,
+    renamed,
+    turned,
+    write_sharded,
+)
 
 MAIN = ("model.safetensors", "model.safetensors.index.json")
 SHARD = r"model-\d+-of-\d+\.safetensors"
@@ -140,16 +151,15 @@ def write_styled(
     in_index: Callable[[str], str] = lambda name: name,
 ) -> list[str]:
     """As `write`, with the names of `style`. `in_index` is what the index calls a tensor of that name."""
-    shards = _shards(tensors, limit, to_name)
-    for name, shard in shards.items():
-        with open(folder / name, "wb") as file:
+
+    def one(path: Path, shard: list[Source]) -> None:
+        with open(path, "wb") as file:
             file.write(_head(shard, style))
             for tensor in shard:
                 file.write(tensor.array().reshape(-1).view(np.uint8).data)
                 advance(tensor.nbytes)
-    if len(shards) > 1:
-        (folder / MAIN[1]).write_bytes(_index(shards, in_index))
-    return list(shards)
+
+    return write_sharded(folder, MAIN[0], [renamed(t, *to_name(t.name)) for t in tensors], limit, one, in_index)
 
 
 def plan_styled(
@@ -160,18 +170,11 @@ def plan_styled(
     in_index: Callable[[str], str] = lambda name: name,
 ) -> list[tuple[str, int]]:
     """The files that `write_styled` would write, and their bytes."""
-    shards = _shards(tensors, limit, to_name)
-    sizes = [(name, len(_head(shard, style)) + sum(t.nbytes for t in shard)) for name, shard in shards.items()]
-    return sizes + ([(MAIN[1], len(_index(shards, in_index)))] if len(shards) > 1 else [])
 
+    def size(shard: list[Source]) -> int:
+        return len(_head(shard, style)) + sum(tensor.nbytes for tensor in shard)
 
-def _shards(
-    tensors: Sequence[Source], limit: int, to_name: Callable[[str], tuple[str, bool]]
-) -> dict[str, list[Source]]:
-    shards = split([renamed(tensor, *to_name(tensor.name)) for tensor in tensors], limit)
-    n = len(shards)
-    names = [MAIN[0]] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
-    return dict(zip(names, shards, strict=True))
+    return plan_sharded(MAIN[0], [renamed(t, *to_name(t.name)) for t in tensors], limit, size, in_index)
 
 
 def _head(tensors: list[Source], style: str) -> bytes:
@@ -183,9 +186,3 @@ def _head(tensors: list[Source], style: str) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned to eight bytes
     return struct.pack("<Q", len(text)) + text
-
-
-def _index(shards: dict[str, list[Source]], in_index: Callable[[str], str]) -> bytes:
-    weight_map = {in_index(tensor.name): name for name, shard in shards.items() for tensor in shard}
-    total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
-    return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()

@@ -8,8 +8,7 @@ program had made and says nothing. A shard has the names without scope at its ro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -17,8 +16,8 @@ import numpy as np
 
 from ..config import OPTConfig
 from ..files import read_json
-from ..hdf5 import create_hdf5, read_hdf5
-from ..tensors import Entry, Source, read_sharded, renamed, split, turned, write_sharded
+from ..hdf5 import create_hdf5, imagine_hdf5, read_hdf5
+from ..tensors import Entry, Source, plan_sharded, read_sharded, renamed, split, turned, write_sharded
 from .names import from_tf, to_tf
 
 MAIN = ("tf_model.h5", "tf_model.h5.index.json")
@@ -56,27 +55,55 @@ def _entries(path: Path) -> dict[str, Entry]:
 def write(
     folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
 ) -> list[str]:
+    stored = _stored(tensors)
+    whole = len(split(stored, limit)) == 1
+
+    def one(path: Path, shard: list[Source]) -> None:
+        with create_hdf5(path) as file:
+            for dataset, tensor in _build(file, shard, whole):
+                dataset.write_direct(tensor.array())
+                advance(tensor.nbytes)
+
+    return write_sharded(folder, MAIN[0], stored, limit, one, _in_index)
+
+
+def plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> list[tuple[str, int]]:
+    """The files that `write` would make, and their bytes."""
+    stored = _stored(tensors)
+    whole = len(split(stored, limit)) == 1
+
+    def size(shard: list[Source]) -> int:
+        with imagine_hdf5() as (file, memory):
+            for dataset, tensor in _build(file, shard, whole):
+                dataset[(0,) * len(tensor.shape)] = 0  # HDF5 takes the place of all at the first write
+        return memory.size
+
+    return plan_sharded(MAIN[0], stored, limit, size, _in_index)
+
+
+def _stored(tensors: Sequence[Source]) -> list[Source]:
     for t in tensors:
         if t.dtype == "bfloat16":
             raise ValueError(f"{t.name}: is bfloat16, which HDF5 has no type for and TensorFlow does not read from it")
-    stored = [renamed(t, *to_tf(t.name)) for t in tensors]
-    write = partial(_write, len(split(stored, limit)) == 1, advance)
-    return write_sharded(folder, MAIN[0], stored, limit, write, lambda name: f"{_SCOPE}/{name}")
+    return [renamed(t, *to_tf(t.name)) for t in tensors]
 
 
-def _write(whole: bool, advance: Callable[[int], None], path: Path, tensors: list[Source]) -> None:
-    with create_hdf5(path) as file:
-        names = [f"{_SCOPE}/{t.name}" if whole else t.name for t in tensors]
-        for name, tensor in zip(names, tensors, strict=True):
-            file.create_dataset(f"model/{name}" if whole else name, data=tensor.array())
-            advance(tensor.nbytes)
-        if not whole:
-            _attribute(file, "layer_names", names)
-            return
-        file.attrs["backend"] = "tensorflow"
-        _attribute(file, "layer_names", ["model"])
-        _attribute(file.require_group("model"), "weight_names", names)
-        _attribute(file.create_group("top_level_model_weights"), "weight_names", [])
+def _in_index(name: str) -> str:
+    return f"{_SCOPE}/{name}"
+
+
+def _build(file: h5py.File, tensors: list[Source], whole: bool) -> Iterator[tuple[h5py.Dataset, Source]]:
+    """Makes all that a file has but numbers; gives each dataset when these are to be written."""
+    names = [_in_index(t.name) if whole else t.name for t in tensors]
+    for name, tensor in zip(names, tensors, strict=True):
+        yield file.create_dataset(f"model/{name}" if whole else name, tensor.shape, tensor.dtype), tensor
+    if not whole:
+        _attribute(file, "layer_names", names)
+        return
+    file.attrs["backend"] = "tensorflow"
+    _attribute(file, "layer_names", ["model"])
+    _attribute(file.require_group("model"), "weight_names", names)
+    _attribute(file.create_group("top_level_model_weights"), "weight_names", [])
 
 
 def _attribute(group: h5py.Group, name: str, values: list[str]) -> None:

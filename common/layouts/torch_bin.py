@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import struct
 import zipfile
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..config import OPTConfig
-from ..tensors import Entry, Source, numpy_dtype, read_sharded, split
+from ..tensors import Entry, Source, numpy_dtype, plan_sharded, read_sharded, write_sharded
 from .unpickle import STORAGES, Tensor, load
 
 MAIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -44,32 +43,15 @@ def is_name(name: Any) -> bool:
 def write(
     folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
 ) -> list[str]:
-    shards = _shards(tensors, limit)
-    for name, shard in shards.items():
-        save(folder / name, {t.name: t for t in shard}, advance)
-    if len(shards) > 1:
-        (folder / MAIN[1]).write_text(_index(shards), encoding="utf-8")
-    return list(shards)
+    def one(path: Path, shard: list[Source]) -> None:
+        save(path, {t.name: t for t in shard}, advance)
+
+    return write_sharded(folder, MAIN[0], tensors, limit, one)
 
 
 def plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> list[tuple[str, int]]:
     """The files that `write` would make, and their bytes."""
-    shards = _shards(tensors, limit)
-    files = [(name, size({t.name: t for t in shard})) for name, shard in shards.items()]
-    return files + [(MAIN[1], len(_index(shards).encode()))] * (len(shards) > 1)
-
-
-def _shards(tensors: Sequence[Source], limit: int) -> dict[str, list[Source]]:
-    shards = split(tensors, limit)
-    n = len(shards)
-    names = [MAIN[0]] if n == 1 else [f"pytorch_model-{i:05}-of-{n:05}.bin" for i in range(1, n + 1)]
-    return dict(zip(names, shards, strict=True))
-
-
-def _index(shards: dict[str, list[Source]]) -> str:
-    total = sum(t.nbytes for shard in shards.values() for t in shard)
-    weight_map = {t.name: name for name, shard in shards.items() for t in shard}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    return plan_sharded(MAIN[0], tensors, limit, lambda shard: size({t.name: t for t in shard}))
 
 
 @dataclass(frozen=True)
