@@ -15,8 +15,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return parse_json(path.read_bytes(), path)
 
 
-def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """As `read_json`, of what was read from `path`."""
+def parse_json(text: bytes, path: Path | str) -> dict[str, Any]:
+    """As `read_json`, of what was read from `path`, or from what `path` says."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -99,6 +99,7 @@ def create_hdf5(path: Path, start: int = 0) -> Iterator[h5py.File]:
     """An HDF5 file to be written, from byte `start` of its file on. Raises OSError, when all is done, if the disk did
     not take it."""
     with open(path, "w+b", buffering=0) as file:
+        file.truncate(start)
         sink = _Sink(file, start)
         with h5py.File(sink, "w") as h5:
             yield h5
@@ -130,7 +131,7 @@ class _Sink(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return max(0, self.file.seek(offset + (0 if whence else self.start), whence) - self.start)
+        return self.file.seek(offset + (0 if whence else self.start), whence) - self.start
 
     def tell(self) -> int:
         return self.file.tell() - self.start

@@ -230,6 +230,39 @@ def test_bombs(main):
     refused(lambda: keras_file.read(main), main, "is compressed or encrypted")
 
 
+@pytest.mark.parametrize("kept", [0, 3, 100, 0.5, 0.99, -1])
+def test_cut_short(main, kept):
+    data = main.read_bytes()
+    main.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
+    refused(lambda: Checkpoint(main), main, "not readable as a Keras file: ")
+
+
+def test_damaged_records(main):
+    remade(main, {"config.json": b'{"config": 1, "config": 2}'})
+    refused(lambda: keras_file.config(main, {}), main, "config.json: not readable as JSON: key 'config' stands there")
+    remade(main, {"model.weights.h5": b"no HDF5"})
+    refused(lambda: keras_file.read(main), main, "not readable as HDF5 weights")
+
+
+def test_links_out_of_the_file(main, tmp_path):
+    secret, path = tmp_path / "secret.h5", tmp_path / "weights.h5"
+    with h5py.File(secret, "w") as file:
+        file["x"] = np.ones(3, np.float32)
+    made = {
+        "external": lambda file: file.__setitem__("layers/external", h5py.ExternalLink(str(secret), "x")),
+        "soft": lambda file: file.__setitem__("layers/soft", h5py.SoftLink("/layers")),
+        "raw": lambda file: file.create_dataset("raw", (3,), "f4", external=[(str(secret), 0, 12)]),
+    }
+    with zipfile.ZipFile(main) as archive:
+        good = archive.read("model.weights.h5")
+    for name, make in made.items():
+        path.write_bytes(good)
+        with h5py.File(path, "a") as file:
+            make(file)
+        remade(main, {"model.weights.h5": path.read_bytes()})
+        refused(lambda: keras_file.read(main), main, name)
+
+
 def test_two_records_of_one_name(main):
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(main, "a") as archive:
         archive.writestr("config.json", "{}")

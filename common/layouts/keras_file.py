@@ -82,7 +82,7 @@ def config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig:
         raise ValueError(f"{main}: {_CONFIG}: found {size} bytes, wanted at most {_CONFIG_BYTES}")
     with open(main, "rb") as file:
         file.seek(start)
-        values = parse_json(file.read(size), main)
+        values = parse_json(file.read(size), f"{main}: {_CONFIG}")
     kind, theirs = values.get("registered_name"), values.get("config")
     if not isinstance(kind, str) or kind not in _CLASSES:
         found = f"a model of class {kind!r:.80}"
@@ -114,7 +114,7 @@ def write(
     if config is None:
         raise ValueError("keras: wanted a config to write a model")
     head = zipfile.ZipInfo(_WEIGHTS)
-    head.CRC = 0
+    head.CRC = head.header_offset = 0
     # a field of the header that is there to be long: zip's own 64-bit numbers follow it
     padding = -(30 + len(_WEIGHTS) + 4 + 20) % _ALIGNED
     head.extra = struct.pack("<2sH", b"OZ", padding) + bytes(padding)

@@ -96,6 +96,8 @@ def _cut(rows: list[Tensor], start: int, stop: int, shape: tuple[int, ...]) -> _
 def find(path: Path) -> Path | None:
     """The file that `read` takes, of a folder or of a set of files that `path` is one of; None if it is no metaseq
     checkpoint. Raises ValueError if a folder holds several, or such a file is damaged."""
+    if path.suffix == ".keras":  # a zip file too, of another kind
+        return None
     names = [path.name] if path.is_file() else sorted(p.name for p in path.glob("*.pt") if p.is_file())
     folder = path.parent if path.is_file() else path
     first: dict[str, str] = {}
