@@ -126,7 +126,7 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
 
 
 def _cast(name: str, entry: Entry, dtype: str | None) -> np.ndarray:
-    array = entry.read()
+    array = entry.map()
     if dtype in (None, entry.dtype):
         return array
     with np.errstate(over="ignore"):  # told below, by name

@@ -52,7 +52,11 @@ def write(
     def one(path: Path, shard: list[Source]) -> None:
         with create_hdf5(path) as file:
             for name, tensor in _build(file, shard, whole):
-                file[name].write_direct(tensor.array())
+                dataset, at = file[name], 0
+                for block in tensor.blocks():
+                    dataset[at : at + len(block)] = block
+                    at += len(block)
+                del block  # before the next tensor is read
                 advance(tensor.nbytes)
 
     return write_sharded(folder, MAIN[0], stored, limit, one, _in_index)
