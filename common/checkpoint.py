@@ -91,7 +91,7 @@ def recognize(path: Path, layout: str | None = None) -> dict[str, Path]:
             main = module.find(path)
             mains = [main] if main else []
         elif path.is_file():
-            mains = [path] if any(path.suffixes[-1:] == Path(main).suffixes[-1:] for main in module.MAIN) else []
+            mains = [path] if any(path.name.endswith(_ending(main)) for main in module.MAIN) else []
         else:
             mains = [path / main for main in module.MAIN if (path / main).is_file()]
         if mains and (main := _newest(mains)) and getattr(module, "holds", lambda main: True)(main):
@@ -102,6 +102,11 @@ def recognize(path: Path, layout: str | None = None) -> dict[str, Path]:
     names = ", ".join(layout_module(layout).MAIN if layout else FILES)
     there = some(sorted(p.name for p in path.iterdir())) if path.is_dir() else "a file" if path.exists() else ""
     raise FileNotFoundError(f"{path}: no {wanted}; wanted one of {names}; found: {there or 'nothing'}")
+
+
+def _ending(main: str) -> str:
+    """What a file of this kind ends in, whatever it is called: .h5, or .h5.index.json."""
+    return "".join(Path(main).suffixes) if main.endswith(".json") else Path(main).suffix
 
 
 def _newest(mains: list[Path]) -> Path:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import ml_dtypes
@@ -121,6 +122,13 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
     ]
     texts: dict[str, str | bytes] = {"config.json": config.to_json()}
     texts |= {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+    module = layout_module(checkpoint.layout)
+    if hasattr(module, "companions"):
+        texts.pop("tokenizer.json", None)
+        texts |= module.companions(checkpoint.main)
+    lost = {getattr(m, "LOST", None) for m in (module, layout_module(to))} if to != checkpoint.layout else set()
+    for sentence in lost - {None}:
+        warnings.warn(sentence, stacklevel=3)
     memory = 2 * max(t.nbytes for t in [*sources, *(entry for _, entry in entries)])
     return _Job(checkpoint.path.name, checkpoint.files, config, sources, texts, memory)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoint import FILES
 from .files import read_json
 from .layouts import LAYOUTS, layout_module
 
@@ -84,25 +83,27 @@ def fetch_checkpoint(
     path = Path(path_or_name).expanduser()
     if path.is_dir() or path.is_file():
         return path
-    indexes = [name for name in FILES if name.endswith(".index.json")]
-    files = ["config.json", *indexes, *(COMPANIONS if companions else ())]
+    modules = [layout_module(layout)] if layout else list(LAYOUTS.values())
+    indexes = [name for module in modules for name in module.MAIN[1:]]
+    assets = [name for module in modules for name in getattr(module, "ASSETS", ())]
+    files = ["config.json", *indexes, *((*COMPANIONS, *assets) if companions else ())]
     folder = fetch(path_or_name, files, **hub)  # type: ignore[arg-type]
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json; wanted a folder or repository of an OPT")
     if str(path_or_name) == DEMO:
         return folder
-    modules = [layout_module(layout)] if layout else LAYOUTS.values()
-    for main in dict.fromkeys(name for module in modules for name in module.MAIN if not name.endswith(".index.json")):
-        index = folder / f"{main}.index.json"
-        shards = sorted(set(_weight_map(index).values())) if index.is_file() else [main]
-        folder = fetch(path_or_name, ["config.json", index.name, *shards], **hub)  # type: ignore[arg-type]
+    for main, *index in dict.fromkeys(module.MAIN for module in modules):
+        there = [name for name in index if (folder / name).is_file()]
+        shards = sorted(set(_shards(folder / there[0]))) if there else [main]
+        folder = fetch(path_or_name, ["config.json", *there, *shards], **hub)  # type: ignore[arg-type]
         if all((folder / shard).is_file() for shard in shards):
             break
     return folder
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _shards(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        return {}  # opening it says what is wrong with it
-    return weight_map
+    if not isinstance(weight_map, dict):
+        return []  # opening it says what is wrong with it
+    files = [name for names in weight_map.values() for name in (names if isinstance(names, list) else [names])]
+    return files if all(isinstance(name, str) for name in files) else []

@@ -213,14 +213,7 @@ def read_sharded(
         if hub_name(name) in weight_map:
             raise ValueError(f"{index}: weight_map names {hub_name(name)} twice, once as {name}")
         weight_map[hub_name(name)] = file
-    names = sorted(set(weight_map.values()))
-    outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
-    if outside:
-        raise ValueError(f"{index}: weight_map names files outside the folder: {some(map(repr, outside))}")
-    files = [index.with_name(name) for name in names]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{index}: names shards that are not there: {some(missing)}")
+    files = shard_files(index, weight_map.values())
     entries: dict[str, Entry] = {}
     for file in files:
         for name, entry in read(file).items():
@@ -232,6 +225,19 @@ def read_sharded(
     if absent:
         raise ValueError(f"{index}: names tensors that its shards do not hold: {some(absent)}")
     return files, entries
+
+
+def shard_files(index: Path, names: Iterable[str]) -> list[Path]:
+    """The shards beside an index that it names. ValueError for a name that leads elsewhere, FileNotFoundError."""
+    names = sorted(set(names))
+    outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
+    if outside:
+        raise ValueError(f"{index}: weight_map names files outside the folder: {some(map(repr, outside))}")
+    files = [index.with_name(name) for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index}: names shards that are not there: {some(missing)}")
+    return files
 
 
 def some(names: Iterable[str]) -> str:

@@ -1,7 +1,8 @@
 """The ways to attend, with one signature, and the rule that chooses between them.
 
-q [B, T, N, D]; k, v [B·N, S, D]; view: what each query may see; drop: drops some of the weights. Result [B, T, N, D],
-and the weights [B, N, T, S] from the one that has them.
+q [B, T, N, D]; k, v [N·B, S, D]; view: what each query may see; drop: drops some of the weights. Result [B, T, N, D],
+and the weights [B, N, T, S] from the one that has them. Heads are outermost in k and v, so that what is split by heads
+over several devices stays so: an axis that holds rows and heads, rows first, could only be gathered.
 
 B batch   T new tokens   S slots   N heads   D head width
 """
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 IMPLEMENTATIONS = ("eager", "sdpa", "cudnn")
@@ -49,10 +50,10 @@ def eager(q: Array, k: Array, v: Array, view: View, drop: Drop) -> tuple[Array, 
     # The query is scaled, not the scores, as OPT was trained: in half precision it is not the same. The factor stays
     # float32: rounded to bfloat16, the 80^-½ of 2.7b is off by 0.2 %, for every query alike.
     q = heads_first((q.astype(wide) * D**-0.5).astype(q.dtype))
-    scores = jnp.einsum("xtd,xsd->xts", q, k, preferred_element_type=wide).reshape(B, N, T, -1)
-    weights = jax.nn.softmax(jnp.where(view, scores, jnp.finfo(wide).min), axis=-1).astype(q.dtype)
-    out = jnp.einsum("xts,xsd->xtd", drop(weights).reshape(B * N, T, -1), v)
-    return out.reshape(B, N, T, D).swapaxes(1, 2), weights
+    scores = jnp.einsum("xtd,xsd->xts", q, k, preferred_element_type=wide).reshape(N, B, T, -1)
+    weights = jax.nn.softmax(jnp.where(view.swapaxes(0, 1), scores, jnp.finfo(wide).min), axis=-1).astype(q.dtype)
+    out = jnp.einsum("xts,xsd->xtd", drop(weights).reshape(N * B, T, -1), v)
+    return out.reshape(N, B, T, D).transpose(1, 2, 0, 3), weights.swapaxes(0, 1)
 
 
 def cudnn(q: Array, k: Array, v: Array, view: View, drop: Drop) -> tuple[Array, None]:
@@ -63,7 +64,7 @@ def cudnn(q: Array, k: Array, v: Array, view: View, drop: Drop) -> tuple[Array, 
     elif view is not None:
         how = {"mask": view}
     B, _, N, D = q.shape
-    k, v = (y.reshape(B, N, -1, D).swapaxes(1, 2) for y in (k, v))
+    k, v = (y.reshape(N, B, -1, D).transpose(1, 2, 0, 3) for y in (k, v))
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **how), None
 
 
@@ -121,7 +122,7 @@ def dense(segments: Array, past: int | Array, T: int) -> Array:
     slots are in the mask: those behind the new tokens are nobody's past.
     """
     slots = jnp.arange(segments.shape[1])
-    new = jax.lax.dynamic_slice_in_dim(segments, past, T, axis=1)
+    new = lax.dynamic_slice_in_dim(segments, past, T, axis=1)
     causal = (past + slots[:T])[:, None] >= slots
     return (causal & (new[:, :, None] == segments[:, None, :]))[:, None]
 
@@ -135,8 +136,8 @@ def align(real: Array) -> Alignment:
 
 
 def heads_first(x: Array) -> Array:
-    """[B, T, N, D] as [B·N, T, D]."""
-    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+    """[B, T, N, D] as [N·B, T, D]."""
+    return x.transpose(2, 0, 1, 3).reshape(-1, x.shape[1], x.shape[3])
 
 
 def reorder(x: Array, columns: Array) -> Array:

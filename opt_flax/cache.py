@@ -21,7 +21,7 @@ from opt_common.inputs import check_positions
 class KVCache(NamedTuple):
     """Keys and values of past tokens: a value, which a call takes and returns with the new tokens written. S is fixed.
 
-    k, v: a [B·N, S, D] array a layer: of that shape XLA's loops read and write them without copies.
+    k, v: a [N·B, S, D] array a layer: of that shape XLA's loops read and write them without copies.
     length: how many slots are taken, an int32 scalar; every row takes the same ones.
     segments: [B, S] int32, the document each slot belongs to, counted from 1; 0 is padding, and a slot not taken yet.
     """
@@ -50,7 +50,7 @@ class KVCache(NamedTuple):
         return not isinstance(self.length, Tracer) and int(self.length) == 0
 
     def update(self, layer: int, k: Array, v: Array) -> KVCache:
-        """With the new keys and values [B·N, T, D] of a layer behind the past ones.
+        """With the new keys and values [N·B, T, D] of a layer behind the past ones.
         `length` moves on once a call, when all layers are done."""
         k = lax.dynamic_update_slice_in_dim(self.k[layer], k, self.length, axis=1)
         v = lax.dynamic_update_slice_in_dim(self.v[layer], v, self.length, axis=1)

@@ -72,9 +72,9 @@ class OPTAttention(nnx.Module):
             new = (reorder(y, view.back) if isinstance(view, Alignment) else y for y in (k, v))
             cache = cache.update(self.layer, *map(heads_first, new))
         if cache is None or empty:
-            k, v = heads_first(k), heads_first(v)  # [B·N, T, D]
+            k, v = heads_first(k), heads_first(v)  # [N·B, T, D]
         else:
-            k, v = cache.k[self.layer], cache.v[self.layer]  # [B·N, S, D]
+            k, v = cache.k[self.layer], cache.v[self.layer]  # [N·B, S, D]
         drop = partial(self.dropout, deterministic=rngs is None, rngs=rngs)
         out, weights = attend(q, k, v, view, drop)
         return self.out_proj(out.reshape(x.shape)), weights, cache

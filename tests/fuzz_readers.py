@@ -32,6 +32,9 @@ from opt_common.pretrained import open_checkpoint
 MEMORY = 1_500_000_000  # above what the process has mapped when it starts; every file here is smaller than 100 kB
 SECONDS = 20  # for one input
 
+# Files that lie in the folders, and are not opened when weights are read.
+UNREAD = ("vocab.json", "vocabulary.json", "merges.txt", "tokenizer.json", "generation_config.json", "metadata.json")
+
 # What takes the place of bytes: the values that lengths, offsets and types go wrong at.
 PIECES = [
     b"", b"\0", b"\xff", b"\x80", b"\x7f", b"0", b"9" * 30, b"-1", b"1e99", b"null", b"NaN", b'"', b"\\", b"{",
@@ -86,8 +89,8 @@ def valid(folder: Path, layouts: tuple[str, ...]) -> list[tuple[str, Path, Path]
                 random_checkpoint(made, config, layout=layout, shards=shards)
             except ValueError:  # a size that the layout has no place for
                 continue
-            read = [p for p in made.rglob("*") if p.is_file() and p.name not in ("vocab.json", "merges.txt")]
-            files += [(layout, made, path) for path in sorted(read) if path.name != "generation_config.json"]
+            read = (path for path in made.rglob("*") if path.is_file() and path.name not in UNREAD)
+            files += [(layout, made, path) for path in sorted(read)]
     return files
 
 

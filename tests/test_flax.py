@@ -241,7 +241,7 @@ def test_padding_keeps_the_fast_path(tiny, rng, without_gpu, padding, jit):
         cache = model.init_cache(3, 16)
         out = model(ids[:, :12], first, past_key_values=cache, output_hidden_states=True)
         rest = model(ids[:, 12:], mask, past_key_values=out.past_key_values)
-        v = [x.reshape(3, 4, 16, -1).swapaxes(1, 2) for x in rest.past_key_values.v]
+        v = [x.reshape(4, 3, 16, -1).transpose(1, 2, 0, 3) for x in rest.past_key_values.v]
         return (out.logits, *out.hidden_states, rest.logits, *v)
 
     run = jax.jit(run) if jit else run
@@ -301,24 +301,35 @@ ids = np.random.default_rng(0).integers(3, 96, (2, 12))
 wanted = FlaxOPTForCausalLM.from_pretrained(sys.argv[1])
 found = FlaxOPTForCausalLM.from_pretrained(sys.argv[1], sharding=sharding)
 layer = found.model.decoder.layers[0]
-for kernel, part in ((layer.fc1.kernel, (16, 64)), (layer.fc2.kernel, (64, 16))):
+for kernel, part in ((layer.fc1.kernel, (8, 64)), (layer.fc2.kernel, (64, 8))):
     shards = kernel[...].addressable_shards
     assert len({s.device for s in shards}) == 8 and {s.data.shape for s in shards} == {part}, shards
 a, b = (np.asarray(jax.jit(lambda m: m(ids).logits)(m)) for m in (found, wanted))
 assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max()
 a, b = (np.asarray(m.generate(ids, max_new_tokens=8, eos_token_id=[])) for m in (found, wanted))
 np.testing.assert_array_equal(a, b)
+
+# no device holds another's heads: of 2 rows and 8 heads each has 2 of 16 matrices of keys, in a cache of 71 slots too
+step = jax.jit(lambda m, token, cache: m(token, past_key_values=cache).past_key_values)
+for columns, compiled in (
+    (12, jax.jit(lambda m: m(ids).logits).lower(found).compile()),
+    (71, step.lower(found, ids[:, :1], jax.eval_shape(step, found, ids, found.init_cache(2, 71))).compile()),
+    (71, jax.jit(lambda m: step(m, ids[:, :1], step(m, ids, m.init_cache(2, 71)))).lower(found).compile()),
+):
+    text = compiled.as_text()
+    assert f"f32[2,{columns},8]" in text and f"f32[16,{columns},8]" not in text, columns
 whole = FlaxOPTForCausalLM.from_pretrained(sys.argv[1], sharding=NamedSharding(mesh, PartitionSpec()))
 assert whole.model.decoder.layers[0].fc1.kernel[...].sharding.is_fully_replicated
 """
 
 
-def test_sharding(tiny):
-    """Eight devices, each with its part of the weights and no more; the same answers as one."""
-    folder, _ = tiny()
+def test_sharding(tmp_path):
+    """Eight devices, each with its part of the weights, keys and values and no more; the same answers as one."""
+    config = OPTConfig(**SMALL | {"num_attention_heads": 8, "init_std": 0.2})
+    FlaxOPTForCausalLM(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path)
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    ran = subprocess.run([sys.executable, "-c", SHARDED, str(folder)], env=env, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", SHARDED, str(tmp_path)], env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 

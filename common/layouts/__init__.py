@@ -13,6 +13,8 @@ and may have
     find     from a folder or file to the file to open it by, or None; for layouts without names of their own
     holds    whether such a file is of this layout, where several share a name
     config   from such a file and its tensors to the OPTConfig that it holds itself; None where config.json does
+    companions  from such a file to the tokenizer's files by their Hub names, where the layout has its own: `ASSETS`
+    LOST     a sentence that says what of a model has no place in this layout
     plan     from what `write` takes to the files that it would write and their bytes, reading no tensor
 
 A tensor that a layout stores otherwise (transposed, cut, joined) is put right when it is read. `read` raises ValueError
@@ -25,6 +27,7 @@ from types import ModuleType
 
 from . import (
     flax_msgpack,
+    keras_hub,
     metaseq,
     safetensors,
     safetensors_flax,
@@ -43,6 +46,7 @@ LAYOUTS: dict[str, ModuleType] = {
     "flax-msgpack": flax_msgpack,
     "metaseq": metaseq,
     "state-dict": state_dict,
+    "keras-hub": keras_hub,
 }
 WRITABLE = tuple(name for name, module in LAYOUTS.items() if hasattr(module, "write"))
 

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from ..config import OPTConfig
+from ..files import read_json
 from ..hdf5 import create_hdf5, imagine_hdf5, read_hdf5
 from ..tensors import Entry, Source, plan_sharded, read_sharded, renamed, split, turned, write_sharded
 from .names import from_tf, to_tf
@@ -24,6 +25,14 @@ SHARD = r"tf_model-\d+-of-\d+\.h5"
 
 _SCOPE = "tfopt_for_causal_lm"
 _ATTRIBUTE = 64512  # bytes of names that TensorFlow's Keras puts in one attribute; HDF5 has room for 64 KiB
+
+
+def holds(main: Path) -> bool:
+    """Whether an HDF5 file, or an index, is TensorFlow's rather than a preset's of keras-hub."""
+    if main.suffix == ".json":
+        weight_map = read_json(main).get("weight_map")
+        return isinstance(weight_map, dict) and any(str(name).endswith(":0") for name in weight_map)
+    return not any(name.startswith(("layers/", "_layer_checkpoint_dependencies/")) for name in read_hdf5(main))
 
 
 def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:

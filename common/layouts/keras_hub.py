@@ -1,0 +1,274 @@
+"""keras-hub's OPT presets: its own config.json, and `model.weights.h5`, or shards with `model.weights.json`.
+
+The attention's matrices have an axis for the heads ([hidden, heads, width] on the way in, [heads, width, hidden] on the
+way out), and the position table starts at the first position: rows 0 and 1 of the Hub's, of which padding tokens look
+at the second, are not there. They are zeros when such a preset is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import OPTConfig
+from ..files import read_json
+from ..hdf5 import create_hdf5, read_hdf5
+from ..tensors import Entry, Source, contiguous, rearranged, shard_files, split, turned
+
+MAIN = ("model.weights.h5", "model.weights.json")
+SHARD = r"model_\d+\.weights\.h5"
+LOST = (
+    "model.decoder.embed_positions.weight: rows 0 and 1, which only padding looks at, are not in a keras-hub preset; "
+    "they are zeros when it is read"
+)
+ASSETS = ("assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt")
+
+_VERSION = b"#version: 0.2\n"
+
+_LAYER = {
+    "self_attention_layer/key_dense": "self_attn.k_proj",
+    "self_attention_layer/value_dense": "self_attn.v_proj",
+    "self_attention_layer/query_dense": "self_attn.q_proj",
+    "self_attention_layer/output_dense": "self_attn.out_proj",
+    "self_attention_layer_norm": "self_attn_layer_norm",
+    "feedforward_intermediate_dense": "fc1",
+    "feedforward_output_dense": "fc2",
+    "feedforward_layer_norm": "final_layer_norm",
+}
+_DECODER = {
+    "token_and_position_embedding/token_embedding": "embed_tokens",
+    "token_and_position_embedding/position_embedding": "embed_positions",
+    "layer_normalization": "final_layer_norm",
+}
+_ROOTS = r"_?(?:layers|layer_checkpoint_dependencies)"  # the latter in files of Keras 2.13
+_PLACE = re.compile(rf"{_ROOTS}/(?:transformer_decoder(?:_(0|[1-9]\d{{0,3}}))?/)?(.+)/vars/([01])", re.ASCII)
+
+
+def holds(main: Path) -> bool:
+    """Whether an HDF5 file, or an index, is a preset's rather than TensorFlow's of transformers."""
+    if main.suffix == ".json":
+        weight_map = read_json(main).get("weight_map")
+        return isinstance(weight_map, dict) and any(name.endswith("/vars") for name in weight_map)
+    return any(_PLACE.fullmatch(name) for name in read_hdf5(main))
+
+
+def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
+    if main.suffix != ".json":
+        return [main], _entries(main)
+    weight_map = read_json(main).get("weight_map")
+    weight_map = weight_map if isinstance(weight_map, dict) else {}
+    placed = {group: [files] if isinstance(files, str) else files for group, files in weight_map.items()}
+    if not placed or not all(isinstance(f, list) and all(isinstance(name, str) for name in f) for f in placed.values()):
+        raise ValueError(f"{main}: weight_map: wanted an object of names and the files they are in")
+    files, entries = shard_files(main, (name for names in placed.values() for name in names)), {}
+    for file in files:
+        for name, entry in _entries(file).items():
+            if name in entries:
+                raise ValueError(f"{file}: holds {name}, which {entries[name].file.name} holds too")
+            entries[name] = entry
+    return files, entries
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for stored, entry in read_hdf5(path).items():
+        # an unknown name is left as it is, for the check against the config to tell
+        name = _hub_name(stored) or stored
+        if name in entries:
+            raise ValueError(f"{path}: holds {name} twice, once as {stored}")
+        entries[name] = entry if name == stored else _as_hub(name, entry)
+    return entries
+
+
+def _hub_name(stored: str) -> str | None:
+    found = _PLACE.fullmatch(stored)
+    if found is None:
+        return None
+    number, place, variable = found.groups()
+    place = "/".join(part.removeprefix("_") for part in place.split("/"))
+    layer = "/transformer_decoder" in stored
+    module = _LAYER.get(place) if layer else _DECODER.get(place)
+    if module is None or (module.startswith("embed") and variable == "1"):
+        return None
+    path = f"model.decoder.layers.{number or 0}.{module}" if layer else f"model.decoder.{module}"
+    return f"{path}.{'weight' if variable == '0' else 'bias'}"
+
+
+def _as_hub(name: str, entry: Entry) -> Entry:
+    """A variable of Keras's as the Hub's tensor; one of an unexpected number of axes is left to the check."""
+    shape = entry.shape
+    if "embed_positions" in name and len(shape) == 2:
+        first = (2, shape[1])
+        return rearranged(entry, (shape[0] + 2, shape[1]), lambda a: np.concatenate([np.zeros(first, a.dtype), a]))
+    if len(shape) == 3:
+        a, b, c = shape
+        flat = (a * b, c) if "out_proj" in name else (a, b * c)
+        return turned(rearranged(entry, flat, lambda a: a.reshape(flat)))
+    if len(shape) == 2 and name.endswith("bias"):
+        return rearranged(entry, (shape[0] * shape[1],), lambda a: a.reshape(-1))
+    return turned(entry) if len(shape) == 2 and "embed" not in name else entry
+
+
+def config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig:
+    """The config in keras-hub's config.json. Presets written here keep the Hub's keys in it too."""
+    path = main.with_name("config.json")
+    values = read_json(path)
+    theirs, name = values.get("config"), str(values.get("registered_name"))
+    if not isinstance(theirs, dict) or not re.fullmatch(r"keras_(hub|nlp)>OPTBackbone", name):
+        raise ValueError(f"{path}: found the config of {name}, wanted that of keras_hub>OPTBackbone")
+    hub = {key: value for key, value in values.items() if key not in _BACKBONE and "model_type" in values}
+    missing = [key for key in _FIELDS if key not in theirs]
+    if missing:
+        raise ValueError(f"{path}: config: {', '.join(missing)} missing")
+    return OPTConfig.from_dict(hub | {field: theirs[key] for key, field in _FIELDS.items()}, source=str(path))
+
+
+# What keras-hub calls the fields of a config, and what its config.json says besides.
+_FIELDS = {
+    "vocabulary_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "hidden_dim": "hidden_size",
+    "intermediate_dim": "ffn_dim",
+    "dropout": "dropout",
+    "max_sequence_length": "max_position_embeddings",
+}
+_BACKBONE = ("module", "class_name", "config", "registered_name")
+
+
+def companions(main: Path) -> dict[str, bytes]:
+    """The tokenizer's files of the preset, by their names on the Hub; its tokenizer.json is none of the Hub's."""
+    vocab, merges = (main.parent / name for name in ASSETS)
+    if not (vocab.is_file() and merges.is_file()):
+        return {}
+    pairs = merges.read_bytes()
+    version = b"" if pairs.startswith(b"#version:") else _VERSION  # the Hub's readers pass over a first line
+    return {"vocab.json": vocab.read_bytes(), "merges.txt": version + pairs}
+
+
+def write(
+    folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
+) -> list[str]:
+    if config is None:
+        raise ValueError("keras-hub: wanted a config to write a preset")
+    wrong = _unlike(config)
+    if wrong:
+        raise ValueError(f"keras-hub's OPT cannot be this model, for it {' and '.join(wrong)}")
+    stored = [_as_keras(t, config) for t in tensors]
+    shards, names, given = split(stored, limit), [MAIN[0]], iter(tensors)
+    if len(shards) > 1:
+        names = [f"model_{i:05}.weights.h5" for i in range(len(shards))]
+    weight_map: dict[str, list[str]] = {}
+    for name, shard in zip(names, shards, strict=True):
+        with create_hdf5(folder / name) as file:
+            for t in shard:
+                dataset = file.create_dataset(t.name, data=t.array())
+                if t.dtype == "bfloat16":
+                    dataset.attrs["dtype"] = "bfloat16"  # HDF5 has no such type; Keras marks it so
+                advance(next(given).nbytes)
+                at = weight_map.setdefault("/" + t.name.rpartition("/")[0], [])
+                at += [name] if name not in at else []
+    if len(shards) > 1:
+        _dump(folder / MAIN[1], {"metadata": {"total_size": sum(t.nbytes for t in stored)}, "weight_map": weight_map})
+    backbone = {theirs: getattr(config, field) for theirs, field in _FIELDS.items()}
+    policy = config.dtype or tensors[0].dtype
+    own = _object("models.opt.opt_backbone", "OPTBackbone", "opt_backbone", policy, backbone)
+    _dump(folder / "config.json", config.to_dict() | own)
+    _dump(folder / "metadata.json", {"parameter_count": sum(math.prod(t.shape) for t in stored), "tasks": ["CausalLM"]})
+    _write_tokenizer(folder)
+    return names
+
+
+def _unlike(config: OPTConfig) -> list[str]:
+    """What keras-hub's OPT cannot do and this config asks for."""
+    reasons = {
+        "has its layer norms after the layers (do_layer_norm_before is false)": not config.do_layer_norm_before,
+        "projects its embedding (word_embed_proj_dim is not hidden_size)": config.projects_embeddings,
+        "has no final layer norm": config.do_layer_norm_before and not config.has_final_layer_norm,
+        "has no biases": not config.enable_bias,
+        "has layer norms without weights": not config.layer_norm_elementwise_affine,
+        "has a head of its own": not config.tie_word_embeddings,
+        f"is activated by {config.activation_function}": config.activation_function != "relu",
+    }
+    return [reason for reason, true in reasons.items() if true]
+
+
+_PLACES = {module: place for place, module in _DECODER.items()} | {
+    # Keras names what is in a layer by its attributes, and keras-hub's are private
+    f"layers.{module}": f"transformer_decoder/_{place}"
+    for place, module in _LAYER.items()
+}
+
+
+def _as_keras(tensor: Source, config: OPTConfig) -> Source:
+    """A tensor as Keras calls and stores it."""
+    path, _, leaf = tensor.name.removeprefix("model.").removeprefix("decoder.").rpartition(".")
+    number = re.match(r"layers\.(\d+)\.", path)
+    place = _PLACES[re.sub(r"^layers\.\d+", "layers", path)]
+    if number and number[1] != "0":
+        place = place.replace("/", f"_{number[1]}/", 1)
+    H, N = config.hidden_size, config.num_attention_heads
+    heads, shape = (N, H // N), tensor.shape
+    if re.search(r"\.[kvq]_proj$", path):
+        shape = (H, *heads) if leaf == "weight" else heads
+    elif path.endswith("out_proj") and leaf == "weight":
+        shape = (*heads, H)
+    elif path == "embed_positions":
+        shape = (shape[0] - 2, H)
+    elif len(shape) == 2 and path != "embed_tokens":
+        shape = shape[::-1]
+
+    def read() -> np.ndarray:
+        array = tensor.array()
+        if path == "embed_positions":
+            return array[2:]
+        return contiguous(array.T if array.ndim == 2 and path != "embed_tokens" else array).reshape(shape)
+
+    return Source(f"layers/{place}/vars/{0 if leaf == 'weight' else 1}", shape, tensor.dtype, read)
+
+
+def _object(module: str, kind: str, name: str, dtype: str, values: dict[str, Any]) -> dict[str, Any]:
+    """An object of keras-hub's, as Keras serializes it."""
+    policy = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": dtype}, "registered_name": None}
+    values = {"name": name, "trainable": True, "dtype": policy} | values
+    own = {"module": f"keras_hub.src.{module}", "class_name": kind, "config": values}
+    return own | {"registered_name": f"keras_hub>{kind}"}
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """keras-hub's tokenizer.json and assets, of the Hub's tokenizer files in the folder, if there are any."""
+    vocab, merges, fast = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    if vocab.is_file() and merges.is_file():
+        files = [vocab.read_bytes(), merges.read_bytes()]  # keras-hub passes over the line of the version too
+    elif fast.is_file():
+        files = _of_one_file(fast)
+    else:
+        return
+    for name, data in zip(ASSETS, files, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    values = {"config_file": "tokenizer.json", "sequence_length": None, "add_prefix_space": False}
+    _dump(fast, _object("models.opt.opt_tokenizer", "OPTTokenizer", "opt_tokenizer", "int32", values))
+
+
+def _of_one_file(fast: Path) -> list[bytes]:
+    """Vocabulary and merges out of the Hub's tokenizer.json."""
+    model = read_json(fast).get("model")
+    words, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
+    if not isinstance(words, dict) or not isinstance(merges, list):
+        raise ValueError(f"{fast}: model: wanted the vocab and merges of a BPE")
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    wrong = [pair for pair in pairs if not (isinstance(pair, list) and [type(part) for part in pair] == [str, str])]
+    if wrong:
+        raise ValueError(f"{fast}: model: merges: found {wrong[0]!r:.80}, wanted two tokens")
+    return [json.dumps(words).encode(), _VERSION + "".join(f"{a} {b}\n" for a, b in pairs).encode()]
+
+
+def _dump(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
