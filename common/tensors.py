@@ -37,8 +37,8 @@ def numpy_dtype(name: str) -> np.dtype:
 @dataclass(frozen=True)
 class Entry:
     """One stored tensor: its shape, the name of its dtype, its file, and how to read it: `read` makes a fresh array,
-    `map` one of the file's own pages, for those who copy it elsewhere at once and let it go. Either may be a transposed
-    view of what is stored; see `contiguous`."""
+    `map` one of the file's own pages, perhaps not aligned, for those who copy it elsewhere at once and let it go. Either
+    may be a transposed view of what is stored; see `contiguous`."""
 
     shape: tuple[int, ...]
     dtype: str

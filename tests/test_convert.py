@@ -399,7 +399,7 @@ def test_of_a_hub_repository_only_the_preferred_layout_is_fetched(tmp_path, monk
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("size", "width", "shards"), [("125m", 24, "5GB"), ("125m", 24, "60KB"), ("350m", 128, "1MB")])
+@pytest.mark.parametrize(("size", "width", "shards"), [("125m", 24, "5GB"), ("125m", 24, "60KB"), ("1.3b", 128, "1MB")])
 @pytest.mark.parametrize("layout", WRITABLE)
 def test_the_plan_is_what_comes(layout, size, width, shards, tmp_path):
     config = tiny_config(size, hidden_size=2 * width, ffn_dim=4 * width)
