@@ -37,8 +37,8 @@ def numpy_dtype(name: str) -> np.dtype:
 @dataclass(frozen=True)
 class Entry:
     """One stored tensor: its shape, the name of its dtype, its file, and how to read it: `read` makes a fresh array,
-    `map` one of the file's own pages, perhaps not aligned, for those who copy it elsewhere at once and let it go. Either
-    may be a transposed view of what is stored; see `contiguous`."""
+    `map` one of the file's own pages, perhaps not aligned, for those who copy it elsewhere at once and let it go.
+    Either may be a transposed view of what is stored; see `contiguous`."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -80,7 +80,7 @@ class Source:
             yield contiguous(array[i : i + rows])
 
     def pieces(self) -> Iterator[memoryview]:
-        """The bytes of `array`, a few at a time: so that they are still at hand when they are summed and copied."""
+        """The bytes of `array`, few enough at a time to be in the processor's cache still when they are written."""
         for block in self.blocks():
             data = block.reshape(-1).view(np.uint8).data
             for at in range(0, len(data), PIECE):
