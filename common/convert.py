@@ -126,8 +126,8 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
     if hasattr(module, "companions"):
         texts.pop("tokenizer.json", None)
         texts |= module.companions(checkpoint.main)
-    lost = {getattr(m, "LOST", None) for m in (module, layout_module(to))} if to != checkpoint.layout else set()
-    for sentence in lost - {None}:
+    lost = {m.LOST for m in (module, layout_module(to)) if hasattr(m, "LOST") and to != checkpoint.layout}
+    for sentence in lost:
         warnings.warn(sentence, stacklevel=3)
     memory = 2 * max(t.nbytes for t in [*sources, *(entry for _, entry in entries)])
     return _Job(checkpoint.path.name, checkpoint.files, config, sources, texts, memory)

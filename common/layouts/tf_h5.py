@@ -60,8 +60,8 @@ def write(
 
     def one(path: Path, shard: list[Source]) -> None:
         with create_hdf5(path) as file:
-            for name, tensor in _build(file, shard, whole):
-                dataset, at = file[name], 0
+            for dataset, tensor in _build(file, shard, whole):
+                at = 0
                 for block in tensor.blocks():
                     dataset[at : at + len(block)] = block
                     at += len(block)
@@ -78,8 +78,8 @@ def plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> lis
 
     def size(shard: list[Source]) -> int:
         with imagine_hdf5() as (file, memory):
-            for name, tensor in _build(file, shard, whole):
-                file[name][(0,) * len(tensor.shape)] = 0  # HDF5 takes the place of all at the first write
+            for dataset, tensor in _build(file, shard, whole):
+                dataset[(0,) * len(tensor.shape)] = 0  # HDF5 takes the place of all at the first write
         return memory.size
 
     return plan_sharded(MAIN[0], stored, limit, size, _in_index)
@@ -96,13 +96,11 @@ def _in_index(name: str) -> str:
     return f"{_SCOPE}/{name}"
 
 
-def _build(file: h5py.File, tensors: list[Source], whole: bool) -> Iterator[tuple[str, Source]]:
-    """Makes all that a file has but numbers; gives the name of each dataset when these are to be written."""
+def _build(file: h5py.File, tensors: list[Source], whole: bool) -> Iterator[tuple[h5py.Dataset, Source]]:
+    """Makes all that a file has but numbers; gives each dataset when these are to be written."""
     names = [_in_index(t.name) if whole else t.name for t in tensors]
     for name, tensor in zip(names, tensors, strict=True):
-        place = f"model/{name}" if whole else name
-        file.create_dataset(place, tensor.shape, tensor.dtype)
-        yield place, tensor
+        yield file.create_dataset(f"model/{name}" if whole else name, tensor.shape, tensor.dtype), tensor
     if not whole:
         _attribute(file, "layer_names", names)
         return
