@@ -238,7 +238,7 @@ def _write(advance: Callable[[int], None], path: Path, tensors: list[Source]) ->
                     n = min(left, len(data))
                     file.write(data[:n])
                     data, left = data[n:], left - n
-            del data  # before the next tensor is read
+            data = None  # before the next tensor is read
             advance(item.nbytes)
 
 

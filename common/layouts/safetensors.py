@@ -158,7 +158,7 @@ def write_styled(
             for tensor in shard:
                 for piece in tensor.pieces():
                     file.write(piece)
-                del piece  # before the next tensor is read
+                piece = None  # before the next tensor is read
                 advance(tensor.nbytes)
 
     return write_sharded(folder, MAIN[0], [renamed(t, *to_name(t.name)) for t in tensors], limit, one, in_index)

@@ -65,7 +65,7 @@ def write(
                 for block in tensor.blocks():
                     dataset[at : at + len(block)] = block
                     at += len(block)
-                del block  # before the next tensor is read
+                block = None  # before the next tensor is read
                 advance(tensor.nbytes)
 
     return write_sharded(folder, MAIN[0], stored, limit, one, _in_index)

@@ -92,7 +92,7 @@ def save(path: Path, tree: Any, advance: Callable[[int], None]) -> None:
                 for part in tensor.parts if isinstance(tensor, Stacked) else [tensor]:
                     for piece in part.pieces():
                         record.write(piece)
-                    del piece  # before the next tensor is read
+                    piece = None  # before the next tensor is read
                     advance(part.nbytes)
 
 
