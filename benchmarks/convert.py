@@ -5,9 +5,10 @@
 Real widths and random weights in float16; of the layers only as many as make three gigabytes, unless --layers says
 otherwise. Each conversion reads what the one before wrote, and the last file must be the first to the bit.
 
-A conversion is a process of its own, timed without its imports; `cp` copies the files of its source. Both end when all
-is on disk (fsync). Before each, what the last one wrote is removed, all else is on disk, and the source is read once,
-so that it lies in the page cache. The two take turns, and so does who begins.
+A conversion is a process of its own, timed without its imports; `cp`, started in another such, copies the files of its
+source. Both end when all is on disk (fsync). Before each, what the last one wrote is removed, all else is on disk, the
+source lies in the page cache, and memory for as many bytes has just been touched. The two take turns, and so does who
+begins.
 Wanted: 60 % of cp's rate by the medians, and at most 2 x the largest tensor + 200 MB above the process after its
 imports and after converting opt-demo. Linux only: it reads and resets the kernel's own high-water mark.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import filecmp
 import json
 import math
+import mmap
 import os
 import shutil
 import subprocess
@@ -44,34 +46,34 @@ BYTES = 3_000_000_000
 REPEATS = 3
 
 
-def measure(source: str, target: str, to: str) -> Row:
-    """Convert once in this process: seconds, and bytes above the level after the imports."""
+def measure(to: str, source: str, target: str, copied: str) -> Row:
+    """Convert once in this process, or `cp` if `to` is that: seconds, and bytes above the level after the imports."""
     with tempfile.TemporaryDirectory() as temporary:
-        run(DEMO, temporary, to)
+        run(DEMO, temporary, "safetensors" if to == "cp" else to)
+    files = Checkpoint(source).files
+    prepare(files, [target, copied])
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
     start = time.perf_counter()
-    run(source, target, to)
+    if to == "cp":
+        copy(files, Path(copied))
+    else:
+        run(source, target, to)
     return {"seconds": time.perf_counter() - start, "peak": memory("VmHWM") - before}
 
 
-def copy(files: list[Path], target: Path) -> float:
-    """Seconds that `cp` takes until all is on disk."""
+def copy(files: list[Path], target: Path) -> None:
+    """`cp`, until all is on disk."""
     target.mkdir()
-    start = time.perf_counter()
     subprocess.run(["cp", *map(str, files), str(target)], check=True)
     for file in files:
-        sync(target / file.name)
-    return time.perf_counter() - start
+        with open(target / file.name, "rb") as opened:
+            os.fsync(opened.fileno())
 
 
-def sync(file: Path) -> None:
-    with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
-
-
-def prepare(files: list[Path], remove: list[Path]) -> None:
-    """Nothing is left to be written, and the files lie in the page cache."""
+def prepare(files: list[Path], remove: list[str]) -> None:
+    """Nothing is left to be written, the files lie in the page cache, and there is memory for as many bytes: a virtual
+    machine may have lent it to another, and then the first touch takes longer than the copy."""
     for folder in remove:
         shutil.rmtree(folder, ignore_errors=True)
     os.sync()
@@ -79,32 +81,28 @@ def prepare(files: list[Path], remove: list[Path]) -> None:
         with open(file, "rb", buffering=0) as opened:
             while opened.read(2**24):
                 pass
+    with mmap.mmap(-1, sum(file.stat().st_size for file in files)) as touched:
+        for at in range(0, len(touched), mmap.PAGESIZE):
+            touched[at] = 1
 
 
 def step(source: Path, target: Path, to: str, repeats: int, largest: int) -> Row:
     """One conversion beside cp; leaves its last result."""
     checkpoint = Checkpoint(source)
-    files = checkpoint.files
-    nbytes = sum(file.stat().st_size for file in files)
+    nbytes = sum(file.stat().st_size for file in checkpoint.files)
     row: Row = {"from": checkpoint.layout, "to": to, "MB": nbytes / MB}
-    foreseen, copied = plan(source, target, to), target.with_name("copy")
-    seconds, copies, peak = [], [], 0
+    foreseen, rates, peak = plan(source, target, to), {"cp": [], to: []}, 0
     for turn in range(repeats):
-        for what in ("cp", "convert") if (repeats - turn) % 2 else ("convert", "cp"):  # convert is the last
-            prepare(files, [target, copied])
-            if what == "cp":
-                copies.append(copy(files, copied))
-                continue
-            found = child(sys.executable, "convert", [str(source), str(target), to], {})
+        for what in ("cp", to) if (repeats - turn) % 2 else (to, "cp"):  # the conversion is the last
+            arguments = [what, *map(str, (source, target, target.with_name("copy")))]
+            found = child(sys.executable, "convert", arguments, {})
             if "not_run" in found:
-                return row | {"not_run": {f"{row['from']} to {to}": found["not_run"]}}
-            seconds.append(found["seconds"])
-            peak = max(peak, found["peak"])
+                return row | {"not_run": {f"{row['from']} to {what}": found["not_run"]}}
+            rates[what].append(nbytes / MB / found["seconds"])
+            peak = peak if what == "cp" else max(peak, found["peak"])
     written = {path.name: path.stat().st_size for path in target.iterdir()}
     limit = 2 * largest + 200 * MB
-    row |= {
-        f"{name}_MB_s": spread(nbytes / MB / s for s in times) for name, times in (("ours", seconds), ("cp", copies))
-    }
+    row |= {"ours_MB_s": spread(rates[to]), "cp_MB_s": spread(rates["cp"])}
     row["of_cp"] = row["ours_MB_s"]["median"] / row["cp_MB_s"]["median"]
     row |= {"peak_MB": peak / MB, "limit_MB": limit / MB, "as_planned": dict(foreseen.files) == written}
     row["met"] = "yes" if row["of_cp"] >= 0.6 and peak <= limit and row["as_planned"] else "NO"
