@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,8 +77,11 @@ class Source:
             yield array
             return
         rows = max(1, _BLOCK * len(array) // array.nbytes)
-        for i in range(0, len(array), rows):
-            yield contiguous(array[i : i + rows])
+        with ThreadPoolExecutor(1) as pool:  # one block is turned while another is written
+            ahead = pool.submit(contiguous, array[:rows])
+            for i in range(rows, len(array) + rows, rows):
+                block, ahead = ahead.result(), pool.submit(contiguous, array[i : i + rows])
+                yield block
 
     def pieces(self) -> Iterator[memoryview]:
         """The bytes of `array`, few enough at a time to be in the processor's cache still when they are written."""
