@@ -214,7 +214,7 @@ class OPTDecoder(nnx.Module):
 class FlaxOPTModel(nnx.Module):
     """OPT without a head. New weights are drawn from N(0, init_std²), biases and the padding row are 0."""
 
-    weights_prefix = ""
+    architecture = "OPTModel"
 
     def __init__(
         self,
@@ -284,7 +284,7 @@ class FlaxOPTModel(nnx.Module):
 class FlaxOPTForCausalLM(nnx.Module):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
-    weights_prefix = "model."
+    architecture = "OPTForCausalLM"
 
     def __init__(
         self,

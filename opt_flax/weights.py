@@ -50,7 +50,7 @@ def from_pretrained(
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     # a CPU's arrays may be the very memory that was read
     copied = default_device().platform != "cpu"
-    opened = open_pretrained(path_or_name, cls.weights_prefix, name, copied=copied, **hub)
+    opened = open_pretrained(path_or_name, cls.architecture, name, copied=copied, **hub)
     wanted = jnp.dtype(opened.dtype)
     if jax.dtypes.canonicalize_dtype(wanted) != wanted:
         raise ValueError("dtype: found float64, which jax has only after jax.config.update('jax_enable_x64', True)")
@@ -79,6 +79,6 @@ def save_pretrained(
     def get(spec: Spec) -> np.ndarray:
         return np.asarray(FLAX.parameter(model, spec)[...])
 
-    first = next(table(model.config, model.weights_prefix))
+    first = next(table(model.config, model.architecture))
     dtype = FLAX.parameter(model, first).dtype.name
-    save(folder, model.config, model.weights_prefix, dtype, get, max_shard_size)
+    save(folder, model.config, model.architecture, dtype, get, max_shard_size)

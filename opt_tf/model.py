@@ -274,7 +274,7 @@ class OPTDecoder(keras.layers.Layer):
 class TFOPTModel(keras.Model):
     """OPT without a head. New weights are drawn from N(0, init_std²), biases and the padding row are 0."""
 
-    weights_prefix = ""
+    architecture = "OPTModel"
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         """initializer: of the matrices and embeddings, in place of N(0, init_std²). kwargs: those of keras.Model,
@@ -347,7 +347,7 @@ class TFOPTModel(keras.Model):
 class TFOPTForCausalLM(keras.Model):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
-    weights_prefix = "model."
+    architecture = "OPTForCausalLM"
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         """Arguments as of `TFOPTModel`."""

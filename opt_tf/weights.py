@@ -31,7 +31,7 @@ def from_pretrained(
     Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
     """
     name = dtype if isinstance(dtype, str) else tf.as_dtype(dtype).name
-    opened = open_pretrained(path_or_name, cls.weights_prefix, name, **hub)
+    opened = open_pretrained(path_or_name, cls.architecture, name, **hub)
     model = cls(opened.config, initializer=_empty, dtype=opened.dtype)
     for spec, array in opened.tensors:
         array = array.T if KERAS.transposed and spec.kind == "linear" else array
@@ -50,7 +50,7 @@ def save_pretrained(
         array = KERAS.parameter(model, spec).numpy()
         return array.T if KERAS.transposed and spec.kind == "linear" else array
 
-    save(folder, model.config, model.weights_prefix, model.variable_dtype, get, max_shard_size)
+    save(folder, model.config, model.architecture, model.variable_dtype, get, max_shard_size)
 
 
 def _empty(shape: tuple[int, ...], dtype: str) -> Tensor:
