@@ -17,7 +17,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Framework:
-    """`key` is also the extra that installs it; `prefix` stands before the names of its classes; `tensors` is what the tokenizer calls its tensors."""
+    """`key` is also the extra that installs it; `prefix` begins the names of its classes; `tensors` is what the
+    tokenizer calls its tensors."""
 
     key: str
     title: str

@@ -249,7 +249,45 @@ class OPTDecoder(nn.Module):
         return None if segments is None else unpad(segments, T)
 
 
-class OPTModel(nn.Module):
+class OPTPreTrainedModel(nn.Module):
+    """What the four models share: loading, saving, and the settings of their decoder."""
+
+    architecture: str
+    config: OPTConfig
+
+    @property
+    def base_model(self) -> OPTModel:
+        """The OPTModel inside; of an OPTModel itself."""
+        return self if isinstance(self, OPTModel) else self.model
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens a row."""
+        weight = self.base_model.decoder.embed_positions.weight
+        return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype)
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
+        check_implementation(name)
+        self.base_model.decoder.attn_implementation = name
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training keep only the input of each layer for the backward pass, which computes the rest again; not in
+        calls with a cache."""
+        self.base_model.decoder.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all that the backward pass needs, as by default."""
+        self.base_model.decoder.gradient_checkpointing = False
+
+    def tie_weights(self) -> None:
+        """Make the head the token embedding, if it is an `lm_head` and the config says so."""
+
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
+    pack = pack
+
+
+class OPTModel(OPTPreTrainedModel):
     """OPT without a head. New weights are drawn from N(0, init_std²), biases and the padding row are 0."""
 
     architecture = "OPTModel"
@@ -295,34 +333,8 @@ class OPTModel(nn.Module):
             output_attentions,
         )
 
-    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache with room for `max_length` tokens a row."""
-        weight = self.decoder.embed_positions.weight
-        return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype)
 
-    def set_attn_implementation(self, name: str) -> None:
-        """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
-        check_implementation(name)
-        self.decoder.attn_implementation = name
-
-    def gradient_checkpointing_enable(self) -> None:
-        """In training keep only the input of each layer for the backward pass, which computes the rest again. Not
-        where a cache is given or asked for."""
-        self.decoder.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all that the backward pass needs, as by default."""
-        self.decoder.gradient_checkpointing = False
-
-    def tie_weights(self) -> None:
-        """Nothing is tied without a head."""
-
-    from_pretrained = classmethod(from_pretrained)
-    save_pretrained = save_pretrained
-    pack = pack
-
-
-class OPTForCausalLM(nn.Module):
+class OPTForCausalLM(OPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
     architecture = "OPTForCausalLM"
@@ -380,34 +392,15 @@ class OPTForCausalLM(nn.Module):
             loss = F.cross_entropy(scores.flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
-    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache with room for `max_length` tokens a row."""
-        return self.model.init_cache(batch_size, max_length)
-
-    def set_attn_implementation(self, name: str) -> None:
-        """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
-        self.model.set_attn_implementation(name)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """See `OPTModel.gradient_checkpointing_enable`."""
-        self.model.gradient_checkpointing_enable()
-
-    def gradient_checkpointing_disable(self) -> None:
-        """See `OPTModel.gradient_checkpointing_enable`."""
-        self.model.gradient_checkpointing_disable()
-
     def tie_weights(self) -> None:
         """Make the head the token embedding, if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.decoder.embed_tokens.weight
 
-    from_pretrained = classmethod(from_pretrained)
-    save_pretrained = save_pretrained
-    pack = pack
     generate = generate
 
 
-class OPTForSequenceClassification(nn.Module):
+class OPTForSequenceClassification(OPTPreTrainedModel):
     """OPT with a label, or several, for a whole row: `score` of its last token."""
 
     architecture = "OPTForSequenceClassification"
@@ -470,31 +463,8 @@ class OPTForSequenceClassification(nn.Module):
                 loss = F.binary_cross_entropy_with_logits(scores, labels.view_as(scores).to(scores.dtype))
         return SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
-    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache with room for `max_length` tokens a row."""
-        return self.model.init_cache(batch_size, max_length)
 
-    def set_attn_implementation(self, name: str) -> None:
-        """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
-        self.model.set_attn_implementation(name)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """See `OPTModel.gradient_checkpointing_enable`."""
-        self.model.gradient_checkpointing_enable()
-
-    def gradient_checkpointing_disable(self) -> None:
-        """See `OPTModel.gradient_checkpointing_enable`."""
-        self.model.gradient_checkpointing_disable()
-
-    def tie_weights(self) -> None:
-        """This head is not tied."""
-
-    from_pretrained = classmethod(from_pretrained)
-    save_pretrained = save_pretrained
-    pack = pack
-
-
-class OPTForQuestionAnswering(nn.Module):
+class OPTForQuestionAnswering(OPTPreTrainedModel):
     """OPT with two scores a token: that the answer begins there, and that it ends there."""
 
     architecture = "OPTForQuestionAnswering"
@@ -551,29 +521,6 @@ class OPTForQuestionAnswering(nn.Module):
                 losses.append(F.cross_entropy(scores, columns))
             loss = (losses[0] + losses[1]) / 2
         return QuestionAnsweringOutput(loss, starts, ends, out.past_key_values, out.hidden_states, out.attentions)
-
-    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache with room for `max_length` tokens a row."""
-        return self.model.init_cache(batch_size, max_length)
-
-    def set_attn_implementation(self, name: str) -> None:
-        """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
-        self.model.set_attn_implementation(name)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """See `OPTModel.gradient_checkpointing_enable`."""
-        self.model.gradient_checkpointing_enable()
-
-    def gradient_checkpointing_disable(self) -> None:
-        """See `OPTModel.gradient_checkpointing_enable`."""
-        self.model.gradient_checkpointing_disable()
-
-    def tie_weights(self) -> None:
-        """This head is not tied."""
-
-    from_pretrained = classmethod(from_pretrained)
-    save_pretrained = save_pretrained
-    pack = pack
 
 
 @torch.no_grad()

@@ -16,11 +16,9 @@ from opt_common.tensors import MAX_SHARD_SIZE
 from opt_common.weights import TORCH, Spec
 
 if TYPE_CHECKING:
-    from .model import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, OPTModel
+    from .model import OPTPreTrainedModel
 
-    AnyModel = OPTModel | OPTForCausalLM | OPTForSequenceClassification | OPTForQuestionAnswering
-
-Model = TypeVar("Model", bound="AnyModel")
+Model = TypeVar("Model", bound="OPTPreTrainedModel")
 
 
 def from_pretrained(
@@ -69,7 +67,9 @@ def from_pretrained(
     return model.eval()
 
 
-def save_pretrained(model: AnyModel, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+def save_pretrained(
+    model: OPTPreTrainedModel, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
     """Write a folder that every framework here and transformers load: config.json, generation_config.json and
     safetensors of at most `max_shard_size` bytes a file. Killed half-way, it leaves the old folder or the new one."""
 

@@ -191,7 +191,7 @@ def test_names():
             if spec.path != "lm_head":
                 stored, transposed = to_tf(spec.name)
                 for scope in ("", "tfopt_for_causal_lm/", "tfopt_for_causal_lm_1/", "tfopt_model/"):
-                    full = spec.name if prefix else f"model.{spec.name}"
+                    full = spec.name if spec.name.startswith("model.") else f"model.{spec.name}"
                     assert from_tf(scope + stored) == (full, transposed)
     assert to_tf("model.decoder.layers.10.fc1.weight") == ("model/decoder/layers.10/fc1/kernel:0", True)
     assert from_tf("x/model/decoder/embed_positions/weight:0") == ("model.decoder.embed_positions.weight", False)
