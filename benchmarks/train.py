@@ -1,11 +1,12 @@
 """Training steps of all three frameworks beside transformers', each in a process of its own, in rounds.
 
-    python -m benchmarks train --out benchmarks/train-gpu.json    # on a GPU: opt-350m's shape, 8 x 1,024 tokens, bfloat16
-    python -m benchmarks train --out benchmarks/train-cpu.json    # without: opt-125m's shape, 2 x 256 tokens, float32
-    python -m benchmarks train --smoke                            # opt-demo, once: proves the code alone
+    python -m benchmarks train --out train.json    # on a GPU: opt-350m's shape, 8 x 1,024 tokens, bfloat16
+                                                   # without: opt-125m's shape, 2 x 256 tokens, float32
+    python -m benchmarks train --smoke             # tiny models on the CPU, once: proves the code alone
 
-A step is loss, gradients and AdamW with everything in the one dtype, the config's own dropout of 0.1 included, on random
-weights and tokens. Median milliseconds of a step over all rounds, after the first three of each process (compiling).
+A step is loss, gradients and AdamW with everything in the one dtype, the config's own dropout of 0.1 included, on
+random weights and tokens. Median milliseconds of a step over all rounds, after the first three of each process, which
+compile.
 
 compiled  torch.compile of the loss and its gradients, tf.function with XLA; JAX always compiles
 ceiling   three forward passes' operations (`report.flops`) at the rate of a matrix product of the dtype, measured here,

@@ -92,7 +92,8 @@ def test_classifier_losses(framework, problem, headed):
         reference, **padded("left"), labels=values if labels == 3 and values.ndim == 1 else values.astype(float)
     )
     found = model(**padded("left"), labels=values)
-    assert found.loss == pytest.approx(float(wanted.loss), rel=1e-6)
+    # a square doubles the relative error
+    assert found.loss == pytest.approx(float(wanted.loss), rel=2e-6 if "regression" in problem else 1e-6)
     if values.ndim == 1:
         assert model(**padded("left"), labels=values[:, None]).loss == found.loss
     else:
