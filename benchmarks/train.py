@@ -135,7 +135,7 @@ def opt_flax(job: Job) -> Row:
 
     def run(state: Any) -> Any:
         model, optimizer, rngs = nnx.merge(graph, state)
-        loss, grads = nnx.value_and_grad(lambda m: m(ids, labels=ids, rngs=rngs).loss)(model)
+        loss, grads = nnx.value_and_grad(lambda m, r: m(ids, labels=ids, rngs=r).loss)(model, rngs)
         optimizer.update(model, grads)
         return nnx.state((model, optimizer, rngs)), loss
 
