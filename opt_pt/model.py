@@ -388,8 +388,9 @@ class OPTForCausalLM(OPTPreTrainedModel):
             if not check_labels:
                 raise ValueError(f"labels: found shape {list(labels.shape)}, wanted {list(logits.shape[:2])}")
             # float64 stays float64: that run is the judge of the others
-            scores = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.cross_entropy(scores.flatten(0, 1), labels[:, 1:].flatten())
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            # the labels are moved: a part of the logits would be copied, and its gradient once more
+            loss = F.cross_entropy(scores.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten())
         return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
     def tie_weights(self) -> None:
