@@ -21,6 +21,7 @@ from .weights import Spec, head, is_head, match, stored_architecture, table
 
 # keys of a config that `from_pretrained` takes in place of the checkpoint's
 CHANGEABLE = {field.name for field in dataclasses.fields(OPTConfig)} - {"unknown", "dtype"} | {"id2label", "label2id"}
+OF_THE_HUB = {"revision", "cache_dir", "token", "local_files_only"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,9 @@ def open_pretrained(
     """
     if dtype not in (*DTYPES, "auto"):
         raise ValueError(f"dtype: found {dtype!r}, wanted 'auto' or one of {', '.join(DTYPES)}")
+    unknown = sorted(options.keys() - CHANGEABLE - OF_THE_HUB)
+    if unknown:
+        raise TypeError(f"from_pretrained: found argument {unknown[0]!r}, wanted one of the config's or the Hub's")
     changes = {key: options.pop(key) for key in [*options] if key in CHANGEABLE}
     opened = open_checkpoint(path_or_name, layout, prefer=True, architecture=architecture, changes=changes, **options)
     checkpoint, config, names, tied = opened.checkpoint, opened.config, opened.names, opened.tied

@@ -70,6 +70,23 @@ class Linear(keras.layers.Dense):
         return y if self.bias is None else y + self.bias
 
 
+class Embedding(keras.layers.Embedding):
+    """A table with a dense gradient. Of the rows that TensorFlow makes of it otherwise, Keras's optimizers square each
+    occurrence of a token for itself, not their sum."""
+
+    def call(self, ids: Tensor) -> Tensor:
+        return ops.cast(_look_up(ops.convert_to_tensor(self.embeddings), ids), self.compute_dtype)
+
+
+@tf.custom_gradient
+def _look_up(table: Tensor, ids: Tensor) -> Any:
+    def gradient(upstream: Tensor) -> tuple[Tensor, None]:
+        rows = tf.math.unsorted_segment_sum(_wide(upstream), ids, table.shape[0])
+        return ops.cast(rows, table.dtype), None
+
+    return tf.gather(table, ids), gradient
+
+
 class Dropout(keras.layers.Dropout):
     """A Dropout that draws no seed of its own if one is given."""
 
@@ -201,7 +218,7 @@ class OPTDecoder(keras.layers.Layer):
         super().__init__(**kwargs)
         E, H, dtype = config.embed_dim, config.hidden_size, self.dtype_policy
         self.config, self.gradient_checkpointing = config, False
-        table = partial(keras.layers.Embedding, embeddings_initializer=initializer, dtype=dtype)
+        table = partial(Embedding, embeddings_initializer=initializer, dtype=dtype)
         self.embed_tokens = table(config.vocab_size, E, name="embed_tokens")
         self.embed_positions = table(config.max_position_embeddings + 2, H, name="embed_positions")
         linear = partial(Linear, use_bias=False, kernel_initializer=initializer, dtype=dtype)
@@ -441,7 +458,7 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         training: bool | None = None,
     ) -> CausalLMOutput:
-        """Run the decoder and the head; arguments as in `TFOPTModel.call`, or all that are tensors in a dictionary, and:
+        """Run the decoder and the head; arguments as in `TFOPTModel.call`, or the tensors in a dictionary, and:
 
         labels: [B, T] token ids, -100 where there is nothing to learn. They are shifted here: the logits of a token
             are held against the label of the next. The loss is their mean cross-entropy, in float32. As in
@@ -531,7 +548,7 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
         training: bool | None = None,
     ) -> SequenceClassifierOutput:
         """Run the decoder, and the head on the rightmost token of each row that is not padding, by attention_mask or by
-        being config.pad_token_id. Arguments as in `TFOPTModel.call`, or all that are tensors in a dictionary, and:
+        being config.pad_token_id. Arguments as in `TFOPTModel.call`, or the tensors in a dictionary, and:
 
         labels: for config.problem_type, which if None follows from num_labels and the labels as in transformers:
             "regression" (num_labels 1): [B] or, with several labels, [B, num_labels] numbers; the mean squared error.
@@ -609,7 +626,7 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
         output_attentions: bool = False,
         training: bool | None = None,
     ) -> QuestionAnsweringOutput:
-        """Run the decoder and the head; arguments as in `TFOPTModel.call`, or all that are tensors in a dictionary, and:
+        """Run the decoder and the head; arguments as in `TFOPTModel.call`, or the tensors in a dictionary, and:
 
         start_positions, end_positions: [B], the columns of the answer's first and last token. Those outside of the
             row's T columns are left out. (transformers takes negative ones for 0.) The loss is the mean of the two mean

@@ -38,7 +38,9 @@ def headed(tmp_path_factory):
         key = (architecture, name, *changes.items())
         if key not in made:
             torch.manual_seed(0)
-            config = transformers.OPTConfig(**(SMALL | CONFIGS[name] | {"num_labels": LABELS} | changes))
+            config = transformers.OPTConfig(
+                **(SMALL | CONFIGS[name] | {"num_labels": LABELS, "init_std": 0.1} | changes)
+            )
             model = getattr(transformers, architecture)(config).eval()
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -245,7 +247,7 @@ def test_misfits_are_errors(framework, headed):
     folder, _ = headed(CLASSIFIER)
     with pytest.raises(ValueError, match=r"score.weight: found shape \[3, 64\], wanted \[7, 64\]"):
         Backend(framework, folder, architecture=CLASSIFIER, num_labels=7)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="found argument 'num_lables'"):
         Backend(framework, folder, architecture=CLASSIFIER, num_lables=7)
 
 
