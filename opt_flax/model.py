@@ -221,28 +221,26 @@ class FlaxOPTPreTrainedModel(nnx.Module):
     architecture: str
     config: OPTConfig
 
-    @property
-    def base_model(self) -> FlaxOPTModel:
-        """The FlaxOPTModel inside; of a FlaxOPTModel itself."""
-        return self if isinstance(self, FlaxOPTModel) else self.model
+    def _decoder(self) -> OPTDecoder:
+        return (self if isinstance(self, FlaxOPTModel) else self.model).decoder
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens a row."""
-        return KVCache.empty(self.config, batch_size, max_length, self.base_model.decoder.embed_positions.dtype)
+        return KVCache.empty(self.config, batch_size, max_length, self._decoder().embed_positions.dtype)
 
     def set_attn_implementation(self, name: str) -> None:
         """Attend by "eager", "sdpa" or "cudnn" from now on; see `opt_flax.attention`."""
         check_implementation(name)
-        self.base_model.decoder.attn_implementation = name
+        self._decoder().attn_implementation = name
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep only the input of each layer for the backward pass, which computes the rest again; not in calls with a
         cache or output_attentions."""
-        self.base_model.decoder.gradient_checkpointing = True
+        self._decoder().gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all that the backward pass needs, as by default."""
-        self.base_model.decoder.gradient_checkpointing = False
+        self._decoder().gradient_checkpointing = False
 
     from_pretrained = classmethod(from_pretrained)
     save_pretrained = save_pretrained

@@ -255,29 +255,27 @@ class OPTPreTrainedModel(nn.Module):
     architecture: str
     config: OPTConfig
 
-    @property
-    def base_model(self) -> OPTModel:
-        """The OPTModel inside; of an OPTModel itself."""
-        return self if isinstance(self, OPTModel) else self.model
+    def _decoder(self) -> OPTDecoder:
+        return (self if isinstance(self, OPTModel) else self.model).decoder
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens a row."""
-        weight = self.base_model.decoder.embed_positions.weight
+        weight = self._decoder().embed_positions.weight
         return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype)
 
     def set_attn_implementation(self, name: str) -> None:
         """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
         check_implementation(name)
-        self.base_model.decoder.attn_implementation = name
+        self._decoder().attn_implementation = name
 
     def gradient_checkpointing_enable(self) -> None:
         """In training keep only the input of each layer for the backward pass, which computes the rest again; not in
         calls with a cache."""
-        self.base_model.decoder.gradient_checkpointing = True
+        self._decoder().gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all that the backward pass needs, as by default."""
-        self.base_model.decoder.gradient_checkpointing = False
+        self._decoder().gradient_checkpointing = False
 
     def tie_weights(self) -> None:
         """Make the head the token embedding, if it is an `lm_head` and the config says so."""

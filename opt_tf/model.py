@@ -75,7 +75,7 @@ class Embedding(keras.layers.Embedding):
     occurrence of a token for itself, not their sum."""
 
     def call(self, ids: Tensor) -> Tensor:
-        return ops.cast(_look_up(ops.convert_to_tensor(self.embeddings), ids), self.compute_dtype)
+        return ops.cast(_look_up(tf.identity(self.embeddings), ids), self.compute_dtype)
 
 
 @tf.custom_gradient
@@ -322,10 +322,8 @@ class TFOPTPreTrainedModel(keras.Model):
     architecture: str
     config: OPTConfig
 
-    @property
-    def base_model(self) -> TFOPTModel:
-        """The TFOPTModel inside; of a TFOPTModel itself."""
-        return self if isinstance(self, TFOPTModel) else self.model
+    def _decoder(self) -> OPTDecoder:
+        return (self if isinstance(self, TFOPTModel) else self.model).decoder
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens a row."""
@@ -334,11 +332,11 @@ class TFOPTPreTrainedModel(keras.Model):
     def gradient_checkpointing_enable(self) -> None:
         """In training keep only the input of each layer for the backward pass, which computes the rest again; not in
         calls with a cache or output_attentions. A tf.function that is traced, as `fit` does, stays as it is."""
-        self.base_model.decoder.gradient_checkpointing = True
+        self._decoder().gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all that the backward pass needs, as by default."""
-        self.base_model.decoder.gradient_checkpointing = False
+        self._decoder().gradient_checkpointing = False
 
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """The loss given to `compile` is of the logits; without targets, as `fit` on dictionaries with labels, it is

@@ -38,9 +38,8 @@ def headed(tmp_path_factory):
         key = (architecture, name, *changes.items())
         if key not in made:
             torch.manual_seed(0)
-            config = transformers.OPTConfig(
-                **(SMALL | CONFIGS[name] | {"num_labels": LABELS, "init_std": 0.1} | changes)
-            )
+            own = {"num_labels": LABELS, "init_std": 0.1} | changes
+            config = transformers.OPTConfig(**(SMALL | CONFIGS[name] | own))
             model = getattr(transformers, architecture)(config).eval()
             with torch.no_grad():
                 for parameter in model.parameters():
