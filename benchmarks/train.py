@@ -11,7 +11,8 @@ compile.
 compiled  torch.compile of the loss and its gradients, tf.function with XLA; JAX always compiles
 ceiling   three forward passes' operations (`report.flops`) at the rate of a matrix product of the dtype, measured here,
           over the step
-peak      the most memory that a step has allocated (GPU only)
+peak      the most memory that a step has allocated; on a CPU, that the process has taken
+again     with gradient checkpointing: layers are computed again for the backward pass
 x best    ours over transformers' best
 """
 
@@ -29,6 +30,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.load import memory
 from benchmarks.report import ON_CPU, Row, child, console, flops, heading, machine, over, say, show, spread
 from opt_common.config import OPTConfig
 from opt_common.files import write_atomically
@@ -44,6 +46,7 @@ class Job:
     system: str
     attention: str
     compiled: bool
+    checkpointing: bool
     config: dict[str, Any]
     rows: int
     tokens: int
@@ -78,6 +81,8 @@ def _torch(job: Job, make: Callable[[], Any]) -> Row:
     torch.set_default_dtype(dtype)
     with torch.device(job.device):
         model = make().train()
+    if job.checkpointing:
+        model.gradient_checkpointing_enable()
     torch.set_default_dtype(torch.float32)
     ids = torch.tensor(job.ids(), device=job.device)
     optimizer = torch.optim.AdamW(model.parameters(), RATE, fused=True)
@@ -108,6 +113,8 @@ def opt_tf(job: Job) -> Row:
 
     keras.utils.set_random_seed(0)
     model = TFOPTForCausalLM(OPTConfig.from_dict(job.config), dtype=job.dtype)
+    if job.checkpointing:
+        model.gradient_checkpointing_enable()
     ids, optimizer = tf.constant(job.ids()), keras.optimizers.AdamW(RATE)
     optimizer.build(model.trainable_variables)
 
@@ -129,6 +136,8 @@ def opt_flax(job: Job) -> Row:
     from opt_flax import FlaxOPTForCausalLM, OPTConfig
 
     model = FlaxOPTForCausalLM(OPTConfig.from_dict(job.config), job.dtype, job.attention, rngs=nnx.Rngs(0))
+    if job.checkpointing:
+        model.gradient_checkpointing_enable()
     optimizer = nnx.Optimizer(model, optax.adamw(RATE), wrt=nnx.Param)
     ids, rngs = jax.numpy.asarray(job.ids()), nnx.Rngs(dropout=1)
     graph, state = nnx.split((model, optimizer, rngs))
@@ -163,7 +172,8 @@ def _timed(job: Job, step: Callable[[], float]) -> Row:
         seconds.append(time.perf_counter() - start)
     if not losses[-1] < losses[0]:
         raise ValueError(f"nothing was learnt: loss {losses[0]:.4f}, then {losses[-1]:.4f}")
-    return {"ms": [1000 * s for s in seconds], "first_s": first, "loss": [losses[0], losses[-1]]}
+    found: Row = {"ms": [1000 * s for s in seconds], "first_s": first, "loss": [losses[0], losses[-1]]}
+    return found | ({"peak_GB": memory("VmHWM") / 1e9} if job.device == "cpu" else {})
 
 
 def ceiling(job: Job) -> Row:
@@ -186,10 +196,26 @@ def ceiling(job: Job) -> Row:
 
 SYSTEMS = {"opt_pt": opt_pt, "opt_tf": opt_tf, "opt_flax": opt_flax, "transformers": transformers, "ceiling": ceiling}
 FA2 = "flash_attention_2"
-GPU = [(system, attention, compiled) for system in ("opt_pt", "transformers") for attention in ("sdpa", FA2)
-       for compiled in (False, True)] + [("opt_flax", "sdpa", True), ("transformers", "eager", False)]  # fmt: skip
-CPU = [("opt_pt", "sdpa", False), ("opt_tf", "", False), ("opt_tf", "", True), ("opt_flax", "sdpa", True),
-       ("transformers", "sdpa", False), ("transformers", "eager", False)]  # fmt: skip
+Arm = tuple[str, str, bool, bool]  # system, attention, compiled, checkpointing
+GPU: list[Arm] = [
+    *((who, attention, compiled, False) for who in ("opt_pt", "transformers") for attention in ("sdpa", FA2)
+      for compiled in (False, True)),
+    ("opt_flax", "sdpa", True, False),
+    ("transformers", "eager", False, False),
+    ("opt_pt", "sdpa", False, True),
+    ("opt_flax", "sdpa", True, True),
+]  # fmt: skip
+CPU: list[Arm] = [
+    ("opt_pt", "sdpa", False, False),
+    ("opt_tf", "", False, False),
+    ("opt_tf", "", True, False),
+    ("opt_flax", "sdpa", True, False),
+    ("transformers", "sdpa", False, False),
+    ("transformers", "eager", False, False),
+    ("opt_pt", "sdpa", False, True),
+    ("opt_tf", "", False, True),
+    ("opt_flax", "sdpa", True, True),
+]
 
 
 def train(
@@ -210,18 +236,18 @@ def train(
     config = OPTConfig.from_size(size, **(small if smoke else {}))
     shape = (2, 8) if smoke else (8, 1024) if gpu else (2, 256)
     kind = ("bfloat16", "cuda", 20) if gpu else ("float32", "cpu", 1 if smoke else 4)
-    job = Job("", "", False, config.to_dict(), rows or shape[0], tokens or shape[1], *kind)
+    job = Job("", "", False, False, config.to_dict(), rows or shape[0], tokens or shape[1], *kind)
     env = {"HF_HUB_OFFLINE": "1"} | ({} if gpu else ON_CPU)
     report: Row = machine(smoke, name) | {"size": size, "rows": job.rows, "tokens": job.tokens, "dtype": job.dtype}
     rate = child(sys.executable, "train", asdict(replace(job, system="ceiling")), env).get("rate")
     report["matmul_TFLOP_s"] = rate / 1e12 if rate else None
-    wanted = [s for s in (GPU if gpu else CPU) if not only or s[0] in only.split(",")]
-    found: dict[tuple[str, str, bool], list[Row]] = {system: [] for system in wanted}
+    wanted = [arm for arm in (GPU if gpu else CPU) if not only or arm[0] in only.split(",")]
+    found: dict[Arm, list[Row]] = {arm: [] for arm in wanted}
     for turn in range(1 if smoke else rounds):
-        for system, attention, compiled in wanted:
-            say(f"round {turn + 1}: {system} {attention} {'compiled' if compiled else ''}")
-            one = replace(job, system=system, attention=attention, compiled=compiled)
-            found[system, attention, compiled].append(child(sys.executable, "train", asdict(one), env, 400))
+        for arm in wanted:
+            say(f"round {turn + 1}: {words(arm)}")
+            one = replace(job, **dict(zip(("system", "attention", "compiled", "checkpointing"), arm, strict=True)))
+            found[arm].append(child(sys.executable, "train", asdict(one), env, 400))
     report["results"] = rows_of(found, job, flops(config, job.rows, job.tokens), rate)
     if out is not None:
         write_atomically(out, json.dumps(report, indent=1) + "\n")
@@ -231,13 +257,21 @@ def train(
     show(printed, title, [{k: v["median"] if k == "ms" else v for k, v in row.items()} for row in report["results"]])
 
 
-def rows_of(found: dict[tuple[str, str, bool], list[Row]], job: Job, forward: int, rate: float | None) -> list[Row]:
+def words(arm: Arm) -> str:
+    system, attention, compiled, checkpointing = arm
+    said = (system, attention, "compiled" if compiled else "", "checkpointing" if checkpointing else "")
+    return " ".join(word for word in said if word)
+
+
+def rows_of(found: dict[Arm, list[Row]], job: Job, forward: int, rate: float | None) -> list[Row]:
     result: list[Row] = []
-    for (system, attention, compiled), runs in found.items():
+    for arm, runs in found.items():
+        system, attention, compiled, checkpointing = arm
         row: Row = {"system": system, "attention": attention, "compiled": "yes" if compiled else "no"}
+        row["again"] = "yes" if checkpointing else "no"
         failed = next((run["not_run"] for run in runs if "not_run" in run), None)
         if failed:
-            result.append(row | {"not_run": {f"{system} {attention} {'compiled' if compiled else ''}".strip(): failed}})
+            result.append(row | {"not_run": {words(arm): failed}})
             continue
         row["ms"] = spread(ms for run in runs for ms in run["ms"])
         row["tokens_s"] = 1000 * job.rows * job.tokens / row["ms"]["median"]

@@ -12,9 +12,10 @@ from opt_common.frameworks import to_numpy
 from opt_common.weights import FLAX, KERAS, TORCH, Spec, table
 
 Arrays = dict[str, np.ndarray]
+# A small rate: float32 and float64 may see a ReLU on two sides of zero, and its rows then move by the rate.
 # Adam divides by the gradient's own size, so with the usual 1e-8 the rounding errors that are all the gradient of a
 # k_proj.bias would move it as far as any other.
-ADAMW: dict[str, float] = {"learning_rate": 1e-3, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-4, "weight_decay": 0.01}
+ADAMW: dict[str, float] = {"learning_rate": 3e-5, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-4, "weight_decay": 0.01}
 
 
 class Learner(Backend):
