@@ -88,12 +88,21 @@ def _look_up(table: Tensor, ids: Tensor) -> Any:
 
 
 class Dropout(keras.layers.Dropout):
-    """A Dropout that draws no seed of its own if one is given."""
+    """A Dropout that draws no seed of its own if one is given, and whose seeds go on where they were when the model is
+    saved and loaded in training; Keras would begin anew."""
 
     def call(self, x: Tensor, training: bool | None = None, seed: Tensor | None = None) -> Tensor:
         if seed is None or not training or not self.rate:
             return super().call(x, training=training)
         return tf.nn.experimental.stateless_dropout(x, self.rate, seed)
+
+    def save_own_variables(self, store: Any) -> None:
+        if self.rate:
+            store["seed"] = self.seed_generator.state.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        if self.rate and "seed" in store:
+            self.seed_generator.state.assign(store["seed"][...])
 
 
 class OPTAttention(keras.layers.Layer):
