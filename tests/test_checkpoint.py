@@ -124,7 +124,7 @@ def test_bare_model(framework, tiny, tmp_path, rng):
 
     folder, reference = tiny("350m")
     package = __import__(FRAMEWORKS[framework].package)
-    model = getattr(package, FRAMEWORKS[framework].model.replace("ForCausalLM", "Model")).from_pretrained(folder)
+    model = getattr(package, FRAMEWORKS[framework].prefix + "OPTModel").from_pretrained(folder)
     ids = rng.integers(3, 96, (2, 8))
     out = model(FRAMEWORKS[framework].tensor(ids)).last_hidden_state
     with torch.no_grad():

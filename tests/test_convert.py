@@ -217,15 +217,15 @@ def test_ctranslate2_from_what_we_write(tmp_path):
 
 
 def test_names():
-    for prefix in ("model.", ""):
-        for spec in table(tiny_config("350m", layers=12, tie_word_embeddings=False), prefix):
+    for architecture in ("OPTForCausalLM", "OPTModel"):
+        for spec in table(tiny_config("350m", layers=12, tie_word_embeddings=False), architecture):
             stored, transposed = to_flax(spec.name)
             assert transposed == (spec.kind == "linear")
             assert from_flax(stored) == (spec.name, transposed)
             if spec.path != "lm_head":
                 stored, transposed = to_tf(spec.name)
                 for scope in ("", "tfopt_for_causal_lm/", "tfopt_for_causal_lm_1/", "tfopt_model/"):
-                    full = spec.name if prefix else f"model.{spec.name}"
+                    full = spec.name if spec.name.startswith("model.") else f"model.{spec.name}"
                     assert from_tf(scope + stored) == (full, transposed)
     assert to_tf("model.decoder.layers.10.fc1.weight") == ("model/decoder/layers.10/fc1/kernel:0", True)
     assert from_tf("x/model/decoder/embed_positions/weight:0") == ("model.decoder.embed_positions.weight", False)
