@@ -122,7 +122,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     they are powers of two long; a block copied aside, its rows a little longer, goes four to five times as fast.
     """
     if array.ndim != 2 or array.flags.c_contiguous or array.strides[0] != array.itemsize:
-        return np.require(array, requirements="CA")
+        return np.require(array, requirements=["C", "A"])
     stored, size = array.T.view(np.uint8), array.itemsize  # bytes: not every map of a file is aligned
     rows, columns = array.shape
     block, out = 256, np.empty(array.shape, f"u{size}")  # bits: numpy copies bfloat16 slowly

@@ -220,6 +220,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
 
     architecture: str
     config: OPTConfig
+    model: FlaxOPTModel  # of those with a head
 
     def _decoder(self) -> OPTDecoder:
         return (self if isinstance(self, FlaxOPTModel) else self.model).decoder

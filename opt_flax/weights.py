@@ -59,7 +59,7 @@ def from_pretrained(
     if jax.dtypes.canonicalize_dtype(wanted) != wanted:
         raise ValueError("dtype: found float64, which jax has only after jax.config.update('jax_enable_x64', True)")
     # shapes without memory, and no random numbers
-    model = nnx.eval_shape(lambda: cls(opened.config, wanted, attn_implementation, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: cls(opened.config, wanted, attn_implementation, rngs=nnx.Rngs(0)))  # pyright: ignore[reportCallIssue]
 
     def place(spec: Spec) -> Sharding | None:
         return sharding if sharding is None or isinstance(sharding, Sharding) else sharding(spec.name)

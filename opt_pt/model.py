@@ -254,6 +254,7 @@ class OPTPreTrainedModel(nn.Module):
 
     architecture: str
     config: OPTConfig
+    model: OPTModel  # of those with a head
 
     def _decoder(self) -> OPTDecoder:
         return (self if isinstance(self, OPTModel) else self.model).decoder

@@ -330,6 +330,7 @@ class TFOPTPreTrainedModel(keras.Model):
 
     architecture: str
     config: OPTConfig
+    model: TFOPTModel  # of those with a head
 
     def _decoder(self) -> OPTDecoder:
         return (self if isinstance(self, TFOPTModel) else self.model).decoder
