@@ -70,8 +70,10 @@ FLAX = Layout("embedding", "kernel", "bias", "scale", "bias", transposed=False)
 
 
 def table(config: OPTConfig, architecture: str = "OPTForCausalLM") -> Iterator[Spec]:
-    """Every tensor of an OPT, in the order of the model. `architecture` is one of HEADS; the bare OPTModel's names do
-    not begin with "model."."""
+    """Every tensor of an OPT, in the order of the model. `architecture` is one of HEADS, or a ValueError; the bare
+    OPTModel's names do not begin with "model."."""
+    if architecture not in HEADS:
+        raise ValueError(f"architecture: found {architecture!r}, wanted one of {', '.join(HEADS)}")
     c, d = config, "decoder" if architecture == "OPTModel" else "model.decoder"
     V, E, H, F = c.vocab_size, c.embed_dim, c.hidden_size, c.ffn_dim
 
