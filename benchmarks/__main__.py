@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import compare, gpu, growth, load, speedup
+from benchmarks import compare, convert, gpu, growth, load, speedup, train
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="What the claims about speed and memory rest on.")
 app.command()(compare.cpu)
+app.command()(convert.convert)
 app.command()(gpu.gpu)
 app.command()(growth.growth)
 app.command()(load.load)
+app.command()(train.train)
 app.add_typer(speedup.app, name="speedup")
 
 if __name__ == "__main__":

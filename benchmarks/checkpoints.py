@@ -12,9 +12,10 @@ from opt_common.tensors import Source, numpy_dtype
 from opt_common.weights import Spec, table
 
 
-def random_checkpoint(folder: Path, size: str, dtype: str = "float16", max_shard_size: str = "5GB") -> Path:
-    """Write an OPT of a published size with weights from N(0, 0.02²), as safetensors; returns `folder`."""
-    config = OPTConfig.from_size(size, dtype=dtype)
+def random_checkpoint(folder: Path, size: str, dtype: str = "float16", layers: int | None = None) -> Path:
+    """Write an OPT of a published size, or `layers` of it, with weights from N(0, 0.02²), as safetensors; returns
+    `folder`."""
+    config = OPTConfig.from_size(size, dtype=dtype, **({} if layers is None else {"num_hidden_layers": layers}))
     rng = np.random.default_rng(0)
 
     def draw(spec: Spec) -> np.ndarray:
@@ -22,5 +23,5 @@ def random_checkpoint(folder: Path, size: str, dtype: str = "float16", max_shard
         return (values + (spec.kind == "norm")).astype(numpy_dtype(dtype))
 
     sources = [Source(s.name, s.shape, dtype, lambda s=s: draw(s)) for s in table(config)]
-    save_checkpoint(folder, sources, {"config.json": config.to_json()}, max_shard_size)
+    save_checkpoint(folder, sources, {"config.json": config.to_json()})
     return folder

@@ -15,6 +15,8 @@ from .files import read_json, write_atomically
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+MAX_LABELS = 1_000_000
 
 # layers, hidden, heads, ffn. 350m alone is post-norm with a 512-wide embedding (metaseq #383, #388).
 SIZES: dict[str, dict[str, Any]] = {
@@ -51,6 +53,8 @@ class OPTConfig:
     The defaults are opt-125m's. `word_embed_proj_dim` defaults to `hidden_size`; `dtype` is the checkpoint's
     ("float16", "bfloat16", "float32", "float64") or None if it does not say. `unknown` holds the keys of a
     `config.json` that OPT has no use for (`prefix`, `activation_dropout` ...), so that saving gives them back.
+    `num_labels` and `problem_type` are of OPTForSequenceClassification alone: see its `labels`. In a file `id2label`
+    tells their number, as transformers has it.
 
     Raises ValueError, naming the field, for a value that cannot be an OPT.
     """
@@ -76,6 +80,8 @@ class OPTConfig:
     pad_token_id: int | None = 1
     bos_token_id: int | None = 2
     eos_token_id: int | tuple[int, ...] | None = 2
+    num_labels: int = 2
+    problem_type: str | None = None
     dtype: str | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -114,6 +120,9 @@ class OPTConfig:
         check(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_attention_heads ({heads})")
         check(self.activation_function in ACTIVATIONS, "activation_function", f"one of {', '.join(ACTIVATIONS)}")
         check(self.dtype in (None, *DTYPES), "dtype", f"one of {', '.join(DTYPES)}, or null")
+        check(self.num_labels <= MAX_LABELS, "num_labels", f"at most {MAX_LABELS}")
+        wanted = f"one of {', '.join(PROBLEM_TYPES)}, or null"
+        check(self.problem_type in (None, *PROBLEM_TYPES), "problem_type", wanted)
 
     @property
     def embed_dim(self) -> int:
@@ -141,6 +150,13 @@ class OPTConfig:
         eos = self.eos_token_id
         return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
+    @property
+    def id2label(self) -> dict[int, str]:
+        """What each label is called: LABEL_0, LABEL_1 ... if the config does not say."""
+        given = self.unknown.get("id2label") or {}
+        named = {i: given.get(str(i), given.get(i)) for i in range(self.num_labels)}
+        return {i: f"LABEL_{i}" if name is None else str(name) for i, name in named.items()}
+
     @classmethod
     def from_size(cls, size: str, **changes: Any) -> OPTConfig:
         """The config of a published size, "125m" to "175b", with any field changed by keyword."""
@@ -162,6 +178,13 @@ class OPTConfig:
             if key in values and values[key] not in harmless:
                 found = f"{source}: {key}: found {reprlib.repr(values[key])}"
                 raise ValueError(f"{found}; OPT Zoo cannot do this and will not ignore it")
+        labels = values.get("id2label")
+        if labels is not None:
+            if not isinstance(labels, Mapping) or not labels:
+                raise ValueError(
+                    f"{source}: id2label: found {reprlib.repr(labels)}, wanted an object of names by number"
+                )
+            values["num_labels"] = len(labels)
         # transformers before 4.56 writes torch_dtype, later releases dtype
         torch_dtype = values.pop("torch_dtype", None)
         dtype = values.pop("dtype", None) or torch_dtype
@@ -184,13 +207,25 @@ class OPTConfig:
         path = fetch(path_or_name, ["config.json"], **hub) / "config.json"
         return cls.from_dict(read_json(path), source=str(path))
 
+    def changed(self, **changes: Any) -> OPTConfig:
+        """A copy with keys of a `config.json` changed: `num_labels`, `id2label`, `dropout` ..."""
+        values = self.to_dict()
+        if "num_labels" in changes or "id2label" in changes:
+            values = {key: value for key, value in values.items() if key not in ("id2label", "label2id")}
+        return OPTConfig.from_dict(values | changes)
+
     def to_dict(self) -> dict[str, Any]:
         """The contents of a `config.json` that transformers reads, unknown keys included."""
         values: dict[str, Any] = {"architectures": ["OPTForCausalLM"], "model_type": "opt"} | dict(self.unknown)
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in ("unknown", "dtype"):
+            if f.name not in ("unknown", "dtype", "num_labels", "problem_type"):
                 values[f.name] = list(value) if isinstance(value, tuple) else value
+        if self.problem_type is not None:
+            values["problem_type"] = self.problem_type
+        if self.num_labels != len(self.unknown.get("id2label") or (0, 1)):
+            values["id2label"] = {str(i): name for i, name in self.id2label.items()}
+            values["label2id"] = {name: i for i, name in self.id2label.items()}
         if self.dtype is not None:
             values["torch_dtype"] = self.dtype  # every release of transformers reads this spelling
         return dict(sorted(values.items()))

@@ -16,7 +16,7 @@ import numpy as np
 from .checkpoint import save_checkpoint
 from .config import DTYPES, OPTConfig
 from .hub import COMPANIONS
-from .layouts import WRITABLE, layout_module
+from .layouts import HEADED, WRITABLE, layout_module
 from .pretrained import open_checkpoint
 from .progress import byte_bar
 from .tensors import MAX_SHARD_SIZE, Entry, Source, numpy_dtype, parse_size
@@ -114,8 +114,10 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
     checkpoint, folder = opened.checkpoint, opened.checkpoint.folder
     if Path(target).resolve() == folder.resolve():
         raise ValueError(f"{target}: is the source too; wanted another folder")
+    if opened.architecture != "OPTForCausalLM" and to not in HEADED:
+        raise ValueError(f"{checkpoint.path}: is an {opened.architecture}; wanted one of {', '.join(HEADED)} to write")
     config = dataclasses.replace(opened.config, tie_word_embeddings=opened.tied, dtype=dtype or checkpoint.dtype)
-    entries = [(spec, checkpoint[opened.names[spec.name]]) for spec in table(config)]
+    entries = [(spec, checkpoint[opened.names[spec.name]]) for spec in table(config, opened.architecture)]
     sources = [
         Source(spec.name, spec.shape, dtype or entry.dtype, lambda n=spec.name, e=entry: _cast(n, e, dtype))
         for spec, entry in entries
@@ -134,7 +136,7 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
 
 
 def _cast(name: str, entry: Entry, dtype: str | None) -> np.ndarray:
-    array = entry.read()
+    array = entry.map()
     if dtype in (None, entry.dtype):
         return array
     with np.errstate(over="ignore"):  # told below, by name

@@ -16,7 +16,7 @@ from .config import SIZES, OPTConfig
 from .pretrained import Opened, find_checkpoint, open_checkpoint
 from .progress import byte_bar
 from .tensors import Entry, contiguous
-from .weights import FLOATS, compare
+from .weights import FLOATS, compare, stored_architecture
 
 # Fields that do not change what a model answers.
 _OF_TRAINING = ("dtype", "unknown", "dropout", "attention_dropout", "layerdrop", "init_std", "use_cache")
@@ -50,6 +50,7 @@ def examine(
         "dtype": checkpoint.dtype if dtypes else None,
         "dtypes": dtypes,
         "parameters": sum(math.prod(entry.shape) for entry in checkpoint.values()) - repeated,
+        "architecture": stored_architecture(checkpoint),
         "head": "tied to the embedding" if tied else "its own",
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,

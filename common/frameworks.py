@@ -17,12 +17,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Framework:
-    """`key` is also the extra that installs it; `tensors` is what the tokenizer calls its tensors."""
+    """`key` is also the extra that installs it; `prefix` begins the names of its classes; `tensors` is what the
+    tokenizer calls its tensors."""
 
     key: str
     title: str
     package: str
-    model: str
+    prefix: str
     needs: tuple[str, ...]
     tensors: str
 
@@ -36,10 +37,10 @@ class Framework:
     def version(self) -> str:
         return importlib.metadata.version(self.needs[0])
 
-    def model_class(self) -> Any:
-        """Its OPTForCausalLM; imports the framework."""
+    def model_class(self, architecture: str = "OPTForCausalLM") -> Any:
+        """Its class for one of `weights.HEADS`; imports the framework."""
         with _without_greetings() if self.key == "tf" else nullcontext():
-            return getattr(importlib.import_module(self.package), self.model)
+            return getattr(importlib.import_module(self.package), self.prefix + architecture)
 
     def tensor(self, array: np.ndarray) -> Any:
         """A numpy array as a tensor of the framework."""
@@ -68,9 +69,9 @@ def _without_greetings() -> Iterator[None]:
 FRAMEWORKS = {
     f.key: f
     for f in (
-        Framework("pt", "PyTorch", "opt_pt", "OPTForCausalLM", ("torch",), "pt"),
-        Framework("tf", "TensorFlow", "opt_tf", "TFOPTForCausalLM", ("tensorflow", "keras"), "tf"),
-        Framework("flax", "JAX", "opt_flax", "FlaxOPTForCausalLM", ("jax", "flax"), "jax"),
+        Framework("pt", "PyTorch", "opt_pt", "", ("torch",), "pt"),
+        Framework("tf", "TensorFlow", "opt_tf", "TF", ("tensorflow", "keras"), "tf"),
+        Framework("flax", "JAX", "opt_flax", "Flax", ("jax", "flax"), "jax"),
     )
 }
 

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5g, h5l, h5o, h5t  # pyright: ignore[reportAttributeAccessIssue]
 
-from .tensors import Entry, map_bytes, numpy_dtype, read_bytes
+from .tensors import PIECE, Entry, map_bytes, numpy_dtype, read_bytes
 
 # Bytes; sign bit, exponent, bits of it, mantissa, bits of it; bias: of the little-endian floats.
 _FLOATS = {
@@ -141,8 +141,8 @@ class _Sink(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view, done = memoryview(data).cast("B"), 0
-        while self.error is None and done < len(view):  # the system takes 2 GiB at once
-            done += self._tried(lambda done=done: self.file.write(view[done:])) or 0
+        while self.error is None and done < len(view):
+            done += self._tried(lambda done=done: self.file.write(view[done : done + PIECE])) or 0
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:

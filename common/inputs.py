@@ -61,6 +61,34 @@ def check_tokens(config: OPTConfig, smallest: int, largest: int) -> None:
         raise ValueError(f"input_ids: found token {bad}, wanted 0 to {config.vocab_size - 1} (vocab_size - 1)")
 
 
+def check_labels(config: OPTConfig, rows: int | None, labels: Shape, whole: bool) -> str:
+    """Check the labels of a sequence classification and return its problem type, which transformers' rule gives where
+    the config does not: one label is regression, several are single-label if `whole` numbers are given, else
+    multi-label. `rows` is None while tracing. Raises ValueError."""
+    n = config.num_labels
+    several = "single_label_classification" if whole else "multi_label_classification"
+    problem = config.problem_type or ("regression" if n == 1 else several)
+    if problem == "single_label_classification" and not whole:
+        raise ValueError(f"labels: found fractions, wanted whole numbers below {n} for {problem}")
+    one_each = problem == "single_label_classification" or n == 1
+    shapes = [(rows,), (rows, 1)] if one_each else [(rows, n)]
+    if rows is not None and tuple(labels) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"labels: found shape {list(labels)}, wanted {wanted} for {problem} with num_labels {n}")
+    return problem
+
+
+def check_spans(rows: int | None, start_positions: Shape | None, end_positions: Shape | None) -> bool:
+    """Whether there is something to learn for a question answering. Raises ValueError for one of two, or a wrong
+    shape. `rows` is None while tracing."""
+    if (start_positions is None) != (end_positions is None):
+        raise ValueError("start_positions, end_positions: found one of them, wanted both or neither")
+    for name, shape in (("start_positions", start_positions), ("end_positions", end_positions)):
+        if shape is not None and rows is not None and tuple(shape) not in ((rows,), (rows, 1)):
+            raise ValueError(f"{name}: found shape {list(shape)}, wanted [{rows}]")
+    return start_positions is not None
+
+
 def check_positions(config: OPTConfig, largest: int, name: str = "position_ids", smallest: int = -1) -> None:
     """Raise ValueError if a position has no row in the position table; -1 is that of padding."""
     limit = config.max_position_embeddings

@@ -44,3 +44,32 @@ class CausalLMOutput(NamedTuple):
 
     def __getitem__(self, key: Any) -> Any:
         return _get(self, key)
+
+
+class SequenceClassifierOutput(NamedTuple):
+    """Result of an OPTForSequenceClassification: `loss` (a float32 scalar, if labels were given) and `logits`
+    [B, labels] of the last token of each row, then as BaseModelOutput."""
+
+    loss: Any = None
+    logits: Any = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+
+    def __getitem__(self, key: Any) -> Any:
+        return _get(self, key)
+
+
+class QuestionAnsweringOutput(NamedTuple):
+    """Result of an OPTForQuestionAnswering: `loss` (a float32 scalar, if positions were given), `start_logits` and
+    `end_logits` [B, T], then as BaseModelOutput."""
+
+    loss: Any = None
+    start_logits: Any = None
+    end_logits: Any = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+
+    def __getitem__(self, key: Any) -> Any:
+        return _get(self, key)

@@ -68,7 +68,7 @@ def parity(model: str, prompt: str, new_tokens: int, frameworks: Iterable[str] =
     The end of text is forbidden, so that there are always `new_tokens`. Speed is that of a second generate.
     """
     tokenizer = GPT2Tokenizer.from_pretrained(model)
-    opened = open_pretrained(model, "model.", "float64")
+    opened = open_pretrained(model, "OPTForCausalLM", "float64")
     weights = {spec.name: array for spec, array in opened.tensors}
     judged: dict[tuple[int, ...], tuple[np.ndarray, list[np.ndarray]]] = {}
     rows, text = [], ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,33 @@ from .hub import fetch_checkpoint
 from .layouts import LAYOUTS
 from .progress import byte_bar
 from .tensors import MAX_SHARD_SIZE, Source, contiguous
-from .weights import Spec, match, table
+from .weights import Spec, head, is_head, match, stored_architecture, table
+
+# keys of a config that `from_pretrained` takes in place of the checkpoint's
+CHANGEABLE = {field.name for field in dataclasses.fields(OPTConfig)} - {"unknown", "dtype"} | {"id2label", "label2id"}
+OF_THE_HUB = {"revision", "cache_dir", "token", "local_files_only"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A checkpoint and its config, checked against each other: where each tensor of the table lies, and whether the
-    head is tied."""
+    """A checkpoint and its config, checked against each other: where each tensor of the table lies, whether the head is
+    tied, and whose table it is."""
 
     checkpoint: Checkpoint
     config: OPTConfig
     names: dict[str, str]
     tied: bool
+    architecture: str
 
 
 def open_checkpoint(
-    path_or_name: str | Path, layout: str | None = None, prefer: bool = False, companions: bool = False, **hub: Any
+    path_or_name: str | Path,
+    layout: str | None = None,
+    prefer: bool = False,
+    companions: bool = False,
+    architecture: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    **hub: Any,
 ) -> Opened:
     """Find, open and check a checkpoint; no tensor is read, nothing of its size is allocated.
 
@@ -40,11 +51,13 @@ def open_checkpoint(
     `layout`: one of `opt_common.layouts.LAYOUTS`, or None for the one that is there. Of several, `prefer` takes the
     first: safetensors, then PyTorch's, then the others in the order of LAYOUTS; otherwise they are an error. Of a Hub
     repository the preferred one is taken, which alone is fetched. `companions` fetches its tokenizer too.
+    `architecture`: whose table it is checked against (`match`). `changes`: keys of the config that are to be others.
     Raises FileNotFoundError and ValueError as `fetch`, `Checkpoint`, `OPTConfig.from_pretrained` and `match` do.
     """
     checkpoint, config = find_checkpoint(path_or_name, layout, prefer, companions, **hub)
-    names, tied = match(checkpoint, config)
-    return Opened(checkpoint, config, names, tied)
+    config = config.changed(**changes) if changes else config
+    names, tied = match(checkpoint, config, architecture)
+    return Opened(checkpoint, config, names, tied, architecture or stored_architecture(checkpoint))
 
 
 def find_checkpoint(
@@ -63,48 +76,69 @@ def find_checkpoint(
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """An opened checkpoint: its config, the dtype to load in, and its tensors in the order of the table, read one at a
-    time as they are asked for."""
+    """An opened checkpoint: its config, the dtype to load in, its tensors in the order of the table, read one at a
+    time as they are asked for, and those of the head that it does not hold, for the framework to draw."""
 
     config: OPTConfig
     dtype: str
     tensors: Iterator[tuple[Spec, np.ndarray]]
+    new: list[Spec]
 
 
 def open_pretrained(
-    path_or_name: str | Path, prefix: str, dtype: str, copied: bool = False, layout: str | None = None, **hub: Any
+    path_or_name: str | Path,
+    architecture: str,
+    dtype: str,
+    copied: bool = False,
+    layout: str | None = None,
+    **options: Any,
 ) -> Pretrained:
     """Find, open and check a checkpoint; no tensor is read yet.
 
-    `prefix` is the table's: "model." for OPTForCausalLM, "" for OPTModel. `dtype` is a name, or "auto" for the
-    checkpoint's own. `copied`: the caller copies each array elsewhere and lets it go, so it may be a map of the file.
-    `layout`: which to read of several, as on the Hub; the preferred one by default (`open_checkpoint`).
-    `hub`: see `opt_common.hub.fetch`. Raises before anything is allocated.
+    `architecture`: one of `weights.HEADS`. `dtype` is a name, or "auto" for the checkpoint's own. `copied`: the caller
+    copies each array elsewhere and lets it go, so it may be a map of the file. `layout`: which to read of several, as
+    on the Hub; the preferred one by default (`open_checkpoint`). `options`: keys of the config that are to be others
+    (`num_labels`, `dropout` ...), and what `opt_common.hub.fetch` takes.
+    Warns, in one line, of a head that is not used, and of one that the checkpoint does not hold. Raises before anything
+    is allocated.
     """
     if dtype not in (*DTYPES, "auto"):
         raise ValueError(f"dtype: found {dtype!r}, wanted 'auto' or one of {', '.join(DTYPES)}")
-    opened = open_checkpoint(path_or_name, layout, prefer=True, **hub)
+    unknown = sorted(options.keys() - CHANGEABLE - OF_THE_HUB)
+    if unknown:
+        raise TypeError(f"from_pretrained: found argument {unknown[0]!r}, wanted one of the config's or the Hub's")
+    changes = {key: options.pop(key) for key in [*options] if key in CHANGEABLE}
+    opened = open_checkpoint(path_or_name, layout, prefer=True, architecture=architecture, changes=changes, **options)
     checkpoint, config, names, tied = opened.checkpoint, opened.config, opened.names, opened.tied
-    path = checkpoint.path
-    if config.tie_word_embeddings and not tied:
+    path, there = checkpoint.path, set(names.values())
+    if architecture == "OPTForCausalLM" and config.tie_word_embeddings and not tied:
         warnings.warn(f"{path}: lm_head.weight differs from embed_tokens.weight, so they are not tied", stacklevel=3)
     dtype = checkpoint.dtype if dtype == "auto" else dtype
     config = dataclasses.replace(config, tie_word_embeddings=tied, dtype=dtype)
+    bare = "model." if architecture == "OPTModel" else ""
+    stored = [(spec, names[bare + spec.name]) for spec in table(config, architecture) if bare + spec.name in names]
+    new = [spec for spec in head(config, architecture) if spec.name not in names]
+    unused = [
+        name for name in checkpoint if is_head(name) and name not in there and not (tied and name == "lm_head.weight")
+    ]
+    for what, named in (("newly initialized, so train before use", [s.name for s in new]), ("not used", unused)):
+        if named:
+            warnings.warn(f"{path}: {what}: {', '.join(named)}", stacklevel=3)
 
     def tensors() -> Iterator[tuple[Spec, np.ndarray]]:
-        specs = [(spec, checkpoint[names[("" if prefix else "model.") + spec.name]]) for spec in table(config, prefix)]
-        with byte_bar(f"Loading {path.name}", sum(entry.nbytes for _, entry in specs)) as advance:
-            for spec, entry in specs:
+        entries = [(spec, checkpoint[name]) for spec, name in stored]
+        with byte_bar(f"Loading {path.name}", sum(entry.nbytes for _, entry in entries)) as advance:
+            for spec, entry in entries:
                 yield spec, contiguous(entry.map() if copied else entry.read())
                 advance(entry.nbytes)
 
-    return Pretrained(config, dtype, tensors())
+    return Pretrained(config, dtype, tensors(), new)
 
 
 def save_pretrained(
     folder: str | Path,
     config: OPTConfig,
-    prefix: str,
+    architecture: str,
     dtype: str,
     get: Callable[[Spec], np.ndarray],
     max_shard_size: int | str = MAX_SHARD_SIZE,
@@ -113,8 +147,9 @@ def save_pretrained(
 
     `get` returns the array of a tensor in the checkpoint's orientation and in `dtype`.
     """
-    config = dataclasses.replace(config, dtype=dtype)
-    sources = [Source(s.name, s.shape, dtype, lambda s=s: get(s)) for s in table(config, prefix)]
+    unknown = {**config.unknown, "architectures": [architecture]}
+    config = dataclasses.replace(config, dtype=dtype, unknown=unknown)
+    sources = [Source(s.name, s.shape, dtype, lambda s=s: get(s)) for s in table(config, architecture)]
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     texts = {"config.json": config.to_json(), "generation_config.json": json.dumps(ids, indent=2) + "\n"}
     with byte_bar(f"Saving {Path(folder).name}", sum(source.nbytes for source in sources)) as advance:

@@ -18,8 +18,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from opt_common.config import OPTConfig
-from opt_common.inputs import check_call, check_tokens
-from opt_common.outputs import BaseModelOutput, CausalLMOutput
+from opt_common.inputs import check_call, check_labels, check_spans, check_tokens
+from opt_common.outputs import BaseModelOutput, CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 
 from .attention import (
     Alignment,
@@ -119,7 +119,7 @@ class OPTDecoder(nnx.Module):
 
     def __init__(self, config: OPTConfig, dtype: DTypeLike, attn_implementation: str, rngs: nnx.Rngs) -> None:
         E, H = config.embed_dim, config.hidden_size
-        self.config, self.attn_implementation = config, attn_implementation
+        self.config, self.attn_implementation, self.gradient_checkpointing = config, attn_implementation, False
         self.embed_tokens = _embed(config, config.vocab_size, E, config.pad_token_id, dtype, rngs)
         self.embed_positions = _embed(config, config.max_position_embeddings + 2, H, None, dtype, rngs)
         self.project_in = _Linear(config, E, H, False, dtype, rngs) if config.projects_embeddings else None
@@ -188,7 +188,11 @@ class OPTDecoder(nnx.Module):
         for layer in self.layers:
             if output_hidden_states:  # what nobody asked for is not kept
                 hidden_states.append(x)
-            before, (x, weights, cache) = x, layer(x, attend, view, cache, rngs)
+            before = x
+            if self.gradient_checkpointing and cache is None and not output_attentions:
+                x = nnx.remat(lambda layer, x, rngs: layer(x, attend, view, None, rngs)[0])(layer, x, rngs)
+            else:
+                x, weights, cache = layer(x, attend, view, cache, rngs)
             if output_attentions:
                 attentions.append(weights)
             if rngs is not None and config.layerdrop > 0:
@@ -211,10 +215,42 @@ class OPTDecoder(nnx.Module):
         )
 
 
-class FlaxOPTModel(nnx.Module):
+class FlaxOPTPreTrainedModel(nnx.Module):
+    """What the four models share: loading, saving, and the settings of their decoder."""
+
+    architecture: str
+    config: OPTConfig
+    model: FlaxOPTModel  # of those with a head
+
+    def _decoder(self) -> OPTDecoder:
+        return (self if isinstance(self, FlaxOPTModel) else self.model).decoder
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens a row."""
+        return KVCache.empty(self.config, batch_size, max_length, self._decoder().embed_positions.dtype)
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Attend by "eager", "sdpa" or "cudnn" from now on; see `opt_flax.attention`."""
+        check_implementation(name)
+        self._decoder().attn_implementation = name
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep only the input of each layer for the backward pass, which computes the rest again; not in calls with a
+        cache or output_attentions."""
+        self._decoder().gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all that the backward pass needs, as by default."""
+        self._decoder().gradient_checkpointing = False
+
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
+
+
+class FlaxOPTModel(FlaxOPTPreTrainedModel):
     """OPT without a head. New weights are drawn from N(0, init_std²), biases and the padding row are 0."""
 
-    weights_prefix = ""
+    architecture = "OPTModel"
 
     def __init__(
         self,
@@ -268,23 +304,11 @@ class FlaxOPTModel(nnx.Module):
             rngs,
         )
 
-    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache with room for `max_length` tokens a row."""
-        return KVCache.empty(self.config, batch_size, max_length, self.decoder.embed_positions.dtype)
 
-    def set_attn_implementation(self, name: str) -> None:
-        """Attend by "eager", "sdpa" or "cudnn" from now on; see `opt_flax.attention`."""
-        check_implementation(name)
-        self.decoder.attn_implementation = name
-
-    from_pretrained = classmethod(from_pretrained)
-    save_pretrained = save_pretrained
-
-
-class FlaxOPTForCausalLM(nnx.Module):
+class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
-    weights_prefix = "model."
+    architecture = "OPTForCausalLM"
 
     def __init__(
         self,
@@ -340,14 +364,9 @@ class FlaxOPTForCausalLM(nnx.Module):
         if labels is not None:
             if jnp.shape(labels) != logits.shape[:2]:
                 raise ValueError(f"labels: found shape {list(jnp.shape(labels))}, wanted {list(logits.shape[:2])}")
-            # float64 stays float64: that run is the judge of the others
-            scores = logits[:, :-1].astype(jnp.promote_types(logits.dtype, jnp.float32))
-            targets = jnp.asarray(labels)[:, 1:]
-            wanted = targets != -100
-            rows = jnp.where(wanted, targets, 0)[:, :, None]
-            losses = -jnp.take_along_axis(jax.nn.log_softmax(scores), rows, axis=2)[:, :, 0]
-            losses = jnp.where(rows[:, :, 0] < 0, jnp.nan, losses)  # not a count from the end; one too large is NaN too
-            loss = losses.sum(where=wanted) / wanted.sum()
+            targets = jnp.asarray(labels)
+            targets = jnp.pad(targets[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+            loss = _cross_entropy(logits, targets, targets != -100)
         return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
     def head(self, x: Array) -> Array:
@@ -356,17 +375,163 @@ class FlaxOPTForCausalLM(nnx.Module):
             return self.lm_head(x)
         return _product(x, self.model.decoder.embed_tokens.embedding[...], x.dtype).astype(x.dtype)
 
-    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache with room for `max_length` tokens a row."""
-        return self.model.init_cache(batch_size, max_length)
-
-    def set_attn_implementation(self, name: str) -> None:
-        """Attend by "eager", "sdpa" or "cudnn" from now on; see `opt_flax.attention`."""
-        self.model.set_attn_implementation(name)
-
-    from_pretrained = classmethod(from_pretrained)
-    save_pretrained = save_pretrained
     generate = generate
+
+
+class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
+    """OPT with a label, or several, for a whole row: `score` of its last token."""
+
+    architecture = "OPTForSequenceClassification"
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        dtype: DTypeLike = jnp.float32,
+        attn_implementation: str = "sdpa",
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        self.model = FlaxOPTModel(config, dtype, attn_implementation, rngs=rngs)
+        self.score = _Linear(config, config.embed_dim, config.num_labels, False, jnp.dtype(dtype), rngs)
+
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ) -> SequenceClassifierOutput:
+        """Run the decoder, and the head on the rightmost token of each row that is not padding, by attention_mask or by
+        being config.pad_token_id. Arguments as in `FlaxOPTModel.__call__`, and:
+
+        labels: for config.problem_type, which if None follows from num_labels and the labels as in transformers:
+            "regression" (num_labels 1): [B] or, with several labels, [B, num_labels] numbers; the mean squared error.
+            "single_label_classification" (whole numbers): [B], -100 for rows to leave out; the mean cross-entropy.
+            "multi_label_classification" (numbers 0 to 1): [B, num_labels]; the mean binary cross-entropy.
+            The loss is float32.
+        """
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+            rngs,
+        )
+        x = out.last_hidden_state  # [B, T, E]
+        B, T = x.shape[:2]
+        real = jnp.ones((B, T), bool)
+        if attention_mask is not None:
+            first = 0 if past_key_values is None else past_key_values.length
+            real = lax.dynamic_slice_in_dim(jnp.asarray(attention_mask), first, T, axis=1) != 0
+        if input_ids is not None and self.config.pad_token_id is not None:
+            real = real & (jnp.asarray(input_ids) != self.config.pad_token_id)
+        last = (real * jnp.arange(T)).argmax(1)
+        logits = self.score(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])  # [B, labels]
+        loss = None
+        if labels is not None:
+            labels = jnp.asarray(labels)
+            problem = check_labels(self.config, B, labels.shape, whole=not jnp.issubdtype(labels.dtype, jnp.floating))
+            if problem == "single_label_classification":
+                labels = labels.reshape(-1)
+                loss = _cross_entropy(logits, labels, labels != -100)
+            else:
+                scores = _wide(logits)
+                targets = labels.reshape(scores.shape).astype(scores.dtype)
+                # the second is log(1 + eˢ) - targets·s
+                binary = jax.nn.softplus(scores) - targets * scores
+                loss = ((scores - targets) ** 2 if problem == "regression" else binary).mean()
+        return SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+
+
+class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
+    """OPT with two scores a token: that the answer begins there, and that it ends there."""
+
+    architecture = "OPTForQuestionAnswering"
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        dtype: DTypeLike = jnp.float32,
+        attn_implementation: str = "sdpa",
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        self.model = FlaxOPTModel(config, dtype, attn_implementation, rngs=rngs)
+        self.qa_outputs = _Linear(config, config.embed_dim, 2, True, jnp.dtype(dtype), rngs)
+
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: ArrayLike | None = None,
+        start_positions: ArrayLike | None = None,
+        end_positions: ArrayLike | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ) -> QuestionAnsweringOutput:
+        """Run the decoder and the head; arguments as in `FlaxOPTModel.__call__`, and:
+
+        start_positions, end_positions: [B], the columns of the answer's first and last token. Those outside of the
+            row's T columns are left out. (transformers takes negative ones for 0.) The loss is the mean of the two mean
+            cross-entropies, in float32.
+        """
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+            rngs,
+        )
+        scores = self.qa_outputs(out.last_hidden_state)
+        starts, ends = scores[:, :, 0], scores[:, :, 1]  # [B, T] each
+        loss = None
+        if check_spans(
+            len(starts),
+            None if start_positions is None else jnp.shape(start_positions),
+            None if end_positions is None else jnp.shape(end_positions),
+        ):
+            losses = []
+            for scores, positions in ((starts, start_positions), (ends, end_positions)):
+                columns = jnp.asarray(positions).reshape(-1)
+                losses.append(_cross_entropy(scores, columns, (columns >= 0) & (columns < scores.shape[1])))
+            loss = (losses[0] + losses[1]) / 2
+        return QuestionAnsweringOutput(loss, starts, ends, out.past_key_values, out.hidden_states, out.attentions)
+
+
+def _wide(x: Array) -> Array:
+    """float32 in place of half precision; float64 stays float64: that run is the judge of the others."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _cross_entropy(logits: Array, targets: Array, wanted: Array) -> Array:
+    """The mean over the wanted targets; NaN if one is no class."""
+    scores = _wide(logits)
+    scores = scores - lax.stop_gradient(scores.max(-1, keepdims=True))
+    # a sum, where an index would have its gradient scattered over zeros as large as the logits
+    there = jnp.arange(scores.shape[-1]) == targets[..., None]
+    losses = jnp.log(jnp.exp(scores).sum(-1)) - jnp.where(there, scores, 0).sum(-1)
+    losses = jnp.where((targets >= 0) & (targets < scores.shape[-1]), losses, jnp.nan)
+    return losses.sum(where=wanted) / wanted.sum()
 
 
 class _Linear(nnx.Module):

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from opt_common.config import OPTConfig
-from opt_common.inputs import check_call, check_tokens
-from opt_common.outputs import BaseModelOutput, CausalLMOutput
+from opt_common.inputs import check_call, check_labels, check_spans, check_tokens
+from opt_common.outputs import BaseModelOutput, CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 
 from .attention import (
     IMPLEMENTATIONS,
@@ -151,7 +152,7 @@ class OPTDecoder(nn.Module):
     def __init__(self, config: OPTConfig, attn_implementation: str) -> None:
         super().__init__()
         E, H = config.embed_dim, config.hidden_size
-        self.config, self.attn_implementation = config, attn_implementation
+        self.config, self.attn_implementation, self.gradient_checkpointing = config, attn_implementation, False
         # padding_idx: the padding row takes no gradient from its own look-up. _weight: nothing is drawn twice, nor on
         # the meta device, where drawing imports half of PyTorch's compiler
         V, P = config.vocab_size, config.max_position_embeddings + 2
@@ -207,7 +208,11 @@ class OPTDecoder(nn.Module):
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(x)
-            before, (x, weights) = x, layer(x, attend, view, cache)
+            before = x
+            if self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled():
+                x, weights = checkpoint(layer, x, attend, view, None, use_reentrant=False)
+            else:
+                x, weights = layer(x, attend, view, cache)
             if output_attentions:
                 attentions.append(weights)
             if self.training and config.layerdrop > 0:  # the dice are a tensor: compiling does not freeze them
@@ -244,10 +249,47 @@ class OPTDecoder(nn.Module):
         return None if segments is None else unpad(segments, T)
 
 
-class OPTModel(nn.Module):
+class OPTPreTrainedModel(nn.Module):
+    """What the four models share: loading, saving, and the settings of their decoder."""
+
+    architecture: str
+    config: OPTConfig
+    model: OPTModel  # of those with a head
+
+    def _decoder(self) -> OPTDecoder:
+        return (self if isinstance(self, OPTModel) else self.model).decoder
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens a row."""
+        weight = self._decoder().embed_positions.weight
+        return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype)
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
+        check_implementation(name)
+        self._decoder().attn_implementation = name
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training keep only the input of each layer for the backward pass, which computes the rest again; not in
+        calls with a cache."""
+        self._decoder().gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all that the backward pass needs, as by default."""
+        self._decoder().gradient_checkpointing = False
+
+    def tie_weights(self) -> None:
+        """Make the head the token embedding, if it is an `lm_head` and the config says so."""
+
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
+    pack = pack
+
+
+class OPTModel(OPTPreTrainedModel):
     """OPT without a head. New weights are drawn from N(0, init_std²), biases and the padding row are 0."""
 
-    weights_prefix = ""
+    architecture = "OPTModel"
 
     def __init__(self, config: OPTConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__()
@@ -290,28 +332,11 @@ class OPTModel(nn.Module):
             output_attentions,
         )
 
-    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache with room for `max_length` tokens a row."""
-        weight = self.decoder.embed_positions.weight
-        return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype)
 
-    def set_attn_implementation(self, name: str) -> None:
-        """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
-        check_implementation(name)
-        self.decoder.attn_implementation = name
-
-    def tie_weights(self) -> None:
-        """Nothing is tied without a head."""
-
-    from_pretrained = classmethod(from_pretrained)
-    save_pretrained = save_pretrained
-    pack = pack
-
-
-class OPTForCausalLM(nn.Module):
+class OPTForCausalLM(OPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
-    weights_prefix = "model."
+    architecture = "OPTForCausalLM"
 
     def __init__(self, config: OPTConfig, attn_implementation: str = "sdpa") -> None:
         super().__init__()
@@ -362,27 +387,140 @@ class OPTForCausalLM(nn.Module):
             if not check_labels:
                 raise ValueError(f"labels: found shape {list(labels.shape)}, wanted {list(logits.shape[:2])}")
             # float64 stays float64: that run is the judge of the others
-            scores = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.cross_entropy(scores.flatten(0, 1), labels[:, 1:].flatten())
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            # the labels are moved: a part of the logits would be copied, and its gradient once more
+            loss = F.cross_entropy(scores.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten())
         return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
-
-    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache with room for `max_length` tokens a row."""
-        return self.model.init_cache(batch_size, max_length)
-
-    def set_attn_implementation(self, name: str) -> None:
-        """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
-        self.model.set_attn_implementation(name)
 
     def tie_weights(self) -> None:
         """Make the head the token embedding, if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.decoder.embed_tokens.weight
 
-    from_pretrained = classmethod(from_pretrained)
-    save_pretrained = save_pretrained
-    pack = pack
     generate = generate
+
+
+class OPTForSequenceClassification(OPTPreTrainedModel):
+    """OPT with a label, or several, for a whole row: `score` of its last token."""
+
+    architecture = "OPTForSequenceClassification"
+
+    def __init__(self, config: OPTConfig, attn_implementation: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.model = OPTModel(config, attn_implementation)
+        self.score = nn.Linear(config.embed_dim, config.num_labels, bias=False)
+        _init_weights(self.score, config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> SequenceClassifierOutput:
+        """Run the decoder, and the head on the rightmost token of each row that is not padding, by attention_mask or by
+        being config.pad_token_id. Arguments as in `OPTModel.forward`, and:
+
+        labels: for config.problem_type, which if None follows from num_labels and the labels as in transformers:
+            "regression" (num_labels 1): [B] or, with several labels, [B, num_labels] numbers; the mean squared error.
+            "single_label_classification" (whole numbers): [B], -100 for rows to leave out; the mean cross-entropy.
+            "multi_label_classification" (numbers 0 to 1): [B, num_labels]; the mean binary cross-entropy.
+            The loss is float32.
+        """
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+        )
+        x = out.last_hidden_state  # [B, T, E]
+        B, T = x.shape[:2]
+        real = x.new_ones((B, T), dtype=torch.bool) if attention_mask is None else attention_mask[:, -T:] != 0
+        if input_ids is not None and self.config.pad_token_id is not None:
+            real = real & (input_ids != self.config.pad_token_id)
+        last = (real * torch.arange(T, device=x.device)).argmax(1)
+        logits = linear(self.score, x[torch.arange(B, device=x.device), last])  # [B, labels]
+        loss = None
+        if labels is not None:
+            problem = check_labels(self.config, B, labels.shape, whole=not labels.is_floating_point())
+            # float64 stays float64: that run is the judge of the others
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if problem == "single_label_classification":
+                loss = F.cross_entropy(scores, labels.flatten())
+            elif problem == "regression":
+                loss = F.mse_loss(scores, labels.view_as(scores).to(scores.dtype))
+            else:
+                loss = F.binary_cross_entropy_with_logits(scores, labels.view_as(scores).to(scores.dtype))
+        return SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+
+
+class OPTForQuestionAnswering(OPTPreTrainedModel):
+    """OPT with two scores a token: that the answer begins there, and that it ends there."""
+
+    architecture = "OPTForQuestionAnswering"
+
+    def __init__(self, config: OPTConfig, attn_implementation: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.model = OPTModel(config, attn_implementation)
+        self.qa_outputs = nn.Linear(config.embed_dim, 2)
+        _init_weights(self.qa_outputs, config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> QuestionAnsweringOutput:
+        """Run the decoder and the head; arguments as in `OPTModel.forward`, and:
+
+        start_positions, end_positions: [B], the columns of the answer's first and last token. Those outside of the
+            row's T columns are left out. (transformers takes negative ones for 0.) The loss is the mean of the two mean
+            cross-entropies, in float32.
+        """
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+        )
+        starts, ends = linear(self.qa_outputs, out.last_hidden_state).unbind(-1)  # [B, T] each
+        loss = None
+        if check_spans(
+            len(starts),
+            None if start_positions is None else start_positions.shape,
+            None if end_positions is None else end_positions.shape,
+        ):
+            losses = []
+            for scores, positions in ((starts, start_positions), (ends, end_positions)):
+                columns = positions.flatten()  # type: ignore[union-attr]
+                columns = torch.where((columns >= 0) & (columns < scores.shape[1]), columns, -100)
+                # float64 stays float64: that run is the judge of the others
+                scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+                losses.append(F.cross_entropy(scores, columns))
+            loss = (losses[0] + losses[1]) / 2
+        return QuestionAnsweringOutput(loss, starts, ends, out.past_key_values, out.hidden_states, out.attentions)
 
 
 @torch.no_grad()

@@ -16,9 +16,9 @@ from opt_common.tensors import MAX_SHARD_SIZE
 from opt_common.weights import TORCH, Spec
 
 if TYPE_CHECKING:
-    from .model import OPTForCausalLM, OPTModel
+    from .model import OPTPreTrainedModel
 
-Model = TypeVar("Model", bound="OPTModel | OPTForCausalLM")
+Model = TypeVar("Model", bound="OPTPreTrainedModel")
 
 
 def from_pretrained(
@@ -29,7 +29,7 @@ def from_pretrained(
     torch_dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str = "sdpa",
-    **hub: Any,
+    **options: Any,
 ) -> Model:
     """The model of a checkpoint, in eval mode.
 
@@ -37,14 +37,17 @@ def from_pretrained(
     dtype: a torch dtype, its name, or "auto" for the checkpoint's; `torch_dtype` is its old spelling.
     device: where the weights go, tensor by tensor as they are read; the CPU by default.
     attn_implementation: "sdpa", "eager" or "flash_attention_2"; see `opt_pt.attention`.
-    hub: revision, cache_dir, token, local_files_only, as in huggingface_hub.
+    options: revision, cache_dir, token, local_files_only, as in huggingface_hub; and keys of the config that are to be
+        others than the checkpoint's: num_labels, id2label, problem_type, dropout ...
+    A head that the checkpoint does not hold is drawn anew, and one that is not this model's is left out; a warning
+    names their weights.
     Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
     """
     name = str(torch_dtype if torch_dtype is not None else dtype).removeprefix("torch.")
     from .model import OPTAttention  # which takes these functions from here
 
     elsewhere = torch.device(device or "cpu").type != "cpu"
-    opened = open_pretrained(path_or_name, cls.weights_prefix, name, copied=elsewhere, **hub)
+    opened = open_pretrained(path_or_name, cls.architecture, name, copied=elsewhere, **options)
     wanted = getattr(torch, opened.dtype)
     with torch.device("meta"):  # shapes without memory, and no random numbers
         model = cls(opened.config, attn_implementation=attn_implementation)
@@ -52,6 +55,10 @@ def from_pretrained(
     for spec, array in opened.tensors:
         state[spec.name] = _tensor(array).to(device=device, dtype=wanted)
         del array  # or it would be held while the next is read
+    for spec in opened.new:
+        state[spec.name] = torch.zeros(spec.shape, device=device, dtype=wanted)
+        if spec.kind == "linear":
+            state[spec.name].normal_(0.0, opened.config.init_std)
     model.load_state_dict(state, strict=False, assign=True)  # strict: the table has checked already; lm_head is tied
     model.tie_weights()
     for module in model.modules():
@@ -61,7 +68,7 @@ def from_pretrained(
 
 
 def save_pretrained(
-    model: OPTModel | OPTForCausalLM, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE
+    model: OPTPreTrainedModel, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> None:
     """Write a folder that every framework here and transformers load: config.json, generation_config.json and
     safetensors of at most `max_shard_size` bytes a file. Killed half-way, it leaves the old folder or the new one."""
@@ -70,7 +77,7 @@ def save_pretrained(
         return _array(TORCH.parameter(model, spec).detach())
 
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    save(folder, model.config, model.weights_prefix, dtype, get, max_shard_size)
+    save(folder, model.config, model.architecture, dtype, get, max_shard_size)
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -17,6 +17,14 @@ from opt_common.config import OPTConfig
 from opt_common.tokenizer import GPT2Tokenizer
 
 from .cache import KVCache
-from .model import TFOPTForCausalLM, TFOPTModel
+from .model import TFOPTForCausalLM, TFOPTForQuestionAnswering, TFOPTForSequenceClassification, TFOPTModel
 
-__all__ = ["GPT2Tokenizer", "KVCache", "OPTConfig", "TFOPTForCausalLM", "TFOPTModel"]
+__all__ = [
+    "GPT2Tokenizer",
+    "KVCache",
+    "OPTConfig",
+    "TFOPTForCausalLM",
+    "TFOPTForQuestionAnswering",
+    "TFOPTForSequenceClassification",
+    "TFOPTModel",
+]

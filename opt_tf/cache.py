@@ -49,8 +49,18 @@ def update(past: tuple[Tensor, Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[T
     """Write the new keys and values [B·N, T, D] of a layer behind the past ones; return all slots, [B·N, S, D].
     `past` is the layer's k and v and the cache's length."""
     old_k, old_v, length = past
+    return _write(old_k, k, length), _write(old_v, v, length)
+
+
+@tf.custom_gradient
+def _write(old: Tensor, new: Tensor, length: Tensor) -> Any:
     start = (0, length, 0)
-    return ops.slice_update(old_k, start, k), ops.slice_update(old_v, start, v)
+
+    def gradient(upstream: Tensor) -> tuple[Tensor, Tensor, None]:  # XLA's operation has none in TensorFlow
+        there = tf.slice(upstream, start, tf.shape(new))
+        return ops.slice_update(upstream, start, tf.zeros_like(new)), there, None
+
+    return ops.slice_update(old, start, new), gradient
 
 
 def place(

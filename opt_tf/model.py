@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -20,8 +21,8 @@ from keras import ops
 from tensorflow import Tensor
 
 from opt_common.config import OPTConfig
-from opt_common.inputs import check_call, check_tokens
-from opt_common.outputs import BaseModelOutput, CausalLMOutput
+from opt_common.inputs import check_call, check_labels, check_spans, check_tokens
+from opt_common.outputs import BaseModelOutput, CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 
 from .cache import KVCache, place, update
 from .generate import generate
@@ -69,6 +70,41 @@ class Linear(keras.layers.Dense):
         return y if self.bias is None else y + self.bias
 
 
+class Embedding(keras.layers.Embedding):
+    """A table with a dense gradient. Of the rows that TensorFlow makes of it otherwise, Keras's optimizers square each
+    occurrence of a token for itself, not their sum."""
+
+    def call(self, ids: Tensor) -> Tensor:
+        return ops.cast(_look_up(tf.identity(self.embeddings), ids), self.compute_dtype)
+
+
+@tf.custom_gradient
+def _look_up(table: Tensor, ids: Tensor) -> Any:
+    def gradient(upstream: Tensor) -> tuple[Tensor, None]:
+        rows = tf.math.unsorted_segment_sum(_wide(upstream), ids, table.shape[0])
+        return ops.cast(rows, table.dtype), None
+
+    return tf.gather(table, ids), gradient
+
+
+class Dropout(keras.layers.Dropout):
+    """A Dropout that draws no seed of its own if one is given, and whose seeds go on where they were when the model is
+    saved and loaded in training; Keras would begin anew."""
+
+    def call(self, x: Tensor, training: bool | None = None, seed: Tensor | None = None) -> Tensor:
+        if seed is None or not training or not self.rate:
+            return super().call(x, training=training)
+        return tf.nn.experimental.stateless_dropout(x, self.rate, seed)
+
+    def save_own_variables(self, store: Any) -> None:
+        if self.rate:
+            store["seed"] = self.seed_generator.state.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        if self.rate and "seed" in store:
+            self.seed_generator.state.assign(store["seed"][...])
+
+
 class OPTAttention(keras.layers.Layer):
     """Multi-head causal self-attention."""
 
@@ -77,7 +113,7 @@ class OPTAttention(keras.layers.Layer):
         H, bias, dtype = config.hidden_size, config.enable_bias, self.dtype_policy
         linear = partial(Linear, H, use_bias=bias, kernel_initializer=initializer, dtype=dtype)
         self.heads = config.num_attention_heads
-        self.dropout = keras.layers.Dropout(config.attention_dropout, dtype=dtype)
+        self.dropout = Dropout(config.attention_dropout, dtype=dtype)
         self.k_proj = linear(name="k_proj")
         self.v_proj = linear(name="v_proj")
         self.q_proj = linear(name="q_proj")
@@ -93,6 +129,8 @@ class OPTAttention(keras.layers.Layer):
         masks: tuple[Tensor, ...],
         past: tuple[Tensor, Tensor, Tensor] | None,
         output_attentions: bool = False,
+        seeds: tuple[Tensor, ...] | None = None,
+        training: bool | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         B, T, H = ops.shape(x)
         N, D = self.heads, H // self.heads
@@ -107,13 +145,14 @@ class OPTAttention(keras.layers.Layer):
         if past is not None:
             k, v = update(past, k, v)  # [B·N, S, D]
         S, first, outs, attentions = ops.shape(k)[1], 0, [], []
-        for mask in masks:
+        for i, mask in enumerate(masks):
             t, s = ops.shape(mask)[2:]
             # the softmax is float32 in half precision too
             scores = tf.matmul(q[:, first : first + t], k[:, :s], transpose_b=True)
             scores = _wide(ops.reshape(scores, (B, N, t, s)))
             weights = ops.cast(tf.nn.softmax(ops.where(mask, scores, scores.dtype.min)), x.dtype)  # [B, N, t, s]
-            outs.append(tf.matmul(ops.reshape(self.dropout(weights), (B * N, t, s)), v[:, :s]))
+            dropped = self.dropout(weights, training=training, seed=None if seeds is None else seeds[0] + [0, i])
+            outs.append(tf.matmul(ops.reshape(dropped, (B * N, t, s)), v[:, :s]))
             if output_attentions:
                 attentions.append(tf.pad(weights, ((0, 0), (0, 0), (0, 0), (0, S - s))))
             first += t
@@ -131,7 +170,7 @@ class OPTDecoderLayer(keras.layers.Layer):
         linear = partial(Linear, use_bias=config.enable_bias, kernel_initializer=initializer, dtype=dtype)
         norm = partial(keras.layers.LayerNormalization, epsilon=1e-5, center=affine, scale=affine, dtype=dtype)
         self.pre_norm = config.do_layer_norm_before
-        self.dropout = keras.layers.Dropout(config.dropout, dtype=dtype)
+        self.dropout = Dropout(config.dropout, dtype=dtype)
         self.activation = ACTIVATIONS[config.activation_function]
         self.self_attn = OPTAttention(config, initializer, dtype=dtype, name="self_attn")
         self.self_attn_layer_norm = norm(name="self_attn_layer_norm")
@@ -150,12 +189,16 @@ class OPTDecoderLayer(keras.layers.Layer):
         masks: tuple[Tensor, ...],
         past: tuple[Tensor, Tensor, Tensor] | None,
         output_attentions: bool = False,
+        seeds: tuple[Tensor, ...] | None = None,
+        training: bool | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         residual = x
         if self.pre_norm:
             x = self.self_attn_layer_norm(x)
-        x, weights, kv = self.self_attn(x, masks, past, output_attentions=output_attentions)
-        x = residual + self.dropout(x)
+        x, weights, kv = self.self_attn(
+            x, masks, past, output_attentions=output_attentions, seeds=seeds, training=training
+        )
+        x = residual + self.dropout(x, training=training, seed=None if seeds is None else seeds[1])
         if not self.pre_norm:
             x = self.self_attn_layer_norm(x)
 
@@ -163,10 +206,18 @@ class OPTDecoderLayer(keras.layers.Layer):
         if self.pre_norm:
             x = self.final_layer_norm(x)
         x = self.fc2(self.activation(self.fc1(x)))  # [B, T, F] in between
-        x = residual + self.dropout(x)
+        x = residual + self.dropout(x, training=training, seed=None if seeds is None else seeds[2])
         if not self.pre_norm:
             x = self.final_layer_norm(x)
         return x, weights, kv
+
+    def checkpointed(self, x: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+        """What a call in training makes of x; of all in between, nothing is kept for the backward pass, which computes
+        it again, with the seeds that are drawn here."""
+        drops = (self.self_attn.dropout, self.dropout, self.dropout)
+        seeds = [ops.cast(d.seed_generator.next(), "int32") if d.rate else tf.zeros(2, tf.int32) for d in drops]
+        run = tf.recompute_grad(lambda x, *seeds: self(x, masks, None, seeds=seeds, training=True)[0])
+        return run(x, *seeds)
 
 
 class OPTDecoder(keras.layers.Layer):
@@ -175,8 +226,8 @@ class OPTDecoder(keras.layers.Layer):
     def __init__(self, config: OPTConfig, initializer: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         E, H, dtype = config.embed_dim, config.hidden_size, self.dtype_policy
-        self.config = config
-        table = partial(keras.layers.Embedding, embeddings_initializer=initializer, dtype=dtype)
+        self.config, self.gradient_checkpointing = config, False
+        table = partial(Embedding, embeddings_initializer=initializer, dtype=dtype)
         self.embed_tokens = table(config.vocab_size, E, name="embed_tokens")
         self.embed_positions = table(config.max_position_embeddings + 2, H, name="embed_positions")
         linear = partial(Linear, use_bias=False, kernel_initializer=initializer, dtype=dtype)
@@ -246,7 +297,11 @@ class OPTDecoder(keras.layers.Layer):
             if output_hidden_states:
                 hidden_states.append(x)
             past = None if cache is None else (cache.k[i], cache.v[i], cache.length)
-            before, (x, weights, kv) = x, layer(x, masks, past, output_attentions=output_attentions)
+            before = x
+            if self.gradient_checkpointing and training and cache is None and not output_attentions:
+                x = layer.checkpointed(x, masks)
+            else:
+                x, weights, kv = layer(x, masks, past, output_attentions=output_attentions, training=training)
             if output_attentions:
                 attentions.append(weights)
             if cache is not None:
@@ -270,11 +325,60 @@ class OPTDecoder(keras.layers.Layer):
         )
 
 
+class TFOPTPreTrainedModel(keras.Model):
+    """What the four models share: loading, saving, and the settings of their decoder."""
+
+    architecture: str
+    config: OPTConfig
+    model: TFOPTModel  # of those with a head
+
+    def _decoder(self) -> OPTDecoder:
+        return (self if isinstance(self, TFOPTModel) else self.model).decoder
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache with room for `max_length` tokens a row."""
+        return KVCache.empty(self.config, batch_size, max_length, self.compute_dtype)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training keep only the input of each layer for the backward pass, which computes the rest again; not in
+        calls with a cache or output_attentions. A tf.function that is traced, as `fit` does, stays as it is."""
+        self._decoder().gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all that the backward pass needs, as by default."""
+        self._decoder().gradient_checkpointing = False
+
+    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss given to `compile` is of the logits; without targets, as `fit` on dictionaries with labels, it is
+        the model's own."""
+        if y is None and y_pred.loss is not None:
+            return y_pred.loss
+        return super().compute_loss(x, y, self.scores(y_pred), *args, **kwargs)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The metrics given to `compile` are of the logits."""
+        return super().compute_metrics(x, y, self.scores(y_pred), *args, **kwargs)
+
+    def scores(self, output: Any) -> Any:
+        """What of an output the loss and the metrics given to `compile` are to see."""
+        return output.logits
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"config": dataclasses.asdict(self.config)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        return cls(**config | {"config": OPTConfig(**config["config"])})
+
+    from_pretrained = classmethod(from_pretrained)
+    save_pretrained = save_pretrained
+
+
 @keras.saving.register_keras_serializable(package="opt_zoo")
-class TFOPTModel(keras.Model):
+class TFOPTModel(TFOPTPreTrainedModel):
     """OPT without a head. New weights are drawn from N(0, init_std²), biases and the padding row are 0."""
 
-    weights_prefix = ""
+    architecture = "OPTModel"
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         """initializer: of the matrices and embeddings, in place of N(0, init_std²). kwargs: those of keras.Model,
@@ -328,26 +432,12 @@ class TFOPTModel(keras.Model):
             training=training,
         )
 
-    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache with room for `max_length` tokens a row."""
-        return KVCache.empty(self.config, batch_size, max_length, self.compute_dtype)
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"config": dataclasses.asdict(self.config)}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> TFOPTModel:
-        return cls(**config | {"config": OPTConfig(**config["config"])})
-
-    from_pretrained = classmethod(from_pretrained)
-    save_pretrained = save_pretrained
-
 
 @keras.saving.register_keras_serializable(package="opt_zoo")
-class TFOPTForCausalLM(keras.Model):
+class TFOPTForCausalLM(TFOPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
-    weights_prefix = "model."
+    architecture = "OPTForCausalLM"
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         """Arguments as of `TFOPTModel`."""
@@ -376,7 +466,7 @@ class TFOPTForCausalLM(keras.Model):
         logits_to_keep: int | Tensor = 0,
         training: bool | None = None,
     ) -> CausalLMOutput:
-        """Run the decoder and the head; arguments as in `TFOPTModel.call`, and:
+        """Run the decoder and the head; arguments as in `TFOPTModel.call`, or the tensors in a dictionary, and:
 
         labels: [B, T] token ids, -100 where there is nothing to learn. They are shifted here: the logits of a token
             are held against the label of the next. The loss is their mean cross-entropy, in float32. As in
@@ -384,6 +474,8 @@ class TFOPTForCausalLM(keras.Model):
             -100 for the first token of a left-padded row.
         logits_to_keep: the logits of the last so many tokens only, or of the columns in a tensor; 0 for all.
         """
+        if isinstance(input_ids, Mapping):
+            return self.call(**input_ids, training=training)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels, logits_to_keep: found both; the loss takes the logits of every token")
         out = self.model(
@@ -405,10 +497,8 @@ class TFOPTForCausalLM(keras.Model):
             if not labels.shape.is_compatible_with(logits.shape[:2]):
                 raise ValueError(f"labels: found shape {list(labels.shape)}, wanted {list(logits.shape[:2])}")
             # float64 stays float64: that run is the judge of the others
-            scores, targets = _wide(logits[:, :-1]), labels[:, 1:]
-            wanted = ops.not_equal(targets, -100)
-            losses = ops.sparse_categorical_crossentropy(ops.where(wanted, targets, 0), scores, from_logits=True)
-            loss = ops.sum(ops.where(wanted, losses, 0)) / ops.sum(ops.cast(wanted, losses.dtype))
+            targets = tf.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+            loss = _cross_entropy(_wide(logits), targets, ops.not_equal(targets, -100))
         return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
     def head(self, x: Tensor) -> Tensor:
@@ -429,28 +519,162 @@ class TFOPTForCausalLM(keras.Model):
             logits = tf.matmul(rows, table, transpose_b=True)
         return ops.reshape(logits, (B, T, V))
 
-    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss given to `compile` is of the logits."""
-        return super().compute_loss(x, y, y_pred.logits, *args, **kwargs)
-
-    def compute_metrics(self, x: Any, y: Any, y_pred: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The metrics given to `compile` are of the logits."""
-        return super().compute_metrics(x, y, y_pred.logits, *args, **kwargs)
-
-    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache with room for `max_length` tokens a row."""
-        return self.model.init_cache(batch_size, max_length)
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"config": dataclasses.asdict(self.config)}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> TFOPTForCausalLM:
-        return cls(**config | {"config": OPTConfig(**config["config"])})
-
-    from_pretrained = classmethod(from_pretrained)
-    save_pretrained = save_pretrained
     generate = generate
+
+
+@keras.saving.register_keras_serializable(package="opt_zoo")
+class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
+    """OPT with a label, or several, for a whole row: `score` of its last token."""
+
+    architecture = "OPTForSequenceClassification"
+
+    def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
+        """Arguments as of `TFOPTModel`."""
+        super().__init__(**kwargs)
+        self.config = config
+        self.model = TFOPTModel(config, initializer, dtype=self.dtype_policy, name="model")
+        kernel = initializer or _normal(config)
+        self.score = Linear(
+            config.num_labels, use_bias=False, kernel_initializer=kernel, dtype=self.dtype_policy, name="score"
+        )
+        self.build()
+
+    def build(self, input_shape: Any = None) -> None:
+        self.score.build((None, self.config.embed_dim))
+
+    def call(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        training: bool | None = None,
+    ) -> SequenceClassifierOutput:
+        """Run the decoder, and the head on the rightmost token of each row that is not padding, by attention_mask or by
+        being config.pad_token_id. Arguments as in `TFOPTModel.call`, or the tensors in a dictionary, and:
+
+        labels: for config.problem_type, which if None follows from num_labels and the labels as in transformers:
+            "regression" (num_labels 1): [B] or, with several labels, [B, num_labels] numbers; the mean squared error.
+            "single_label_classification" (whole numbers): [B], -100 for rows to leave out; the mean cross-entropy.
+            "multi_label_classification" (numbers 0 to 1): [B, num_labels]; the mean binary cross-entropy.
+            The loss is float32.
+        """
+        if isinstance(input_ids, Mapping):
+            return self.call(**input_ids, training=training)
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            training=training,
+        )
+        x = out.last_hidden_state
+        B, T, _ = ops.shape(x)
+        real = tf.ones((B, T), tf.bool)
+        if attention_mask is not None:
+            first = 0 if past_key_values is None else past_key_values.length
+            real = ops.not_equal(tf.slice(attention_mask, (0, first), (B, T)), 0)
+        if input_ids is not None and self.config.pad_token_id is not None:
+            real = ops.logical_and(real, ops.not_equal(input_ids, self.config.pad_token_id))
+        last = ops.argmax(ops.where(real, ops.arange(T), 0), axis=1)
+        logits = self.score(tf.gather(x, last, axis=1, batch_dims=1))  # [B, labels]
+        loss = None
+        if labels is not None:
+            rows = None if None in labels.shape else logits.shape[0]
+            problem = check_labels(self.config, rows, labels.shape, whole=labels.dtype.is_integer)
+            scores = _wide(logits)  # float64 stays float64: that run is the judge of the others
+            if problem == "single_label_classification":
+                targets = ops.reshape(labels, (-1,))
+                loss = _cross_entropy(scores, targets, ops.not_equal(targets, -100))
+            else:
+                targets = ops.cast(ops.reshape(labels, ops.shape(scores)), scores.dtype)
+                binary = tf.nn.sigmoid_cross_entropy_with_logits
+                loss = ops.mean((scores - targets) ** 2 if problem == "regression" else binary(targets, scores))
+        return SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+
+
+@keras.saving.register_keras_serializable(package="opt_zoo")
+class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
+    """OPT with two scores a token: that the answer begins there, and that it ends there."""
+
+    architecture = "OPTForQuestionAnswering"
+
+    def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
+        """Arguments as of `TFOPTModel`."""
+        super().__init__(**kwargs)
+        self.config = config
+        self.model = TFOPTModel(config, initializer, dtype=self.dtype_policy, name="model")
+        kernel = initializer or _normal(config)
+        self.qa_outputs = Linear(2, kernel_initializer=kernel, dtype=self.dtype_policy, name="qa_outputs")
+        self.build()
+
+    def build(self, input_shape: Any = None) -> None:
+        self.qa_outputs.build((None, None, self.config.embed_dim))
+
+    def call(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        training: bool | None = None,
+    ) -> QuestionAnsweringOutput:
+        """Run the decoder and the head; arguments as in `TFOPTModel.call`, or the tensors in a dictionary, and:
+
+        start_positions, end_positions: [B], the columns of the answer's first and last token. Those outside of the
+            row's T columns are left out. (transformers takes negative ones for 0.) The loss is the mean of the two mean
+            cross-entropies, in float32.
+        """
+        if isinstance(input_ids, Mapping):
+            return self.call(**input_ids, training=training)
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            training=training,
+        )
+        starts, ends = ops.unstack(self.qa_outputs(out.last_hidden_state), 2, axis=-1)  # [B, T] each
+        loss = None
+        given = (start_positions, end_positions)
+        shapes = [None if positions is None else positions.shape for positions in given]
+        known = all(shape is None or None not in shape for shape in shapes)
+        if check_spans(starts.shape[0] if known else None, *shapes):
+            losses = []
+            for scores, positions in zip((starts, ends), given, strict=True):
+                columns = ops.reshape(positions, (-1,))
+                wanted = ops.logical_and(columns >= 0, columns < ops.shape(scores)[1])
+                losses.append(_cross_entropy(_wide(scores), columns, wanted))
+            loss = (losses[0] + losses[1]) / 2
+        return QuestionAnsweringOutput(loss, starts, ends, out.past_key_values, out.hidden_states, out.attentions)
+
+    def scores(self, output: Any) -> Any:
+        return output.start_logits, output.end_logits
+
+
+def _cross_entropy(scores: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:
+    """The mean over the wanted targets."""
+    losses = ops.sparse_categorical_crossentropy(ops.where(wanted, targets, 0), scores, from_logits=True)
+    return ops.sum(ops.where(wanted, losses, 0)) / ops.sum(ops.cast(wanted, losses.dtype))
 
 
 def _normal(config: OPTConfig) -> keras.initializers.Initializer:
@@ -474,5 +698,5 @@ def _hide_absent_fields(output: type) -> None:
         )
 
 
-_hide_absent_fields(BaseModelOutput)
-_hide_absent_fields(CausalLMOutput)
+for _output in (BaseModelOutput, CausalLMOutput, SequenceClassifierOutput, QuestionAnsweringOutput):
+    _hide_absent_fields(_output)

@@ -8,27 +8,26 @@ from typing import Any
 import numpy as np
 
 from opt_common.frameworks import FRAMEWORKS, to_numpy
-from opt_common.outputs import CausalLMOutput
 
 
 class Backend:
-    """A loaded OPTForCausalLM; numpy arrays in, float64 (or int) numpy arrays out."""
+    """A loaded model; numpy arrays in, float64 (or int) numpy arrays out."""
 
-    def __init__(self, key: str, path: str | Path, **options: Any) -> None:
+    def __init__(self, key: str, path: str | Path, architecture: str = "OPTForCausalLM", **options: Any) -> None:
         self.framework = FRAMEWORKS[key]
-        self.model = self.framework.model_class().from_pretrained(path, **options)
+        self.model = self.framework.model_class(architecture).from_pretrained(path, **options)
 
     def tensors(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return {k: self.framework.tensor(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
 
-    def __call__(self, **arguments: Any) -> CausalLMOutput:
+    def __call__(self, **arguments: Any) -> Any:
         out = self.model(**self.tensors(arguments))
-        return CausalLMOutput(
+        arrays = {name: as_float64(getattr(out, name)) for name in out._fields if name.endswith("logits")}
+        return out._replace(
             loss=None if out.loss is None else float(to_numpy(out.loss)),
-            logits=as_float64(out.logits),
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states and tuple(map(as_float64, out.hidden_states)),
             attentions=out.attentions and tuple(map(as_float64, out.attentions)),
+            **arrays,
         )
 
     def generate(self, **arguments: Any) -> np.ndarray:

@@ -27,9 +27,9 @@ CONFIGS = {
 }
 
 
-def random_tensors(config: OPTConfig, dtype: str, prefix: str = "model.") -> dict[str, np.ndarray]:
+def random_tensors(config: OPTConfig, dtype: str, architecture: str = "OPTForCausalLM") -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {s.name: rng.standard_normal(s.shape).astype(numpy_dtype(dtype)) for s in table(config, prefix)}
+    return {s.name: rng.standard_normal(s.shape).astype(numpy_dtype(dtype)) for s in table(config, architecture)}
 
 
 def write(

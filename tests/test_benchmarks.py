@@ -85,6 +85,23 @@ def test_load(tmp_path):
         assert sharded["even_share_MB"] < report["weights_MB"] / 8 + sharded["copied_to_each_MB"] + 0.001
 
 
+def test_convert(tmp_path):
+    """From layout to layout and back, each as planned; a second size keeps the rows of the first."""
+    out = tmp_path / "convert.json"
+    out.write_text(json.dumps({"sizes": {"opt-6.7b": {"rows": []}}}))
+    printed = benchmark("convert", "--smoke", "--repeats", 2, "--folder", tmp_path, "--out", out)
+    assert "the last file is the first: yes" in printed
+    sizes = json.loads(out.read_text())["sizes"]
+    assert list(sizes) == ["opt-6.7b", "opt-demo"]
+    rows = sizes["opt-demo"]["rows"]
+    assert [row["to"] for row in rows] == ["torch", "metaseq", "tf-h5", "flax-msgpack", "state-dict", "safetensors"]
+    assert [row["from"] for row in rows] == ["safetensors", *(row["to"] for row in rows[:-1])]
+    for row in rows:
+        assert row["as_planned"] and row["peak_MB"] <= row["limit_MB"]
+        assert all(row[name]["low"] > 0 for name in ("ours_MB_s", "cp_MB_s"))
+    assert os.listdir(tmp_path) == ["convert.json"]
+
+
 def test_gpu(tmp_path):
     """On a CPU, with tiny models. TensorFlow, which nobody has run on a GPU, is not run, and that is all it says."""
     out = tmp_path / "gpu.json"

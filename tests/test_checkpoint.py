@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from conftest import CONFIGS, make_reference, save_reference
 from opt_common.checkpoint import Checkpoint, save_checkpoint
 from opt_common.config import OPTConfig
 from opt_common.convert import convert
-from opt_common.tensors import Source, parse_size
+from opt_common.tensors import Source, map_bytes, parse_size
 
 STATE = "model.safetensors"
 
@@ -123,7 +124,7 @@ def test_bare_model(framework, tiny, tmp_path, rng):
 
     folder, reference = tiny("350m")
     package = __import__(FRAMEWORKS[framework].package)
-    model = getattr(package, FRAMEWORKS[framework].model.replace("ForCausalLM", "Model")).from_pretrained(folder)
+    model = getattr(package, FRAMEWORKS[framework].prefix + "OPTModel").from_pretrained(folder)
     ids = rng.integers(3, 96, (2, 8))
     out = model(FRAMEWORKS[framework].tensor(ids)).last_hidden_state
     with torch.no_grad():
@@ -271,6 +272,24 @@ def test_the_companions_of_a_folder_stay(tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
     assert (tmp_path / "runs").is_dir()
     assert sorted(os.listdir(tmp_path)) == sorted(["README.md", "config.json", STATE, "runs", *kept])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells before the pages are touched")
+def test_a_map_that_cannot_be_read(tmp_path, monkeypatch):
+    """Says so, where touching its pages would end the process."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 400)
+    assert map_bytes(path, 4099, 90_001).tobytes() == path.read_bytes()[4099:94_100]
+    map_bytes(path, 8, 16)[:] = 7
+    assert path.read_bytes() == bytes(range(256)) * 400
+
+    class Cut(mmap.mmap):
+        def __init__(self, *_, **__):
+            os.truncate(path, 0)
+
+    monkeypatch.setattr(mmap, "mmap", Cut)
+    with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
+        map_bytes(path, 4099, 90_001)
 
 
 def test_transposed_views_are_written_in_order(tmp_path, rng):

@@ -182,16 +182,50 @@ def test_transformers_4_loads_what_we_write(tmp_path):
     assert ran.returncode == 0, ran.stderr
 
 
+def test_ctranslate2_from_what_we_write(tmp_path):
+    """Its own converter takes our safetensors, and it writes the greedy tokens that we write. In an environment of its
+    own, with transformers."""
+    python = os.environ.get("OPT_ZOO_CTRANSLATE2")
+    if not python:
+        pytest.skip("not run: OPT_ZOO_CTRANSLATE2 is not a Python with ctranslate2 and transformers")
+    from opt_pt import GPT2Tokenizer, OPTForCausalLM
+
+    convert("opt-demo", tmp_path / "torch", "torch")
+    convert(tmp_path / "torch", tmp_path / "ours", "safetensors", dtype="float32")
+    command = [str(Path(python).with_name("ct2-transformers-converter")), "--model", str(tmp_path / "ours")]
+    ran = subprocess.run([*command, "--output_dir", str(tmp_path / "theirs")], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    program = """
+        import json, sys
+        import ctranslate2
+        import transformers
+        tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+        words = tokenizer.convert_ids_to_tokens(tokenizer(sys.argv[3])["input_ids"])
+        model = ctranslate2.Generator(sys.argv[2], compute_type="float32")
+        (result,) = model.generate_batch([words], beam_size=1, max_length=40, include_prompt_in_result=False)
+        print(json.dumps(result.sequences_ids[0]))
+    """
+    prompt = "Once upon a time"
+    command = [python, "-c", textwrap.dedent(program), str(tmp_path / "ours"), str(tmp_path / "theirs"), prompt]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    given = GPT2Tokenizer.from_pretrained("opt-demo")(prompt, return_tensors="pt")
+    ours = OPTForCausalLM.from_pretrained(tmp_path / "ours").generate(**given, max_new_tokens=40)
+    wanted = ours[0, given["input_ids"].shape[1] :].tolist()
+    assert len(wanted) == 40
+    assert json.loads(ran.stdout.splitlines()[-1]) == wanted
+
+
 def test_names():
-    for prefix in ("model.", ""):
-        for spec in table(tiny_config("350m", layers=12, tie_word_embeddings=False), prefix):
+    for architecture in ("OPTForCausalLM", "OPTModel"):
+        for spec in table(tiny_config("350m", layers=12, tie_word_embeddings=False), architecture):
             stored, transposed = to_flax(spec.name)
             assert transposed == (spec.kind == "linear")
             assert from_flax(stored) == (spec.name, transposed)
             if spec.path != "lm_head":
                 stored, transposed = to_tf(spec.name)
                 for scope in ("", "tfopt_for_causal_lm/", "tfopt_for_causal_lm_1/", "tfopt_model/"):
-                    full = spec.name if prefix else f"model.{spec.name}"
+                    full = spec.name if spec.name.startswith("model.") else f"model.{spec.name}"
                     assert from_tf(scope + stored) == (full, transposed)
     assert to_tf("model.decoder.layers.10.fc1.weight") == ("model/decoder/layers.10/fc1/kernel:0", True)
     assert from_tf("x/model/decoder/embed_positions/weight:0") == ("model.decoder.embed_positions.weight", False)
@@ -210,6 +244,11 @@ def test_transposed_copies(rng):
             copy = contiguous(array.T)
             assert copy.flags.c_contiguous and copy.dtype == array.dtype
             np.testing.assert_array_equal(copy, array.T)
+            part = np.frombuffer(b"\0" + array.tobytes(), np.uint8)[1:].view(dtype).reshape(shape)  # not aligned
+            for copy in (contiguous(part), contiguous(part.T[2:]).T):
+                assert copy.flags.aligned
+            np.testing.assert_array_equal(contiguous(part), array)
+            np.testing.assert_array_equal(contiguous(part.T[2:]), array.T[2:])
     for array in (np.zeros((4, 6))[::2], np.zeros((4, 6))[:, ::2].T, np.zeros((2, 3, 4)).T, np.zeros(())):
         np.testing.assert_array_equal(contiguous(array), array)
 
@@ -360,7 +399,7 @@ def test_of_a_hub_repository_only_the_preferred_layout_is_fetched(tmp_path, monk
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("size", "width", "shards"), [("125m", 24, "5GB"), ("125m", 24, "60KB"), ("350m", 128, "1MB")])
+@pytest.mark.parametrize(("size", "width", "shards"), [("125m", 24, "5GB"), ("125m", 24, "60KB"), ("1.3b", 128, "1MB")])
 @pytest.mark.parametrize("layout", WRITABLE)
 def test_the_plan_is_what_comes(layout, size, width, shards, tmp_path):
     config = tiny_config(size, hidden_size=2 * width, ffn_dim=4 * width)
@@ -457,7 +496,7 @@ def test_a_read_error_leaves_nothing(layout, tmp_path, monkeypatch):
 
         def broken(self: Checkpoint, name: str, bad: str = bad) -> Entry:
             entry = get(self, name)
-            return dataclasses.replace(entry, read=fail) if name == bad else entry
+            return dataclasses.replace(entry, read=fail, map=fail) if name == bad else entry
 
         with monkeypatch.context() as patch:
             patch.setattr(Checkpoint, "__getitem__", broken)

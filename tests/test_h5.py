@@ -117,7 +117,7 @@ def test_a_file_in_memory(tmp_path, rng):
 
 def test_bare_model(tmp_path):
     """TFOPTModel's files have the same names."""
-    _, entries = tf_h5.read(write(tf_h5, tmp_path, random_tensors(CONFIGS["350m"], "float16", ""), None))
+    _, entries = tf_h5.read(write(tf_h5, tmp_path, random_tensors(CONFIGS["350m"], "float16", "OPTModel"), None))
     same_bits(entries, random_tensors(CONFIGS["350m"], "float16"))
 
 

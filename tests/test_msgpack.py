@@ -51,7 +51,7 @@ def test_back_and_forth(tmp_path, config, dtype, limit):
 
 def test_bare_model(tmp_path):
     """FlaxOPTModel saves without the outer `model`."""
-    arrays = random_tensors(CONFIGS["350m"], "float16", "")
+    arrays = random_tensors(CONFIGS["350m"], "float16", "OPTModel")
     main = write(flax_msgpack, tmp_path, arrays, None)
     assert list(msgpack.unpackb(main.read_bytes())) == ["decoder"]
     same_bits(flax_msgpack.read(main)[1], arrays)

@@ -51,6 +51,8 @@ LAYOUTS: dict[str, ModuleType] = {
     "keras": keras_file,
 }
 WRITABLE = tuple(name for name, module in LAYOUTS.items() if hasattr(module, "write"))
+# those that can hold a score or qa_outputs: nobody else's classes have them
+HEADED = ("safetensors", "torch", "state-dict")
 
 
 def layout_module(name: str) -> ModuleType:

@@ -229,18 +229,22 @@ def _write(advance: Callable[[int], None], path: Path, tensors: list[Source]) ->
             if isinstance(item, bytes):
                 file.write(item)
                 continue
-            flat, at = item.array().reshape(-1).view(np.uint8), 0
-            for head, nbytes in _pieces(item):
-                file.write(head)
-                file.write(flat[at : at + nbytes].data)
-                at += nbytes
-            del flat
+            heads, left = iter(_heads(item)), 0
+            for data in item.pieces():
+                while data:
+                    while not left:
+                        head, left = next(heads)
+                        file.write(head)
+                    n = min(left, len(data))
+                    file.write(data[:n])
+                    data, left = data[n:], left - n
+            data = None  # before the next tensor is read
             advance(item.nbytes)
 
 
 def _size(tensors: list[Source]) -> int:
     return sum(
-        len(item) if isinstance(item, bytes) else sum(len(head) + nbytes for head, nbytes in _pieces(item))
+        len(item) if isinstance(item, bytes) else sum(len(head) + nbytes for head, nbytes in _heads(item))
         for item in _items(_tree(tensors))
     )
 
@@ -268,7 +272,7 @@ def _items(tree: dict[str, Any]) -> Iterator[bytes | Source]:
             yield value
 
 
-def _pieces(t: Source) -> list[tuple[bytes, int]]:
+def _heads(t: Source) -> list[tuple[bytes, int]]:
     """A tensor as it is stored: what comes before, and the bytes that follow; several times, if it is large."""
     packer = msgpack.Packer()
     if t.nbytes <= _CHUNK:

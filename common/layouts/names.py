@@ -16,8 +16,8 @@ from ..weights import FLAX, Layout, Spec, table
 
 # Every kind of row once; the layers differ by their number only.
 _ROWS = [
-    *table(OPTConfig(num_hidden_layers=1, word_embed_proj_dim=1, tie_word_embeddings=False), "model."),
-    *table(OPTConfig(num_hidden_layers=1, word_embed_proj_dim=1), ""),  # OPTModel
+    *table(OPTConfig(num_hidden_layers=1, word_embed_proj_dim=1, tie_word_embeddings=False)),
+    *table(OPTConfig(num_hidden_layers=1, word_embed_proj_dim=1), "OPTModel"),
 ]
 _LAYER = re.compile(r"layers([./])(0|[1-9]\d{0,3})(?=[./])", re.ASCII)
 

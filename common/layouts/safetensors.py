@@ -156,7 +156,9 @@ def write_styled(
         with open(path, "wb") as file:
             file.write(_head(shard, style))
             for tensor in shard:
-                file.write(tensor.array().reshape(-1).view(np.uint8).data)
+                for piece in tensor.pieces():
+                    file.write(piece)
+                piece = None  # before the next tensor is read
                 advance(tensor.nbytes)
 
     return write_sharded(folder, MAIN[0], [renamed(t, *to_name(t.name)) for t in tensors], limit, one, in_index)

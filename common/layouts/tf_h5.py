@@ -61,7 +61,11 @@ def write(
     def one(path: Path, shard: list[Source]) -> None:
         with create_hdf5(path) as file:
             for dataset, tensor in _build(file, shard, whole):
-                dataset.write_direct(tensor.array())
+                at = 0
+                for block in tensor.blocks():
+                    dataset[at : at + len(block)] = block
+                    at += len(block)
+                block = None  # before the next tensor is read
                 advance(tensor.nbytes)
 
     return write_sharded(folder, MAIN[0], stored, limit, one, _in_index)

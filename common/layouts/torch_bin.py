@@ -90,12 +90,9 @@ def save(path: Path, tree: Any, advance: Callable[[int], None]) -> None:
                     record.write(tensor.tobytes())
                     continue
                 for part in tensor.parts if isinstance(tensor, Stacked) else [tensor]:
-                    array = np.asarray(part.read(), order="C")  # a transposed view would go out in the wrong order
-                    if (array.shape, array.dtype) != (part.shape, numpy_dtype(part.dtype)):
-                        found = f"{array.dtype}{list(array.shape)}"
-                        raise ValueError(f"{part.name}: found {found}, wanted {part.dtype}{list(part.shape)}")
-                    record.write(array.reshape(-1).view(np.uint8).data)
-                    del array
+                    for piece in part.pieces():
+                        record.write(piece)
+                    piece = None  # before the next tensor is read
                     advance(part.nbytes)
 
 
