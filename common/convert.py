@@ -117,6 +117,8 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
     if opened.architecture != "OPTForCausalLM" and to not in HEADED:
         raise ValueError(f"{checkpoint.path}: is an {opened.architecture}; wanted one of {', '.join(HEADED)} to write")
     config = dataclasses.replace(opened.config, tie_word_embeddings=opened.tied, dtype=dtype or checkpoint.dtype)
+    if hasattr(layout_module(to), "check"):
+        layout_module(to).check(config)
     entries = [(spec, checkpoint[opened.names[spec.name]]) for spec in table(config, opened.architecture)]
     sources = [
         Source(spec.name, spec.shape, dtype or entry.dtype, lambda n=spec.name, e=entry: _cast(n, e, dtype))

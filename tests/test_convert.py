@@ -61,8 +61,9 @@ def refused(layout: str, config: OPTConfig, size: str, given: Path, target: Path
     said = REFUSED.get((layout, size)) or REFUSED.get((layout, str(config.dtype)))
     if said is None:
         return False
-    with pytest.raises(ValueError, match=said):
-        convert(given, target, layout)
+    for do in (plan, convert):
+        with pytest.raises(ValueError, match=said):
+            do(given, target, layout)
     assert not target.exists()
     return True
 

@@ -259,7 +259,7 @@ def test_converting(architecture, headed, tmp_path):
     first, last = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "safetensors"))
     assert first.keys() == last.keys() and all(np.array_equal(first[name], last[name]) for name in first)
     with pytest.raises(
-        ValueError, match=f"is an {architecture}; wanted one of safetensors, torch, state-dict to write"
+        ValueError, match=f"is an {architecture}; wanted one of safetensors, torch, state-dict, keras, orbax to write"
     ):
         convert(folder, tmp_path / "h5", "tf-h5")
 

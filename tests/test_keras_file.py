@@ -61,7 +61,7 @@ def test_reads_a_bare_model_and_a_trained_one(tmp_path, rng):
     bare = TFOPTModel(config)
     bare.save(tmp_path / "bare.keras")
     _, entries = keras_file.read(tmp_path / "bare.keras")
-    for spec in table(config, ""):
+    for spec in table(config, "OPTModel"):
         array = KERAS.parameter(bare, spec).numpy()
         np.testing.assert_array_equal(
             entries[f"model.{spec.name}"].read(), array.T if spec.kind == "linear" else array, err_msg=spec.name
@@ -103,7 +103,8 @@ def test_writes_what_keras_writes(tmp_path, kind, dtype):
     model = TFOPTForCausalLM.from_pretrained(folder, dtype=dtype)
     model.save(tmp_path / "theirs.keras")
     ours, theirs = stored(tmp_path / "ours" / "model.keras"), stored(tmp_path / "theirs.keras")
-    assert ours[0] == theirs[0]
+    # where dropout draws next is no weight
+    assert ours[0] == {name: data for name, data in theirs[0].items() if not name.endswith("/dropout/vars/seed")}
     theirs[1]["config"]["name"] = ours[1]["config"]["name"]  # Keras counts the models of a program
     assert ours[1] == theirs[1]
     again = keras.saving.load_model(tmp_path / "ours" / "model.keras")
@@ -114,11 +115,11 @@ def test_writes_what_keras_writes(tmp_path, kind, dtype):
 
 def test_writes_a_bare_model(tmp_path):
     config = CONFIGS["350m"]
-    arrays = random_tensors(config, "float32", "")
+    arrays = random_tensors(config, "float32", "OPTModel")
     main = write(keras_file, tmp_path, arrays, config)
     again = keras.saving.load_model(main)
     assert type(again) is TFOPTModel
-    for spec in table(config, ""):
+    for spec in table(config, "OPTModel"):
         array = KERAS.parameter(again, spec).numpy()
         np.testing.assert_array_equal(array.T if spec.kind == "linear" else array, arrays[spec.name])
     same_bits(keras_file.read(main)[1], {f"model.{name}": array for name, array in arrays.items()})
@@ -238,9 +239,11 @@ def test_cut_short(main, kept):
 
 
 def test_damaged_records(main):
+    with zipfile.ZipFile(main) as archive:
+        config = archive.read("config.json")
     remade(main, {"config.json": b'{"config": 1, "config": 2}'})
     refused(lambda: keras_file.config(main, {}), main, "config.json: not readable as JSON: key 'config' stands there")
-    remade(main, {"model.weights.h5": b"no HDF5"})
+    remade(main, {"config.json": config, "model.weights.h5": b"no HDF5"})
     refused(lambda: keras_file.read(main), main, "not readable as HDF5 weights")
 
 

@@ -15,6 +15,7 @@ and may have
     config   from such a file and its tensors to the OPTConfig that it holds itself; None where config.json does
     companions  from such a file to the tokenizer's files by their Hub names, where the layout has its own: `ASSETS`
     LOST     a sentence that says what of a model has no place in this layout
+    check    raises ValueError for the config of a model that has no place in this layout
     plan     from what `write` takes to the files that it would write and their bytes, reading no tensor
 
 A tensor that a layout stores otherwise (transposed, cut, joined) is put right when it is read. `read` raises ValueError
@@ -30,6 +31,7 @@ from . import (
     keras_file,
     keras_hub,
     metaseq,
+    orbax,
     safetensors,
     safetensors_flax,
     safetensors_tf,
@@ -49,10 +51,11 @@ LAYOUTS: dict[str, ModuleType] = {
     "state-dict": state_dict,
     "keras-hub": keras_hub,
     "keras": keras_file,
+    "orbax": orbax,
 }
 WRITABLE = tuple(name for name, module in LAYOUTS.items() if hasattr(module, "write"))
 # those that can hold a score or qa_outputs: nobody else's classes have them
-HEADED = ("safetensors", "torch", "state-dict")
+HEADED = ("safetensors", "torch", "state-dict", "keras", "orbax")
 
 
 def layout_module(name: str) -> ModuleType:

@@ -20,6 +20,7 @@ from ..config import OPTConfig
 from ..files import parse_json
 from ..hdf5 import create_hdf5, read_hdf5
 from ..tensors import Entry, Source, renamed, turned
+from ..weights import HEADS, is_head
 from ..zips import Records
 
 MAIN = ("model.keras",)
@@ -27,7 +28,8 @@ SHARD = r"(?!)"
 
 _WEIGHTS, _CONFIG = "model.weights.h5", "config.json"
 _CONFIG_BYTES = 1 << 20
-_CLASSES = {"opt_zoo>TFOPTForCausalLM": "layers/tfopt_model/", "opt_zoo>TFOPTModel": ""}
+_CLASSES = {f"opt_zoo>TF{architecture}": architecture for architecture in HEADS}
+_SEED = "/vars/seed"  # of dropout
 # Keras counts the layers of a list, from a first without a number.
 _PLACE = re.compile(
     r"(?:layers/tfopt_model/)?decoder/(?:layers/opt_decoder_layer(?:_([1-9]\d{0,3}))?/)?([a-z_/0-9]+)/vars/([01])",
@@ -42,18 +44,20 @@ _IN_LAYER = (
     "final_layer_norm",
 )
 _IN_DECODER = ("embed_tokens", "embed_positions", "project_in", "project_out", "final_layer_norm")
-_HEAD = "layers/linear/vars/0"
+_HEAD = "layers/linear/vars/"
 _ALIGNED = 64  # numbers lie in the file as they lie in the HDF5 file, which aligns them to eight bytes
 
 
 def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
     start, size = _locate(main, _WEIGHTS)
+    head = HEADS[_architecture(main, _own_config(main))]
     entries: dict[str, Entry] = {}
     for stored, entry in read_hdf5(main, start, size).items():
-        if stored.startswith("optimizer/"):  # what a compiled model was trained with is no part of the model
+        # what a compiled model was trained with is no part of the model
+        if stored.startswith("optimizer/") or stored.endswith(_SEED):
             continue
         # an unknown name is left as it is, for the check against the config to tell
-        name = _hub_name(stored) or stored
+        name = _hub_name(stored, head) or stored
         if name in entries:
             raise ValueError(f"{main}: holds {name} twice, once as {stored}")
         matrix = name != stored and len(entry.shape) == 2 and ".embed_" not in name
@@ -61,9 +65,9 @@ def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
     return [main], entries
 
 
-def _hub_name(stored: str) -> str | None:
-    if stored == _HEAD:
-        return "lm_head.weight"
+def _hub_name(stored: str, head: str | None) -> str | None:
+    if head and stored in (f"{_HEAD}0", f"{_HEAD}1"):
+        return f"{head}.{'bias' if stored.endswith('1') else 'weight'}"
     found = _PLACE.fullmatch(stored)
     if found is None:
         return None
@@ -77,22 +81,32 @@ def _hub_name(stored: str) -> str | None:
 
 def config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig:
     """The config in the file's own config.json; one beside it says nothing of this model."""
-    start, size = _locate(main, _CONFIG)
-    if size > _CONFIG_BYTES:
-        raise ValueError(f"{main}: {_CONFIG}: found {size} bytes, wanted at most {_CONFIG_BYTES}")
-    with open(main, "rb") as file:
-        file.seek(start)
-        values = parse_json(file.read(size), f"{main}: {_CONFIG}")
-    kind, theirs = values.get("registered_name"), values.get("config")
-    if not isinstance(kind, str) or kind not in _CLASSES:
-        found = f"a model of class {kind!r:.80}"
-        raise ValueError(f"{main}: {_CONFIG}: found {found}, wanted one of {', '.join(_CLASSES)}")
+    values = _own_config(main)
+    _architecture(main, values)
+    theirs = values.get("config")
     given = theirs.get("config") if isinstance(theirs, dict) else None
     unknown = given.get("unknown", {}) if isinstance(given, dict) else None
     if not isinstance(given, dict) or not isinstance(unknown, dict):
         raise ValueError(f"{main}: {_CONFIG}: wanted the fields of an OPTConfig as config.config")
     fields = {key: value for key, value in given.items() if key != "unknown"}
     return OPTConfig.from_dict(unknown | fields, source=f"{main}: {_CONFIG}")
+
+
+def _own_config(main: Path) -> dict[str, Any]:
+    start, size = _locate(main, _CONFIG)
+    if size > _CONFIG_BYTES:
+        raise ValueError(f"{main}: {_CONFIG}: found {size} bytes, wanted at most {_CONFIG_BYTES}")
+    with open(main, "rb") as file:
+        file.seek(start)
+        return parse_json(file.read(size), f"{main}: {_CONFIG}")
+
+
+def _architecture(main: Path, values: dict[str, Any]) -> str:
+    kind = values.get("registered_name")
+    if not isinstance(kind, str) or kind not in _CLASSES:
+        found = f"a model of class {kind!r:.80}"
+        raise ValueError(f"{main}: {_CONFIG}: found {found}, wanted one of {', '.join(_CLASSES)}")
+    return _CLASSES[kind]
 
 
 def _locate(main: Path, name: str) -> tuple[int, int]:
@@ -119,11 +133,12 @@ def write(
     padding = -(30 + len(_WEIGHTS) + 4 + 20) % _ALIGNED
     head.extra = struct.pack("<2sH", b"OZ", padding) + bytes(padding)
     path, begin = folder / MAIN[0], len(head.FileHeader(zip64=True))
-    bare = not any(t.name.startswith(("model.", "lm_head.")) for t in tensors)
-    kind = "TFOPTModel" if bare else "TFOPTForCausalLM"
+    modules = {t.name.split(".")[0] for t in tensors}
+    heads = [architecture for architecture, head in HEADS.items() if head in modules]
+    kind = f"TF{heads[0] if heads else 'OPTForCausalLM' if 'model' in modules else 'OPTModel'}"
     with create_hdf5(path, begin) as file:
         for t in tensors:
-            stored = _as_keras(t, _CLASSES[f"opt_zoo>{kind}"])
+            stored = _as_keras(t, "" if kind == "TFOPTModel" else "layers/tfopt_model/")
             dataset = file.create_dataset(stored.name, data=stored.array())
             if t.dtype == "bfloat16":
                 dataset.attrs["dtype"] = "bfloat16"  # HDF5 has no such type; Keras marks it so
@@ -150,8 +165,9 @@ _VERSION = "3.12.0"  # the oldest Keras that opt_tf takes; the files of later on
 
 def _as_keras(tensor: Source, prefix: str) -> Source:
     """A tensor as Keras calls and stores it."""
-    if tensor.name == "lm_head.weight":
-        return renamed(tensor, _HEAD, True)
+    if is_head(tensor.name):
+        weight = tensor.name.endswith("weight")
+        return renamed(tensor, f"{_HEAD}{0 if weight else 1}", weight)
     path, _, leaf = tensor.name.removeprefix("model.").removeprefix("decoder.").rpartition(".")
     place = path.replace(".", "/")
     if path.startswith("layers."):
@@ -164,7 +180,12 @@ def _as_keras(tensor: Source, prefix: str) -> Source:
 def _serialized(kind: str, config: OPTConfig, dtype: str) -> dict[str, Any]:
     """The model as Keras serializes it."""
     policy = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": dtype}, "registered_name": None}
-    name = "tfopt_model" if kind == "TFOPTModel" else "tfopt_for_causal_lm"
+    name = {  # as Keras makes a name of a class's
+        "TFOPTModel": "tfopt_model",
+        "TFOPTForCausalLM": "tfopt_for_causal_lm",
+        "TFOPTForSequenceClassification": "tfopt_for_sequence_classification",
+        "TFOPTForQuestionAnswering": "tfopt_for_question_answering",
+    }[kind]
     values = {"name": name, "trainable": True, "dtype": policy, "config": dataclasses.asdict(config)}
     own = {"module": "opt_tf.model", "class_name": kind, "config": values, "registered_name": f"opt_zoo>{kind}"}
     return own | {"build_config": {"shapes_dict": {}}, "compile_config": {}}

@@ -152,14 +152,18 @@ def companions(main: Path) -> dict[str, bytes]:
     return {"vocab.json": vocab.read_bytes(), "merges.txt": version + pairs}
 
 
+def check(config: OPTConfig) -> None:
+    wrong = _unlike(config)
+    if wrong:
+        raise ValueError(f"keras-hub's OPT cannot be this model, for it {' and '.join(wrong)}")
+
+
 def write(
     folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
 ) -> list[str]:
     if config is None:
         raise ValueError("keras-hub: wanted a config to write a preset")
-    wrong = _unlike(config)
-    if wrong:
-        raise ValueError(f"keras-hub's OPT cannot be this model, for it {' and '.join(wrong)}")
+    check(config)
     stored = [_as_keras(t, config) for t in tensors]
     shards, names, given = split(stored, limit), [MAIN[0]], iter(tensors)
     if len(shards) > 1:
