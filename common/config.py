@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .files import read_json, write_atomically
 
@@ -59,6 +59,7 @@ class OPTConfig:
     Raises ValueError, naming the field, for a value that cannot be an OPT.
     """
 
+    model_type: ClassVar[str] = "opt"
     vocab_size: int = 50272
     hidden_size: int = 768
     num_hidden_layers: int = 12

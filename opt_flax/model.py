@@ -564,7 +564,8 @@ def _product(x: Array, kernel: Array, dtype: DTypeLike) -> Array:
     if platform == "gpu" and tokens == 1:  # XLA makes one program of it and of what comes before and after
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return (kernel.astype(wide) * x.astype(wide)).sum(-1).reshape(*x.shape[:-1], -1)
-    if platform == "cpu" and tokens <= FEW:
+    # an exported program's number of tokens may be a symbol, which cannot be held against a number
+    if platform == "cpu" and isinstance(tokens, int) and tokens <= FEW:
         y = lax.dot_general(kernel, x.reshape(tokens, -1), (((1,), (1,)), ((), ())), preferred_element_type=dtype)
         # the barrier keeps XLA from turning it around, and so copying the kernel
         return lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)

@@ -358,6 +358,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
     ) -> CausalLMOutput:
         """Run the decoder and the head; arguments as in `OPTModel.forward`, and:
 
@@ -366,6 +367,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
             transformers padding can be held against a token behind it, though what padding says means nothing: give
             -100 for the first token of a left-padded row.
         logits_to_keep: the logits of the last so many tokens only, or of the columns in a tensor; 0 for all.
+        return_dict: taken for peft, which passes it on; an output is read by name and by index in any case.
         """
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep != 0):
             raise ValueError("labels, logits_to_keep: found both; the loss takes the logits of every token")
@@ -398,6 +400,14 @@ class OPTForCausalLM(OPTPreTrainedModel):
             self.lm_head.weight = self.model.decoder.embed_tokens.weight
 
     generate = generate
+    generation_config = None  # peft's `generate` wants to find one, and hands it back
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: KVCache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The arguments of a call that goes on from a cache: peft's language models ask for it by this name."""
+        input_ids = input_ids if past_key_values is None else input_ids[:, int(past_key_values.length) :]
+        return kwargs | {"input_ids": input_ids, "past_key_values": past_key_values}
 
 
 class OPTForSequenceClassification(OPTPreTrainedModel):
@@ -423,6 +433,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         use_cache: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        return_dict: bool | None = None,
     ) -> SequenceClassifierOutput:
         """Run the decoder, and the head on the rightmost token of each row that is not padding, by attention_mask or by
         being config.pad_token_id. Arguments as in `OPTModel.forward`, and:
@@ -488,6 +499,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         use_cache: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        return_dict: bool | None = None,
     ) -> QuestionAnsweringOutput:
         """Run the decoder and the head; arguments as in `OPTModel.forward`, and:
 

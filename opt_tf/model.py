@@ -254,6 +254,14 @@ class OPTDecoder(keras.layers.Layer):
         if self.final_layer_norm is not None:
             self.final_layer_norm.build(hidden)
 
+    def save_own_variables(self, store: Any) -> None:
+        if self.dice is not None:
+            store["seed"] = self.dice.state.numpy()  # as `Dropout` does
+
+    def load_own_variables(self, store: Any) -> None:
+        if self.dice is not None and "seed" in store:
+            self.dice.state.assign(store["seed"][...])
+
     def call(
         self,
         input_ids: Tensor | None = None,
@@ -362,6 +370,32 @@ class TFOPTPreTrainedModel(keras.Model):
     def scores(self, output: Any) -> Any:
         """What of an output the loss and the metrics given to `compile` are to see."""
         return output.logits
+
+    def export(
+        self,
+        filepath: Any,
+        format: str = "tf_saved_model",
+        verbose: bool | str | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keras's export. A SavedModel has one endpoint, `serve`, also as `signatures["serving_default"]`: from
+        input_ids and attention_mask, [B, T] int32, or from what input_signature has of the two, to a dictionary of the
+        output's tensors by their names."""
+        if format != "tf_saved_model":
+            return super().export(filepath, format, verbose, input_signature, **kwargs)
+
+        def serve(input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+            out = self(input_ids, attention_mask=attention_mask, training=False)
+            return {name: tensor for name, tensor in out._asdict().items() if isinstance(tensor, Tensor)}
+
+        names = ("input_ids", "attention_mask")
+        archive = keras.export.ExportArchive()
+        archive.track(self)
+        archive.add_endpoint(
+            "serve", serve, input_signature or [tf.TensorSpec((None, None), "int32", n) for n in names]
+        )
+        archive.write_out(filepath, verbose=True if verbose is None else verbose, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"config": dataclasses.asdict(self.config)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import signal
 import subprocess
@@ -10,9 +12,18 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
 from safetensors.numpy import load_file
 
+import opt_common
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import lm_eval_opt  # noqa: E402
+
 SAVED = {"pt": "training.pt", "tf": "training.keras", "flax": "training/4/_CHECKPOINT_METADATA"}
 
 
@@ -50,3 +61,52 @@ def test_killed_and_started_again(framework, tmp_path):
     weights, wanted = (load_file(tmp_path / out / "model.safetensors") for out in ("killed", "whole"))
     for name, array in wanted.items():
         np.testing.assert_array_equal(weights[name], array, err_msg=name)
+
+
+def test_lm_evaluation_harness(framework, tmp_path):
+    """Likelihoods, perplexity and greedy texts of opt-demo: the scores that the harness gives transformers."""
+    lines = [
+        "The king had a daughter who was beautiful beyond all measure.",
+        "Once upon a time there lived a poor man.",
+        "The wolf said to the fox",
+        "They went into the forest and were never seen again, and the king was sad.",
+    ]
+    path = tmp_path / "tales.jsonl"
+    path.write_text("\n".join(json.dumps({"text": line, "words": line.split(" ")}) for line in lines) + "\n")
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}, "test_split": "test"}
+    tasks = [
+        data | {
+            "task": "choice", "output_type": "multiple_choice", "doc_to_text": "{{words[:4]|join(' ')}}",
+            "doc_to_choice": "{{[words[4:]|join(' '), 'blue blue blue', 'sea']}}", "doc_to_target": 0,
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        data | {
+            "task": "whole", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+        },
+        data | {
+            "task": "say", "output_type": "generate_until", "doc_to_text": "{{words[:3]|join(' ')}}",
+            "doc_to_target": "{{text}}", "generation_kwargs": {"until": ["."], "max_gen_toks": 12},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    ]  # fmt: skip
+    folder = Path(opt_common.__file__).parent / "opt-demo"
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
+    found, wanted = (
+        simple_evaluate(model=model, tasks=copy.deepcopy(tasks), log_samples=True, bootstrap_iters=0, random_seed=0)
+        for model in (lm_eval_opt.OPT(str(folder), framework, batch_size=2), theirs)
+    )
+    assert found["results"].keys() == wanted["results"].keys() == {"choice", "whole", "say"}
+    for task, scores in wanted["results"].items():
+        for name, score in scores.items():
+            same = pytest.approx(score, rel=1e-6) if isinstance(score, float) else score
+            assert found["results"][task][name] == same, (task, name)
+    for task, samples in wanted["samples"].items():
+        for ours, other in zip(found["samples"][task], samples, strict=True):
+            for a, b in zip(ours["filtered_resps"], other["filtered_resps"], strict=True):
+                if task == "say":
+                    assert a == b
+                else:
+                    first, second = (x if isinstance(x, tuple | list) else [x] for x in (a, b))
+                    assert float(first[0]) == pytest.approx(float(second[0]), rel=1e-5)
+                    assert [str(x) for x in first[1:]] == [str(x) for x in second[1:]]
