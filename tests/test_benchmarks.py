@@ -114,6 +114,14 @@ def test_gpu(tmp_path):
         assert rows[key]["decode B16"]["median"] > 0
 
 
+def test_train(tmp_path):
+    out = tmp_path / "train.json"
+    benchmark("train", "--smoke", "--only", ",".join(OURS | {"transformers"}), "--out", out)
+    rows = [row for row in json.loads(out.read_text())["results"] if row["system"] in OURS | {"transformers"}]
+    assert {row["system"] for row in rows} == OURS | {"transformers"}
+    assert all(row["tokens_s"] > 0 and row["peak_GB"] > 0 and row["x_best"]["median"] > 0 for row in rows), rows
+
+
 def test_speedup(tmp_path):
     out = tmp_path / "speedup.json"
     benchmark("speedup", "measure", "--smoke", "--sizes", "350m", "--out", out)
@@ -122,7 +130,7 @@ def test_speedup(tmp_path):
     assert (tmp_path / "speedup-350m.png").exists()
 
 
-@pytest.mark.parametrize("name", ["cpu.json", "gpu.json", "growth.json", "speedup.json"])
+@pytest.mark.parametrize("name", ["cpu.json", "gpu.json", "growth.json", "speedup.json", "train-cpu.json", "train-gpu.json"])
 def test_committed_numbers_are_readable(name):
     """And are of real shapes."""
     report = json.loads((ROOT / "benchmarks" / name).read_text())
