@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -168,8 +169,16 @@ def convert(
     if as_json:
         _print_json(written)
     else:
-        for row in written:
-            console.print(f"{row['file']}  {row['bytes']:,} bytes", highlight=False, markup=False, soft_wrap=True)
+        for name, size in _some_files((row["file"], row["bytes"]) for row in written):
+            console.print(f"{name}  {size:,} bytes", highlight=False, markup=False, soft_wrap=True)
+
+
+def _some_files(files: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Names and bytes, or the first of very many, as Orbax has, and the sum of the others. --json has all."""
+    files = list(files)
+    if len(files) <= 100:
+        return files
+    return [*files[:20], (f"and {len(files) - 20} more:", sum(size for _, size in files[20:]))]
 
 
 def _print_plan(plan: Plan, as_json: bool) -> None:
@@ -177,7 +186,7 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
         _print_json({**dataclasses.asdict(plan), "bytes": plan.bytes})
         return
     shown = Table(show_header=False, box=None)
-    for name, size in plan.files:
+    for name, size in _some_files(plan.files):
         shown.add_row(name, f"{size:,} bytes")
     shown.add_row("all", f"{plan.bytes:,} bytes" + ("" if plan.exact else ", of tensors: this layout's files say more"))
     shown.add_row("free", f"{plan.free:,} bytes" + ("" if plan.free > plan.bytes else ", [red]too few[/]"))
@@ -214,7 +223,7 @@ def inspect(
         if value is not None:
             shown.add_row(key, f"{value:,}" if isinstance(value, int) else escape(plain(str(value))))
     if len(shards) > 1:
-        for name, size in shards.items():
+        for name, size in _some_files(shards.items()):
             shown.add_row("shard", f"{escape(plain(name))}  {size:,} bytes")
     shown.add_row("fits its config", "[green]yes[/]" if not misfits else "[red]no[/]")
     if not_finite is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def examine(
         "norm": "before" if config.do_layer_norm_before else "after",
         "positions": config.max_position_embeddings,
         "vocabulary": config.vocab_size,
-        "shards": {file.name: file.stat().st_size for file in checkpoint.files},
+        "shards": {os.path.relpath(file, checkpoint.main.parent): file.stat().st_size for file in checkpoint.files},
         "misfits": misfits,
     }
     if sha256 or check:

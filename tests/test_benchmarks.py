@@ -130,7 +130,9 @@ def test_speedup(tmp_path):
     assert (tmp_path / "speedup-350m.png").exists()
 
 
-@pytest.mark.parametrize("name", ["cpu.json", "gpu.json", "growth.json", "speedup.json", "train-cpu.json", "train-gpu.json"])
+@pytest.mark.parametrize(
+    "name", ["cpu.json", "gpu.json", "growth.json", "speedup.json", "train-cpu.json", "train-gpu.json"]
+)
 def test_committed_numbers_are_readable(name):
     """And are of real shapes."""
     report = json.loads((ROOT / "benchmarks" / name).read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -237,3 +238,16 @@ def test_the_demo_is_loadable_by_transformers():
 
         found = OPTForCausalLM.from_pretrained(DEMO).generate(**ids, max_new_tokens=60)[0].tolist()
         assert found == wanted
+
+
+def test_very_many_files_are_not_all_printed(tmp_path):
+    """A hundred lines at most; the bytes are all there."""
+    for arguments in (("convert", DEMO, tmp_path / "new", "--to", "orbax"), ("inspect", tmp_path / "new")):
+        ran = opt_zoo(*arguments)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.count("\n") <= 100
+        sizes = [int(line.split()[-2].replace(",", "")) for line in ran.stdout.splitlines() if line.endswith(" bytes")]
+        sizes = sizes or [int(n) for n in re.findall(r"([\d]+) bytes", ran.stdout.replace(",", ""))]
+        files = json.loads(opt_zoo("inspect", tmp_path / "new", "--json").stdout)["shards"]
+        wanted = files if arguments[0] == "inspect" else {n: b for n, b in files.items() if not n.endswith(".zarray")}
+        assert len(files) > 100 and sum(sizes) == sum(wanted.values())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 
 import numpy as np
@@ -141,3 +144,35 @@ def test_lora_as_a_language_model(tiny, ids):
     assert torch.allclose(adapted.eval()(**given).logits, plain(**given).logits, atol=1e-5)
     found, wanted = (m.generate(**given, max_new_tokens=4, do_sample=False) for m in (adapted, plain))
     assert torch.equal(found, wanted)
+
+
+def test_torch_export(ids, tmp_path):
+    """Run by PyTorch alone, without opt_pt, for another number of rows."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = OPTForCausalLM(OPTConfig(**SMALL)).eval()
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, mask).logits
+
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    logits, rows = Logits(), {0: torch.export.Dim("rows", min=2, max=64)}
+    torch.export.save(torch.export.export(logits, (ids, mask), dynamic_shapes=(rows, rows)), tmp_path / "model.pt2")
+    given = ids.repeat(2, 1)[:6], mask.repeat(2, 1)[:6]
+    torch.save(given, tmp_path / "given.pt")
+    program = """
+        import sys
+        import torch
+        folder = sys.argv[1]
+        run = torch.export.load(f"{folder}/model.pt2").module()
+        torch.save(run(*torch.load(f"{folder}/given.pt")).detach(), f"{folder}/logits.pt")
+        assert "opt_pt" not in sys.modules
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    real = given[1].bool()
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt")[real], logits(*given)[real])
