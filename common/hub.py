@@ -92,10 +92,10 @@ def fetch_checkpoint(
         raise FileNotFoundError(f"{folder}: no config.json; wanted a folder or repository of an OPT")
     if str(path_or_name) == DEMO:
         return folder
-    for main, *index in dict.fromkeys(module.MAIN for module in modules):
+    for (main, *index), beside in {module.MAIN: getattr(module, "BESIDE", ()) for module in modules}.items():
         there = [name for name in index if (folder / name).is_file()]
         shards = sorted(set(_shards(folder / there[0]))) if there else [main]
-        folder = fetch(path_or_name, ["config.json", *there, *shards], **hub)  # type: ignore[arg-type]
+        folder = fetch(path_or_name, ["config.json", *there, *shards, *beside], **hub)  # type: ignore[arg-type]
         if all((folder / shard).is_file() for shard in shards):
             break
     return folder

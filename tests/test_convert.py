@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from huggingface_hub.utils import filter_repo_objects
 
 from checkpoints import contents, random_checkpoint, tiny_config
 from opt_common import examine
@@ -350,12 +351,12 @@ class FakeHub:
     def __init__(self, repository: Path, cache: Path) -> None:
         self.repository, self.cache = repository, cache
 
-    def snapshot_download(self, name: str, allow_patterns: list[str], **_: object) -> str:
+    def snapshot_download(self, repository: str, allow_patterns: list[str], **_: object) -> str:
         self.cache.mkdir(exist_ok=True)
-        for pattern in allow_patterns:
-            if (self.repository / pattern).is_file():
-                (self.cache / pattern).parent.mkdir(parents=True, exist_ok=True)
-                (self.cache / pattern).write_bytes((self.repository / pattern).read_bytes())
+        names = [str(p.relative_to(self.repository)) for p in self.repository.rglob("*") if p.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):  # as the Hub itself does it
+            (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.cache / name).write_bytes((self.repository / name).read_bytes())
         return str(self.cache)
 
 
@@ -375,7 +376,7 @@ def test_a_hub_name_brings_its_tokenizer(layout, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
     convert("facebook/opt-tiny", tmp_path / "new", layout=layout)
     assert {"vocab.json", "merges.txt", "generation_config.json"} <= set(os.listdir(tmp_path / "new"))
-    assert {path.name for path in weights} <= set(os.listdir(hub.cache))
+    assert {path.relative_to(repository).parts[0] for path in weights} <= set(os.listdir(hub.cache))
     assert "README.md" not in os.listdir(hub.cache)
     assert list(diff(tmp_path / "new", repository, (None, layout))) == []
 

@@ -14,6 +14,7 @@ and may have
     holds    whether such a file is of this layout, where several share a name
     config   from such a file and its tensors to the OPTConfig that it holds itself; None where config.json does
     companions  from such a file to the tokenizer's files by their Hub names, where the layout has its own: `ASSETS`
+    BESIDE   patterns of the other files to fetch from the Hub, where neither MAIN nor an index names them
     LOST     a sentence that says what of a model has no place in this layout
     check    raises ValueError for the config of a model that has no place in this layout
     plan     from what `write` takes to the files that it would write and their bytes, reading no tensor

@@ -25,6 +25,7 @@ from ..tensors import Entry, Source, map_bytes, numpy_dtype, some
 
 MAIN = ("_METADATA",)
 SHARD = r"(?!)"
+BESIDE = ("manifest.ocdbt", "d/*", "ocdbt.process_*/*", "*/.zarray", "*/[0-9]*")
 
 _DTYPES = {"<f2": "float16", "bfloat16": "bfloat16", "<f4": "float32", "<f8": "float64"}
 _LEAVES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
