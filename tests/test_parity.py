@@ -92,6 +92,26 @@ def test_past(framework, config, mask, tiny, load, rng):
         assert relative_error(np.concatenate(parts, axis=1)[keep], wanted[keep]) <= 2e-5
 
 
+def test_past_under_random_masks(framework, tiny, load, rng):
+    """Padding anywhere, also among several new tokens, which come in one call or two."""
+    folder, reference = tiny("350m")
+    model = load(framework, folder)
+    for _ in range(5):
+        ids, full = rng.integers(3, 96, (B, T)), rng.integers(0, 2, (B, T))
+        full[:, rng.integers(T)] = 1  # a row of padding alone says nothing
+        with torch.no_grad():
+            wanted = reference(torch.tensor(ids), attention_mask=torch.tensor(full)).logits.numpy()
+        cache, start, parts = model.model.init_cache(B, T), 0, []
+        for n in (6, 3, 3):
+            masked = {"input_ids": ids[:, start : start + n], "attention_mask": full[:, : start + n]}
+            out = model(**masked, past_key_values=cache)
+            cache, start = out.past_key_values, start + n
+            parts.append(out.logits)
+        found = np.concatenate(parts, axis=1)
+        assert np.isfinite(found).all()
+        assert relative_error(found[full > 0], wanted[full > 0]) <= 2e-5
+
+
 def test_the_cache_remembers_the_mask(framework, tiny, load, rng):
     """A mask given once need not be given again: new tokens are real, old padding stays padding."""
     folder, _ = tiny()
