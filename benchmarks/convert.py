@@ -33,10 +33,10 @@ import typer
 from benchmarks.checkpoints import random_checkpoint
 from benchmarks.load import memory
 from benchmarks.report import MB, Row, child, console, heading, machine, say, show, spread
-from opt_common.checkpoint import Checkpoint
+from opt_common.checkpoints.checkpoint import Checkpoint
+from opt_common.checkpoints.convert import convert as run
+from opt_common.checkpoints.convert import plan
 from opt_common.config import OPTConfig
-from opt_common.convert import convert as run
-from opt_common.convert import plan
 from opt_common.files import read_json, write_atomically
 from opt_common.hub import DEMO, fetch
 from opt_common.weights import table

@@ -22,11 +22,11 @@ import typer
 
 from benchmarks.checkpoints import random_checkpoint
 from benchmarks.report import MB, ON_CPU, Row, child, console, heading, machine, say, show
+from opt_common.checkpoints.tensors import numpy_dtype
 from opt_common.config import OPTConfig
 from opt_common.files import write_atomically
 from opt_common.frameworks import FRAMEWORKS
 from opt_common.hub import DEMO, fetch
-from opt_common.tensors import numpy_dtype
 from opt_common.weights import byte_count, table
 
 DEVICES = 8

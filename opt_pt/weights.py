@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opt_common.pretrained import open_pretrained
-from opt_common.pretrained import save_pretrained as save
-from opt_common.tensors import MAX_SHARD_SIZE
+from opt_common.checkpoints.pretrained import open_pretrained
+from opt_common.checkpoints.pretrained import save_pretrained as save
+from opt_common.checkpoints.tensors import MAX_SHARD_SIZE
 from opt_common.weights import TORCH, Spec
 
 if TYPE_CHECKING:

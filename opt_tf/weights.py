@@ -10,9 +10,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_common.pretrained import open_pretrained
-from opt_common.pretrained import save_pretrained as save
-from opt_common.tensors import MAX_SHARD_SIZE, numpy_dtype
+from opt_common.checkpoints.pretrained import open_pretrained
+from opt_common.checkpoints.pretrained import save_pretrained as save
+from opt_common.checkpoints.tensors import MAX_SHARD_SIZE, numpy_dtype
 from opt_common.weights import KERAS, Spec
 
 if TYPE_CHECKING:

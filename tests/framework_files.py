@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opt_common.checkpoints.tensors import Entry, Source, numpy_dtype
 from opt_common.config import OPTConfig
-from opt_common.tensors import Entry, Source, numpy_dtype
 from opt_common.weights import table
 
 GOLDENS = Path(__file__).parent / "goldens" / "frameworks"

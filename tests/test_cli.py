@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from opt_common.checkpoint import Checkpoint
+from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.config import OPTConfig
 from opt_common.frameworks import FRAMEWORKS, Framework
 from opt_common.hub import DEMO, fetch

@@ -23,14 +23,14 @@ import safetensors.numpy
 from huggingface_hub.utils import filter_repo_objects
 
 from checkpoints import contents, random_checkpoint, tiny_config
-from opt_common import examine
-from opt_common.checkpoint import Checkpoint, save_checkpoint
+from opt_common.checkpoints import examine
+from opt_common.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from opt_common.checkpoints.convert import convert, plan
+from opt_common.checkpoints.examine import diff
+from opt_common.checkpoints.layouts import LAYOUTS, WRITABLE
+from opt_common.checkpoints.layouts.names import from_flax, from_tf, to_flax, to_tf
+from opt_common.checkpoints.tensors import Entry, Source, contiguous, name_shards, parse_size
 from opt_common.config import SIZES, OPTConfig
-from opt_common.convert import convert, plan
-from opt_common.examine import diff
-from opt_common.layouts import LAYOUTS, WRITABLE
-from opt_common.layouts.names import from_flax, from_tf, to_flax, to_tf
-from opt_common.tensors import Entry, Source, contiguous, name_shards, parse_size
 from opt_common.weights import table
 
 GOLDENS = Path(__file__).parent / "goldens" / "safetensors"
@@ -572,7 +572,7 @@ def test_a_file_that_may_not_grow(layout, tmp_path):
     program = """
         import resource, sys, warnings
         from pathlib import Path
-        from opt_common.convert import convert
+        from opt_common.checkpoints.convert import convert
         warnings.simplefilter("ignore")
         given, new, layout = sys.argv[1:]
         convert(given, f"{new}-whole", layout)
@@ -651,7 +651,7 @@ def test_killed_at_random(layout, tmp_path):
     before, rng = contents(given), np.random.default_rng(0)
     program = """
         import sys, warnings
-        from opt_common.convert import convert
+        from opt_common.checkpoints.convert import convert
         print("ready", flush=True)
         while True:
             convert(sys.argv[1], sys.argv[2], sys.argv[3])

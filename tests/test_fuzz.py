@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from opt_common.layouts import WRITABLE
+from opt_common.checkpoints.layouts import WRITABLE
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory through Linux")

@@ -12,8 +12,8 @@ import pytest
 import safetensors.numpy
 
 from framework_files import CONFIGS, GOLDENS, damaged, random_tensors, refused, same_bits, write
-from opt_common.hdf5 import create_hdf5, imagine_hdf5, read_hdf5
-from opt_common.layouts import tf_h5
+from opt_common.checkpoints.containers.hdf5 import create_hdf5, imagine_hdf5, read_hdf5
+from opt_common.checkpoints.layouts import tf_h5
 
 SCOPE = "model/tfopt_for_causal_lm/model/decoder"
 

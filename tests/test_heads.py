@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 from backends import Backend, relative_error
 from conftest import CONFIGS, SMALL, save_reference
+from opt_common.checkpoints.convert import convert
 from opt_common.config import OPTConfig
-from opt_common.convert import convert
 from opt_common.inputs import check_labels
 
 B, T, LABELS = 4, 9, 3

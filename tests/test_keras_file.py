@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from framework_files import CONFIGS, random_tensors, refused, same_bits, write
-from opt_common.checkpoint import Checkpoint, save_checkpoint
+from opt_common.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from opt_common.checkpoints.convert import convert
+from opt_common.checkpoints.examine import diff
+from opt_common.checkpoints.layouts import keras_file, keras_hub, tf_h5
+from opt_common.checkpoints.tensors import Source
 from opt_common.config import OPTConfig
-from opt_common.convert import convert
-from opt_common.examine import diff
-from opt_common.layouts import keras_file, keras_hub, tf_h5
-from opt_common.tensors import Source
 from opt_common.weights import KERAS, table
 from opt_tf import TFOPTForCausalLM, TFOPTModel
 
@@ -139,7 +139,7 @@ def test_takes_neither_keras_nor_tensorflow(tmp_path):
     folder, _ = hub_folder(tmp_path / "hub", CONFIGS["pre-norm"], "float16")
     program = """
         import sys
-        from opt_common.convert import convert
+        from opt_common.checkpoints.convert import convert
         convert(sys.argv[1], sys.argv[2] + "/a", to="keras")
         convert(sys.argv[2] + "/a", sys.argv[2] + "/b")
         assert not {"keras", "tensorflow", "jax", "torch"} & set(sys.modules)

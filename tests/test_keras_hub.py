@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from framework_files import CONFIGS, GOLDENS, random_tensors, refused, same_bits, write
-from opt_common.checkpoint import Checkpoint
+from opt_common.checkpoints.checkpoint import Checkpoint
+from opt_common.checkpoints.convert import convert
+from opt_common.checkpoints.examine import diff
+from opt_common.checkpoints.layouts import keras_hub, safetensors, tf_h5
 from opt_common.config import OPTConfig
-from opt_common.convert import convert
-from opt_common.examine import diff
-from opt_common.layouts import keras_hub, safetensors, tf_h5
 from opt_common.reference import forward
 
 GOLDEN = GOLDENS.parent / "keras-hub"

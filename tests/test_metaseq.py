@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from conftest import CONFIGS, SMALL, make_reference
+from opt_common.checkpoints.layouts import metaseq, state_dict
+from opt_common.checkpoints.tensors import Source, numpy_dtype
 from opt_common.config import OPTConfig
-from opt_common.layouts import metaseq, state_dict
-from opt_common.tensors import Source, numpy_dtype
 
 State = dict[str, torch.Tensor]
 

@@ -13,8 +13,8 @@ import pytest
 import safetensors.numpy
 
 from framework_files import CONFIGS, GOLDENS, damaged, random_tensors, refused, same_bits, write
-from opt_common.layouts import flax_msgpack
-from opt_common.tensors import Source
+from opt_common.checkpoints.layouts import flax_msgpack
+from opt_common.checkpoints.tensors import Source
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ import zstandard
 from flax import nnx
 
 from framework_files import CONFIGS, random_tensors, refused, same_bits
-from opt_common.checkpoint import Checkpoint, save_checkpoint
-from opt_common.convert import convert, plan
-from opt_common.examine import diff
-from opt_common.layouts import orbax
-from opt_common.tensors import Source
+from opt_common.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from opt_common.checkpoints.convert import convert, plan
+from opt_common.checkpoints.examine import diff
+from opt_common.checkpoints.layouts import orbax
+from opt_common.checkpoints.tensors import Source
 from opt_flax import FlaxOPTForCausalLM, FlaxOPTForSequenceClassification, FlaxOPTModel
 
 
@@ -126,7 +126,7 @@ def test_takes_no_jax(tmp_path):
     shutil.copy(folder / "config.json", tmp_path / "ocdbt")
     program = """
         import sys
-        from opt_common.convert import convert
+        from opt_common.checkpoints.convert import convert
         convert(sys.argv[1] + "/hub", sys.argv[1] + "/a", to="orbax")
         convert(sys.argv[1] + "/a", sys.argv[1] + "/b")
         assert not {"tensorstore", "zstandard"} & set(sys.modules)

@@ -8,7 +8,7 @@ import torch
 
 from backends import relative_error
 from conftest import CONFIGS, make_reference, save_reference
-from opt_common.checkpoint import Checkpoint
+from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.config import OPTConfig
 from opt_common.reference import forward
 

@@ -30,8 +30,8 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from opt_common.layouts import torch_bin, unpickle
-from opt_common.tensors import Source, numpy_dtype
+from opt_common.checkpoints.layouts import torch_bin, unpickle
+from opt_common.checkpoints.tensors import Source, numpy_dtype
 
 BIN = "pytorch_model.bin"
 
@@ -97,7 +97,7 @@ def test_reads_without_torch(tmp_path):
         import sys
         sys.modules["torch"] = None
         from pathlib import Path
-        from opt_common.layouts import torch_bin
+        from opt_common.checkpoints.layouts import torch_bin
         print(len([entry.read() for entry in torch_bin.read(Path({str(tmp_path / BIN)!r}))[1].values()]))
     """
     ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)

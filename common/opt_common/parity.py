@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .checkpoints.pretrained import open_pretrained
 from .frameworks import FRAMEWORKS, Framework, to_numpy
-from .pretrained import open_pretrained
 from .reference import forward
 from .tokenizer import GPT2Tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..config import OPTConfig
+from ...config import OPTConfig
 from ..tensors import Entry, Source
 from . import metaseq, torch_bin
 

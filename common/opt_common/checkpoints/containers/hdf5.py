@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5g, h5l, h5o, h5t  # pyright: ignore[reportAttributeAccessIssue]
 
-from .tensors import PIECE, Entry, map_bytes, numpy_dtype, read_bytes
+from ..tensors import PIECE, Entry, map_bytes, numpy_dtype, read_bytes
 
 # Bytes; sign bit, exponent, bits of it, mantissa, bits of it; bias: of the little-endian floats.
 _FLOATS = {

@@ -21,7 +21,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from .files import read_json
+from ..files import read_json
 
 MAX_SHARD_SIZE = "5GB"
 

@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import OPTConfig
-from ..files import parse_json
-from ..hdf5 import create_hdf5, read_hdf5
+from ...config import OPTConfig
+from ...files import parse_json
+from ...weights import HEADS, is_head
+from ..containers.hdf5 import create_hdf5, read_hdf5
+from ..containers.zips import Records
 from ..tensors import Entry, Source, renamed, turned
-from ..weights import HEADS, is_head
-from ..zips import Records
 
 MAIN = ("model.keras",)
 SHARD = r"(?!)"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..config import OPTConfig
+from ...config import OPTConfig
 from ..tensors import Entry, Source
 from . import safetensors
 from .names import from_tf, to_tf

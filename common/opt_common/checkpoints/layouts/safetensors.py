@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..config import OPTConfig
-from ..files import parse_json, read_json
+from ...config import OPTConfig
+from ...files import parse_json, read_json
 from ..tensors import (
     Entry,
     Source,

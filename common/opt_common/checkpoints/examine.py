@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from ..config import SIZES, OPTConfig
+from ..progress import byte_bar
+from ..weights import FLOATS, compare, stored_architecture
 from .checkpoint import Checkpoint, recognize
-from .config import SIZES, OPTConfig
 from .pretrained import Opened, find_checkpoint, open_checkpoint
-from .progress import byte_bar
 from .tensors import Entry, contiguous
-from .weights import FLOATS, compare, stored_architecture
 
 # Fields that do not change what a model answers.
 _OF_TRAINING = ("dtype", "unknown", "dropout", "attention_dropout", "layerdrop", "init_std", "use_cache")

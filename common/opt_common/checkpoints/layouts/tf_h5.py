@@ -14,9 +14,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..config import OPTConfig
-from ..files import read_json
-from ..hdf5 import create_hdf5, imagine_hdf5, read_hdf5
+from ...config import OPTConfig
+from ...files import read_json
+from ..containers.hdf5 import create_hdf5, imagine_hdf5, read_hdf5
 from ..tensors import Entry, Source, plan_sharded, read_sharded, renamed, split, turned, write_sharded
 from .names import from_tf, to_tf
 

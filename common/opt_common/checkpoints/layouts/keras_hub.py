@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ..config import OPTConfig
-from ..files import read_json
-from ..hdf5 import create_hdf5, read_hdf5
+from ...config import OPTConfig
+from ...files import read_json
+from ..containers.hdf5 import create_hdf5, read_hdf5
 from ..tensors import Entry, Source, contiguous, rearranged, shard_files, split, turned
 
 MAIN = ("model.weights.h5", "model.weights.json")

@@ -3,7 +3,7 @@
 Importing this imports no framework.
 """
 
-from .checkpoint import Checkpoint, save_checkpoint
+from .checkpoints.checkpoint import Checkpoint, save_checkpoint
 from .config import SIZES, OPTConfig
 from .outputs import BaseModelOutput, CausalLMOutput
 from .tokenizer import GPT2Tokenizer

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from ..config import DTYPES, SIZES, OPTConfig
+from ...config import DTYPES, SIZES, OPTConfig
+from ..containers.unpickle import Named, Tensor, load
 from ..tensors import Entry, Source, numpy_dtype
 from . import torch_bin
 from .torch_bin import Stacked, is_name
-from .unpickle import Named, Tensor, load
 
 MAIN = ("restored.pt",)
 SHARD = r".*-model_part-\d+(-shard\d+)?\.pt|.*-shard\d+\.pt"

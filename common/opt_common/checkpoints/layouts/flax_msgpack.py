@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import msgpack
 import numpy as np
 
-from ..config import OPTConfig
+from ...config import OPTConfig
+from ...weights import FLOATS
 from ..tensors import (
     Entry,
     Source,
@@ -30,7 +31,6 @@ from ..tensors import (
     turned,
     write_sharded,
 )
-from ..weights import FLOATS
 from .names import from_flax, to_flax
 
 MAIN = ("flax_model.msgpack", "flax_model.msgpack.index.json")

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from .config import OPTConfig
-from .files import read_json
+from ..config import OPTConfig
+from ..files import read_json
 from .layouts import LAYOUTS, WRITABLE, layout_module
 from .tensors import MAX_SHARD_SIZE, Entry, Source, numpy_dtype, parse_size, some
 
@@ -26,8 +26,8 @@ FILES = tuple(dict.fromkeys(name for module in LAYOUTS.values() for name in modu
 class Checkpoint(Mapping[str, Entry]):
     """The tensors of a checkpoint by name. Opening reads headers only.
 
-    `path` is a folder, or a weight file of its own. `layout` is one of `opt_common.layouts.LAYOUTS`; None for the one
-    that is there. `main` is the file it was opened by, `files` the weight files.
+    `path` is a folder, or a weight file of its own. `layout` is one of `LAYOUTS`; None for the one that is there.
+    `main` is the file it was opened by, `files` the weight files.
     Raises FileNotFoundError if there are no weights, ValueError if there are weights of several layouts and `layout`
     does not choose, and ValueError that names the file for one that is damaged.
     """

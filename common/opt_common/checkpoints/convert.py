@@ -13,14 +13,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from ..config import DTYPES, OPTConfig
+from ..hub import COMPANIONS
+from ..progress import byte_bar
+from ..weights import table
 from .checkpoint import save_checkpoint
-from .config import DTYPES, OPTConfig
-from .hub import COMPANIONS
 from .layouts import HEADED, WRITABLE, layout_module
 from .pretrained import open_checkpoint
-from .progress import byte_bar
 from .tensors import MAX_SHARD_SIZE, Entry, Source, numpy_dtype, parse_size
-from .weights import table
 
 
 @dataclasses.dataclass(frozen=True)

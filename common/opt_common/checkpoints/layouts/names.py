@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 
-from ..config import OPTConfig
-from ..weights import FLAX, Layout, Spec, table
+from ...config import OPTConfig
+from ...weights import FLAX, Layout, Spec, table
 
 # Every kind of row once; the layers differ by their number only.
 _ROWS = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .checkpoints.layouts import LAYOUTS, layout_module
 from .files import read_json
-from .layouts import LAYOUTS, layout_module
 
 DEMO = "opt-demo"
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..config import OPTConfig
+from ...config import OPTConfig
 from ..tensors import Entry, Source
 from . import safetensors
 from .names import from_flax, to_flax

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from ..config import DTYPES, OPTConfig
+from ..hub import fetch_checkpoint
+from ..progress import byte_bar
+from ..weights import Spec, head, is_head, match, stored_architecture, table
 from .checkpoint import Checkpoint, recognize, save_checkpoint
-from .config import DTYPES, OPTConfig
-from .hub import fetch_checkpoint
 from .layouts import LAYOUTS
-from .progress import byte_bar
 from .tensors import MAX_SHARD_SIZE, Source, contiguous
-from .weights import Spec, head, is_head, match, stored_architecture, table
 
 # keys of a config that `from_pretrained` takes in place of the checkpoint's
 CHANGEABLE = {field.name for field in dataclasses.fields(OPTConfig)} - {"unknown", "dtype"} | {"id2label", "label2id"}
@@ -48,7 +48,7 @@ def open_checkpoint(
     """Find, open and check a checkpoint; no tensor is read, nothing of its size is allocated.
 
     `path_or_name`: a folder, a weight file with its config.json beside it, "opt-demo", or a Hub name.
-    `layout`: one of `opt_common.layouts.LAYOUTS`, or None for the one that is there. Of several, `prefer` takes the
+    `layout`: one of `LAYOUTS`, or None for the one that is there. Of several, `prefer` takes the
     first: safetensors, then PyTorch's, then the others in the order of LAYOUTS; otherwise they are an error. Of a Hub
     repository the preferred one is taken, which alone is fetched. `companions` fetches its tokenizer too.
     `architecture`: whose table it is checked against (`match`). `changes`: keys of the config that are to be others.

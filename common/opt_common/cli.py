@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .convert import Plan
+from .checkpoints.convert import Plan
+from .checkpoints.layouts import LAYOUTS, WRITABLE
+from .checkpoints.tensors import MAX_SHARD_SIZE
 from .files import plain
 from .frameworks import FRAMEWORKS, to_numpy
 from .hub import DEMO
-from .layouts import LAYOUTS, WRITABLE
-from .tensors import MAX_SHARD_SIZE
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -159,7 +159,7 @@ def convert(
 
     Bit for bit unless --dtype is given. Killed at any moment, the target is as it was or complete.
     """
-    from . import convert as job
+    from .checkpoints import convert as job
 
     if plan:
         _print_plan(job.plan(source, target, to, dtype, max_shard_size, layout), as_json)
@@ -208,7 +208,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Say what a checkpoint holds, and what does not fit its config. Reads headers, not weights, unless asked to."""
-    from .examine import examine
+    from .checkpoints.examine import examine
 
     facts = examine(model, layout, sha256, check)
     if as_json:
@@ -246,7 +246,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare two checkpoints, of any layouts, tensor by tensor. Fails if they differ in any bit."""
-    from .examine import diff as compare
+    from .checkpoints.examine import diff as compare
 
     found = list(compare(first, second, (first_layout, second_layout)))
     if as_json:

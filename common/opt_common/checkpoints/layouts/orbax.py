@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import OPTConfig
-from ..files import parse_json
+from ...config import OPTConfig
+from ...files import parse_json
 from ..tensors import Entry, Source, map_bytes, numpy_dtype, some
 
 MAIN = ("_METADATA",)

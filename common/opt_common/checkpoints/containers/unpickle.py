@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..tensors import Entry, map_bytes, numpy_dtype
-from ..zips import Records, shown
+from .zips import Records, shown
 
 # A pickle holds names and shapes: that of OPT-175b in one file is 300 kB and 50 thousand steps. An object takes up to
 # 130 times the byte that asks for it, so steps are counted too.

@@ -1,0 +1,1 @@
+"""Checkpoints: opened, checked, read, written and converted, one tensor at a time."""
