@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opt_common.checkpoints.pretrained import open_pretrained
 from opt_common.checkpoints.pretrained import save_pretrained as save
-from opt_common.checkpoints.tensors import MAX_SHARD_SIZE
+from opt_common.checkpoints.shards import MAX_SHARD_SIZE
 from opt_common.weights import TORCH, Spec
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from opt_common.checkpoints.convert import convert, plan
 from opt_common.checkpoints.examine import diff
 from opt_common.checkpoints.layouts import LAYOUTS, WRITABLE
 from opt_common.checkpoints.layouts.names import from_flax, from_tf, to_flax, to_tf
-from opt_common.checkpoints.tensors import Entry, Source, contiguous, name_shards, parse_size
+from opt_common.checkpoints.shards import name_shards, parse_size
+from opt_common.checkpoints.tensors import Entry, Source, contiguous
 from opt_common.config import SIZES, OPTConfig
 from opt_common.weights import table
 

@@ -269,7 +269,7 @@ def test_links_out_of_the_file(main, tmp_path):
 def test_two_records_of_one_name(main):
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(main, "a") as archive:
         archive.writestr("config.json", "{}")
-    refused(lambda: keras_file.read(main), main, "'config.json': stands there twice")
+    refused(lambda: keras_file.read(main), main, "'config.json': appears twice")
 
 
 def test_strange_tensors(main, tmp_path):

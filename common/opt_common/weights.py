@@ -184,7 +184,7 @@ def compare(
             continue
         full = plain if is_head(plain) else f"model.{plain}"
         if full in found:
-            wrong.append(f"{full}: stands there twice, as {found[full]} and {name}")
+            wrong.append(f"{full}: appears twice, as {found[full]} and {name}")
         found[full] = name
 
     lm_head, embedding = found.pop("lm_head.weight", None), found.get("model.decoder.embed_tokens.weight")

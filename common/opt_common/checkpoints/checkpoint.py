@@ -15,9 +15,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..config import OPTConfig
-from ..files import read_json
+from ..files import abridged, read_json
 from .layouts import LAYOUTS, WRITABLE, layout_module
-from .tensors import MAX_SHARD_SIZE, Entry, Source, numpy_dtype, parse_size, some
+from .shards import MAX_SHARD_SIZE, parse_size
+from .tensors import Entry, Source, numpy_dtype
 
 # What a folder is opened by.
 FILES = tuple(dict.fromkeys(name for module in LAYOUTS.values() for name in module.MAIN))
@@ -100,7 +101,7 @@ def recognize(path: Path, layout: str | None = None) -> dict[str, Path]:
         return found
     wanted = f"weights of layout {layout}" if layout else "weights"
     names = ", ".join(layout_module(layout).MAIN if layout else FILES)
-    there = some(sorted(p.name for p in path.iterdir())) if path.is_dir() else "a file" if path.exists() else ""
+    there = abridged(sorted(p.name for p in path.iterdir())) if path.is_dir() else "a file" if path.exists() else ""
     raise FileNotFoundError(f"{path}: no {wanted}; wanted one of {names}; found: {there or 'nothing'}")
 
 

@@ -17,7 +17,8 @@ from ..progress import byte_bar
 from ..weights import Spec, head, is_head, match, stored_architecture, table
 from .checkpoint import Checkpoint, recognize, save_checkpoint
 from .layouts import LAYOUTS
-from .tensors import MAX_SHARD_SIZE, Source, contiguous
+from .shards import MAX_SHARD_SIZE
+from .tensors import Source, contiguous
 
 # keys of a config that `from_pretrained` takes in place of the checkpoint's
 CHANGEABLE = {field.name for field in dataclasses.fields(OPTConfig)} - {"unknown", "dtype"} | {"id2label", "label2id"}

@@ -19,18 +19,8 @@ import numpy as np
 
 from ...config import OPTConfig
 from ...weights import FLOATS
-from ..tensors import (
-    Entry,
-    Source,
-    map_bytes,
-    numpy_dtype,
-    plan_sharded,
-    read_bytes,
-    read_sharded,
-    renamed,
-    turned,
-    write_sharded,
-)
+from ..shards import plan_sharded, read_sharded, write_sharded
+from ..tensors import Entry, Source, map_bytes, numpy_dtype, read_bytes, renamed, turned
 from .names import from_flax, to_flax
 
 MAIN = ("flax_model.msgpack", "flax_model.msgpack.index.json")
