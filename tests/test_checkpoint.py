@@ -23,8 +23,9 @@ import transformers
 
 from backends import Backend, relative_error
 from conftest import CONFIGS, make_reference, save_reference
-from opt_common.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
+from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.shards import parse_size
 from opt_common.checkpoints.tensors import Source, map_bytes
 from opt_common.config import OPTConfig
@@ -349,7 +350,7 @@ def test_a_killed_save_leaves_old_or_new(tmp_path):
     """The same with a real kill at random moments."""
     program = """
         import sys, numpy as np
-        from opt_common.checkpoints.checkpoint import save_checkpoint
+        from opt_common.checkpoints.save import save_checkpoint
         from opt_common.checkpoints.tensors import Source
         for value in range(1, 1000):
             array = np.full(200_000, value, np.float32)
@@ -556,7 +557,7 @@ def test_astronomical_sizes_are_refused_before_anything_is_allocated(field, size
     program = """
         import resource, sys
         from pathlib import Path
-        from opt_common.checkpoints.pretrained import open_checkpoint
+        from opt_common.checkpoints.open import open_checkpoint
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + 500_000_000,) * 2)
         open_checkpoint(sys.argv[1])
