@@ -121,7 +121,7 @@ def test_errors_name_file_and_field(tmp_path, key, value, message):
     [
         (b"{", "not readable as JSON"),
         (b"[1]", "found a JSON list, wanted an object"),
-        (b'{"dropout": 0.1, "dropout": 0.2}', "key 'dropout' stands there twice"),
+        (b'{"dropout": 0.1, "dropout": 0.2}', "key 'dropout' appears twice"),
         (b'{"prefix": "\xff"}', "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),
         (b'{"prefix": ' + b"[" * 700 + b"]" * 700 + b"}", "nested too deeply"),

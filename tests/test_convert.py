@@ -24,12 +24,14 @@ from huggingface_hub.utils import filter_repo_objects
 
 from checkpoints import contents, random_checkpoint, tiny_config
 from opt_common.checkpoints import examine
-from opt_common.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert, plan
 from opt_common.checkpoints.examine import diff
 from opt_common.checkpoints.layouts import LAYOUTS, WRITABLE
 from opt_common.checkpoints.layouts.names import from_flax, from_tf, to_flax, to_tf
-from opt_common.checkpoints.tensors import Entry, Source, contiguous, name_shards, parse_size
+from opt_common.checkpoints.save import save_checkpoint
+from opt_common.checkpoints.shards import name_shards, parse_size
+from opt_common.checkpoints.tensors import Entry, Source, contiguous
 from opt_common.config import SIZES, OPTConfig
 from opt_common.weights import table
 
