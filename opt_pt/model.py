@@ -48,7 +48,8 @@ class OPTAttention(nn.Module):
         """Return the new hidden states [B, T, H] and, from the eager formula, the attention weights [B, N, T, S]."""
         B, T, _ = hidden_states.shape
         parts = (f(hidden_states) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (x.view(B, T, -1, self.head_dim).transpose(1, 2) for x in parts)  # [B, N, T, D] each
+        D = self.head_dim
+        q, k, v = (x.view(B, T, x.shape[-1] // D, D).transpose(1, 2) for x in parts)  # [B, N, T, D] each
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx, attention_mask)  # [B, N, S, D]
         out, weights = attend(self, q, k, v, attention_mask, output_attentions)

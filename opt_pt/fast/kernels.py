@@ -130,9 +130,12 @@ def linear_one(
     y = y.to(out.dtype.element_ty)
     if QKV:
         place = _place(rows.to(tl.int64), 0, tl.load(slot), slots, H, D)
-        tl.store(out + rows, y, mask=inside & (part == 0))
-        tl.store(k_cache + place, y, mask=inside & (part == 1))
-        tl.store(v_cache + place, y, mask=inside & (part == 2))
+        if part == 0:
+            tl.store(out + rows, y, mask=inside)
+        elif part == 1:
+            tl.store(k_cache + place, y, mask=inside)
+        else:
+            tl.store(v_cache + place, y, mask=inside)
     else:
         tl.store(out + rows, y, mask=inside)
 
@@ -153,9 +156,12 @@ def _finish_many(
     y = acc.to(out.dtype.element_ty)
     if QKV:
         place = _place(rows[:, None], batch.to(tl.int64)[None, :], tl.load(slot), slots, H, D)
-        tl.store(out + at, y, mask=inside & (part == 0))
-        tl.store(k_cache + place, y, mask=inside & (part == 1))
-        tl.store(v_cache + place, y, mask=inside & (part == 2))
+        if part == 0:
+            tl.store(out + at, y, mask=inside)
+        elif part == 1:
+            tl.store(k_cache + place, y, mask=inside)
+        else:
+            tl.store(v_cache + place, y, mask=inside)
     else:
         tl.store(out + at, y, mask=inside)
 

@@ -34,13 +34,13 @@ def layer_forward(
     B, T, _ = x.shape
     pre_norm = layer.do_layer_norm_before
     y = _norm(layer.self_attn_layer_norm, x) if pre_norm else x
-    joined = packed(a)
+    joined = packed(a, y)
     if joined is not None:  # one product of `pack`'s copy, in place of three
         widths = [f.weight.shape[0] for f in (a.q_proj, a.k_proj, a.v_proj)]
         parts = product(y, joined.weight, joined.bias).split(widths, dim=-1)
     else:
         parts = (plain_linear(f, y) for f in (a.q_proj, a.k_proj, a.v_proj))
-    q, k, v = (z.view(B, T, -1, a.head_dim).transpose(1, 2) for z in parts)
+    q, k, v = (z.view(B, T, z.shape[-1] // a.head_dim, a.head_dim).transpose(1, 2) for z in parts)
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, a.layer_idx, view)
     x = x + plain_linear(a.out_proj, attend(a, q, k, v, view)[0].flatten(2))
