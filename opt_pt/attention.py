@@ -134,7 +134,8 @@ def flash_attention_2(
         from flash_attn_2_cuda import varlen_fwd  # pyright: ignore[reportMissingImports]
 
         out = varlen_fwd(
-            q, k, v, None, *starts, None, None, None, None, *longest, 0.0, scaling, False, True, -1, -1, 0.0, False, None
+            q, k, v, None, *starts, None, None, None, None, *longest,
+            0.0, scaling, False, True, -1, -1, 0.0, False, None,
         )[0]  # fmt: skip
     return (out[None] if mask.compacted else _scatter(out, mask)), None
 

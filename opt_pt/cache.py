@@ -37,10 +37,12 @@ class KVCache:
     def slots(self) -> int:
         return self.k[0].shape[2]
 
-    def update(self, k: Tensor, v: Tensor, layer_idx: int, view: View = None) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values [B, N, T, D] of a layer behind the past ones; return all, [B, N, length + T, D].
-        With a compacted Packing they come as [1, N, queries, D], and all return as [1, N, keys, D].
+    def update(self, k: Tensor, v: Tensor, layer_idx: int | None, view: View = None) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values [B, N, T, D] of a layer behind the past ones and return all of them,
+        [B, N, length + T, D]. With a compacted Packing they come as [1, N, queries, D] and return as [1, N, keys, D].
         `length` moves on once a call, when all layers are done: `advance`."""
+        if layer_idx is None:
+            raise ValueError("layer_idx: found None, wanted the layer's number in the cache; give it when you make one")
         all_k, all_v = self.k[layer_idx], self.v[layer_idx]
         if isinstance(view, Packing) and view.compacted:
             rows, slots = view.slots

@@ -17,9 +17,7 @@ from .text import Text
 
 
 @torch.inference_mode()
-def generate(
-    self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[Options]
-) -> Tensor:
+def generate(self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
     """Continue each row of `input_ids` [B, T]; returns [B, T + new], the prompts included.
 
     attention_mask: [B, T], 0 for padding on either side. Default: everything that is not the config's `pad_token_id`.

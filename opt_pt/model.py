@@ -28,10 +28,10 @@ class OPTAttention(nn.Module):
 
     def __init__(self, config: OPTConfig, layer_idx: int | None = None) -> None:
         super().__init__()
-        H, bias = config.hidden_size, config.enable_bias
+        H, D, bias = config.hidden_size, config.head_dim, config.enable_bias
         self.config, self.layer_idx, self.is_causal, self.enable_bias = config, layer_idx, True, bias
-        self.embed_dim, self.num_heads, self.head_dim = H, config.num_attention_heads, config.head_dim
-        self.scaling, self.dropout = self.head_dim**-0.5, config.attention_dropout
+        self.embed_dim, self.num_heads, self.head_dim, self.scaling = H, config.num_attention_heads, D, D**-0.5
+        self.dropout = config.attention_dropout
         self.k_proj = nn.Linear(H, H, bias=bias)
         self.v_proj = nn.Linear(H, H, bias=bias)
         self.q_proj = nn.Linear(H, H, bias=bias)
@@ -155,14 +155,11 @@ class OPTDecoder(nn.Module):
         """
         config, cache = self.config, past_key_values
         B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, use_cache, position_ids)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        hidden_states: Tensor = inputs_embeds  # [B, T, E]  # type: ignore[assignment]
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, E]
         if self.project_in is not None:
             hidden_states = linear(self.project_in, hidden_states)  # [B, T, H]
         if cache is None and use_cache:
-            slots = config.max_position_embeddings
-            cache = KVCache(config, B, slots, hidden_states.device, hidden_states.dtype)
+            cache = KVCache(config, B, config.max_position_embeddings, hidden_states.device, hidden_states.dtype)
         positions, segments = place(config, B, T, hidden_states.device, attention_mask, position_ids, cache)
         past = 0 if cache is None else cache.length
         hidden_states = hidden_states + self.embed_positions(attention_mask, past, position_ids=positions)

@@ -18,7 +18,7 @@ from ..cache import KVCache
 from .plain import standard, unwatched
 from .products import onednn, packed
 
-Pair = tuple[Tensor | None, Tensor | None]  # of a norm
+Pair = tuple[Any, Any]  # of a norm: Tensors, or None
 Weights = tuple[Tensor, Tensor | None]
 
 

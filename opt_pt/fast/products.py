@@ -53,7 +53,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def packed(module: nn.Module, x: Tensor) -> Packed | None:
-    """The packed copy of a module's weights for a product with x, if there is one, it is current and oneDNN takes it."""
+    """The packed copy of a module's weights, if there is one, it is current, and oneDNN takes it for x."""
     copy = module.__dict__.get("packed")
     if copy is None or x.device.type != "cpu" or x.dtype != copy.weight.dtype or not onednn(x.dtype):
         return None
@@ -95,8 +95,8 @@ def onednn(dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def pack(model: Any) -> None:
-    """Also keep the weights of the Linears, the head's included, reordered for oneDNN: for inference on a CPU in float32
-    or bfloat16, at twice the memory. Changed weights are used unpacked until you call `pack` again.
+    """Also keep the weights of the Linears, the head's included, reordered for oneDNN: for inference on a CPU in
+    float32 or bfloat16, at twice the memory. Changed weights are used unpacked until you call `pack` again.
 
     Raises ValueError where oneDNN does not compute.
     """
