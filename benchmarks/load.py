@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.checkpoints import random_checkpoint
+from benchmarks.ours import modules
 from benchmarks.report import MB, ON_CPU, Row, child, console, heading, machine, say, show
 from opt_common.checkpoints.tensors import numpy_dtype
 from opt_common.config import OPTConfig
@@ -102,7 +103,7 @@ def load(
         largest = max(spec.size for spec in table(config)) * numpy_dtype(dtype).itemsize
         report |= {"model": "opt-demo" if smoke else f"opt-{size}", "stored": stored, "dtype": dtype}
         report |= {"weights_MB": weights / MB, "largest_tensor_MB": largest / MB, "rows": []}
-        for key, devices in (*((key, 1) for key in registered()), ("flax", DEVICES)):
+        for key, devices in (*((key, 1) for key in modules()), ("flax", DEVICES)):
             framework = registered()[key]
             title = framework.title + (f", {devices} devices" if devices > 1 else "")
             row: Row = {"framework": title}
@@ -118,7 +119,7 @@ def load(
                 continue
             row |= found | {"over_weights": found["peak_MB"] * MB / weights}
             row["peak_less_weights_MB"] = found["peak_MB"] - weights / MB
-            row["limit_MB"] = (largest + 300 * MB if key == "flax" else 0.2 * weights + 200 * MB) / MB
+            row["limit_MB"] = modules()[key].load_limit(weights, largest) / MB
             row["met"] = "yes" if row["peak_less_weights_MB"] <= row["limit_MB"] else "NO"
             report["rows"].append(row)
     if out is not None:
