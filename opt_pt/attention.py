@@ -82,7 +82,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: f
         wide = torch.promote_types(dtype, torch.float32)  # in half precision PyTorch's kernel takes twice as long
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
         mask = mask if mask is None or mask.dtype == torch.bool else mask.to(wide)
-    is_causal = mask is None and T > 1
+    is_causal = mask is None and bool(T > 1)  # torch.jit.trace makes sizes tensors
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scaling)
     return out.to(dtype).transpose(1, 2), None
 
