@@ -189,7 +189,7 @@ FC1 = "model.decoder.layers.0.fc1.kernel.value"
         ("shape", [1 << 40, 1 << 40], "wanted 9444732965739290427392 chunks, not all are there"),
         ("chunks", [16], "wanted 2 positive numbers"),
         ("chunks", [0, 8], "wanted 2 positive numbers"),
-        ("chunks", [1 << 40, 8], "wanted no more than [16, 8]"),
+        ("chunks", [1 << 40, 8], "wanted no more than [8, 16]"),
         ("chunks", [1, 1], "wanted 128 chunks, not all are there"),
         ("dtype", "|O", "dtype: found '|O', wanted one of <f2, bfloat16"),
         ("dtype", ["<f4"], "dtype: found ['<f4']"),
