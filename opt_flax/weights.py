@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from opt_common.checkpoints.pretrained import open_pretrained
 from opt_common.checkpoints.pretrained import save_pretrained as save
-from opt_common.checkpoints.tensors import MAX_SHARD_SIZE
+from opt_common.checkpoints.shards import MAX_SHARD_SIZE
 from opt_common.weights import FLAX, Spec, table
 
 from .attention import default_device

@@ -12,7 +12,8 @@ from tensorflow import Tensor
 
 from opt_common.checkpoints.pretrained import open_pretrained
 from opt_common.checkpoints.pretrained import save_pretrained as save
-from opt_common.checkpoints.tensors import MAX_SHARD_SIZE, numpy_dtype
+from opt_common.checkpoints.shards import MAX_SHARD_SIZE
+from opt_common.checkpoints.tensors import numpy_dtype
 from opt_common.weights import KERAS, Spec
 
 if TYPE_CHECKING:

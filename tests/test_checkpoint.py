@@ -23,9 +23,11 @@ import transformers
 
 from backends import Backend, relative_error, skip_what_it_lacks
 from conftest import CONFIGS, make_reference, save_reference
-from opt_common.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
-from opt_common.checkpoints.tensors import Source, map_bytes, parse_size
+from opt_common.checkpoints.save import save_checkpoint
+from opt_common.checkpoints.shards import parse_size
+from opt_common.checkpoints.tensors import Source, map_bytes
 from opt_common.config import OPTConfig
 from opt_common.frameworks import registered
 
@@ -175,7 +177,7 @@ def test_every_misfit_is_listed(framework, plain, tmp_path):
         "model.decoder.layers.0.fc2.weight: found shape [128, 64], wanted [64, 128]",
         "model.decoder.layers.2.fc1.bias: found dtype int8, wanted one of float16",
         "model.decoder.layers.3.fc1.bias: unexpected",
-        "model.decoder.embed_tokens.weight: stands there twice",
+        "model.decoder.embed_tokens.weight: appears twice",
     ):
         assert wanted in text
 
@@ -344,7 +346,7 @@ def test_a_killed_save_leaves_old_or_new(tmp_path):
     """The same with a real kill at random moments."""
     program = """
         import sys, numpy as np
-        from opt_common.checkpoints.checkpoint import save_checkpoint
+        from opt_common.checkpoints.save import save_checkpoint
         from opt_common.checkpoints.tensors import Source
         for value in range(1, 1000):
             array = np.full(200_000, value, np.float32)
@@ -518,7 +520,7 @@ INDEXES = {
     "a null": ('{"weight_map": {"a": "\\u0000"}}', "names shards that are not there"),
     "half a character": ('{"weight_map": {"a": "\\ud800"}}', "names shards that are not there"),
     "missing": ('{"weight_map": {"a": "b.safetensors"}}', "names shards that are not there: b.safetensors"),
-    "twice": ('{"weight_map": {"a": "b", "a": "c"}}', "key 'a' stands there twice"),
+    "twice": ('{"weight_map": {"a": "b", "a": "c"}}', "key 'a' appears twice"),
     "numbers": ('{"weight_map": {"a": 1}}', "wanted an object of tensor names"),
     "a list": ('{"weight_map": ["a"]}', "wanted an object of tensor names"),
     "no object": ("[]", "wanted an object"),
@@ -551,7 +553,7 @@ def test_astronomical_sizes_are_refused_before_anything_is_allocated(field, size
     program = """
         import resource, sys
         from pathlib import Path
-        from opt_common.checkpoints.pretrained import open_checkpoint
+        from opt_common.checkpoints.open import open_checkpoint
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + 500_000_000,) * 2)
         open_checkpoint(sys.argv[1])

@@ -30,7 +30,8 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from opt_common.checkpoints.layouts import torch_bin, unpickle
+from opt_common.checkpoints.containers import unpickle
+from opt_common.checkpoints.layouts import torch_bin
 from opt_common.checkpoints.tensors import Source, numpy_dtype
 
 BIN = "pytorch_model.bin"
@@ -385,7 +386,7 @@ def keep(size: int) -> Callable[[Path], None]:
 
 BAD_ZIPS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "compressed": (lambda path: rezip(path, compress), "record '.*data/0': is compressed"),
-    "twice": (lambda path: rezip(path, repeat), "record '.*data/0': stands there twice"),
+    "twice": (lambda path: rezip(path, repeat), "record '.*data/0': appears twice"),
     "big-endian": (lambda path: rezip(path, big_endian), "byte order: found 'big', wanted little"),
     "no pickle": (patch(b"data.pkl", b"data.pki"), "found 0 records called data.pkl"),
     "TorchScript": (lambda path: rezip(path, script), "it is a TorchScript program"),

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from .checkpoints.convert import Plan
 from .checkpoints.layouts import LAYOUTS, WRITABLE
-from .checkpoints.tensors import MAX_SHARD_SIZE
+from .checkpoints.shards import MAX_SHARD_SIZE
 from .files import plain
 from .frameworks import registered
 from .hub import DEMO

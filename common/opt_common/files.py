@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def parse_json(text: bytes, path: Path | str) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key, value in pairs:
             if key in values:
-                raise ValueError(f"key {key!r} stands there twice")
+                raise ValueError(f"key {key!r} appears twice")
             values[key] = value
         return values
 
@@ -52,3 +53,9 @@ def write_atomically(path: Path, text: str) -> None:
 def plain(text: str) -> str:
     """Text for a terminal: what is not printable, as a hostile file's names may not be, is spelled out."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def abridged(names: Iterable[str]) -> str:
+    """The names for an error message: all, or the first of very many."""
+    names = list(names)
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -78,7 +78,7 @@ def _directory(file: BinaryIO) -> tuple[dict[bytes, tuple[int, int]], int]:
                 plain, packed, header = (wide.pop(0)[0] if n == 0xFFFFFFFF else n for n in (plain, packed, header))
             field_at += 4 + length_of
         if name in records:
-            raise ValueError(f"record {shown(name)}: stands there twice")
+            raise ValueError(f"record {shown(name)}: appears twice")
         if method or flags & 1 or packed != plain:
             raise ValueError(f"record {shown(name)}: is compressed or encrypted, wanted plain bytes")
         records[name] = header, plain

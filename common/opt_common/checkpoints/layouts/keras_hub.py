@@ -19,7 +19,8 @@ import numpy as np
 from ...config import OPTConfig
 from ...files import read_json
 from ..containers.hdf5 import create_hdf5, read_hdf5
-from ..tensors import Entry, Source, contiguous, rearranged, shard_files, split, turned
+from ..shards import shard_files, split
+from ..tensors import Entry, Source, contiguous, rearranged, turned
 
 MAIN = ("model.weights.h5", "model.weights.json")
 SHARD = r"model_\d+\.weights\.h5"

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from ...config import OPTConfig
-from ...files import parse_json
-from ..tensors import Entry, Source, map_bytes, numpy_dtype, some
+from ...files import abridged, parse_json
+from ..tensors import Entry, Source, map_bytes, numpy_dtype
 
 MAIN = ("_METADATA",)
 SHARD = r"(?!)"
@@ -51,9 +51,11 @@ def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
         key=lambda prefix: (_depth(prefix), prefix),
     )
     if not found:
-        raise ValueError(f"{main}: holds no array decoder.embed_tokens.embedding; found: {some(sorted(arrays)) or 0}")
+        raise ValueError(
+            f"{main}: holds no array decoder.embed_tokens.embedding; found: {abridged(sorted(arrays)) or 0}"
+        )
     if len(found) > 1 and _depth(found[0]) == _depth(found[1]):  # an optimizer's lie deeper than the model's own
-        raise ValueError(f"{main}: holds several models: {some(prefix or 'at its top' for prefix in found)}")
+        raise ValueError(f"{main}: holds several models: {abridged(prefix or 'at its top' for prefix in found)}")
     entries: dict[str, Entry] = {}
     counts = Counter(path.rpartition("/")[0] for path in records)
     for stored in sorted(arrays):

@@ -19,18 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from ...config import OPTConfig
 from ...files import parse_json, read_json
-from ..tensors import (
-    Entry,
-    Source,
-    map_bytes,
-    numpy_dtype,
-    plan_sharded,
-    read_bytes,
-    read_sharded,
-    renamed,
-    turned,
-    write_sharded,
-)
+from ..shards import plan_sharded, read_sharded, write_sharded
+from ..tensors import Entry, Source, map_bytes, numpy_dtype, read_bytes, renamed, turned
 
 MAIN = ("model.safetensors", "model.safetensors.index.json")
 SHARD = r"model-\d+-of-\d+\.safetensors"

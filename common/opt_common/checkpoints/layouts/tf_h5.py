@@ -17,7 +17,8 @@ import numpy as np
 from ...config import OPTConfig
 from ...files import read_json
 from ..containers.hdf5 import create_hdf5, imagine_hdf5, read_hdf5
-from ..tensors import Entry, Source, plan_sharded, read_sharded, renamed, split, turned, write_sharded
+from ..shards import plan_sharded, read_sharded, split, write_sharded
+from ..tensors import Entry, Source, renamed, turned
 from .names import from_tf, to_tf
 
 MAIN = ("tf_model.h5", "tf_model.h5.index.json")

@@ -14,7 +14,8 @@ import numpy as np
 
 from ...config import OPTConfig
 from ..containers.unpickle import STORAGES, Tensor, load
-from ..tensors import Entry, Source, numpy_dtype, plan_sharded, read_sharded, write_sharded
+from ..shards import plan_sharded, read_sharded, write_sharded
+from ..tensors import Entry, Source, numpy_dtype
 
 MAIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD = r"pytorch_model-\d+-of-\d+\.bin"
