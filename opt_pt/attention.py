@@ -46,6 +46,11 @@ class Packing:
 View = Tensor | Packing | None
 
 
+def split_heads(x: Tensor, width: int) -> Tensor:
+    """[B, T, N·D] as [B, N, T, D], of heads D = `width` wide."""
+    return x.view(*x.shape[:2], x.shape[-1] // width, width).transpose(1, 2)
+
+
 def attend(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: View, output_attentions: bool = False
 ) -> tuple[Tensor, Tensor | None]:

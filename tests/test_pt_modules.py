@@ -209,7 +209,8 @@ def test_a_class_patched_counts(tiny, ids, monkeypatch, name):
     agree(found, before)
     assert torch.equal(found[2], before[2])
     modules = sum(type(module) is cls for module in ours.modules())
-    assert len(calls) == modules * (1 + 1 + 5)  # two calls, and five of `generate`
+    # two calls, and five of `generate`; as in transformers, a language model calls its decoder itself
+    assert len(calls) == (0 if name == "OPTModel" else modules * (1 + 1 + 5))
 
 
 def test_subclasses_are_called(tiny, ids):
@@ -226,7 +227,8 @@ def test_subclasses_are_called(tiny, ids):
 
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
-            return out._replace(logits=out.logits.roll(1, dims=-1))
+            out.logits = out.logits.roll(1, dims=-1)
+            return out
 
     theirs, _ = pair(tiny)
     ours = Mine.from_pretrained(tiny()[0])
@@ -371,7 +373,10 @@ def test_a_layer_is_called_as_in_transformers(tiny, config, mask, grad, rng):
     with torch.set_grad_enabled(grad):
         for i in (0, 2):
             wanted = layer(theirs, i)(x, attention_mask=given)
-            for call in (layer(ours, i), lambda *a, i=i, **k: opt_pt.layers.runner(layer(ours, i), False)(*a, **k)):
+            for call in (
+                layer(ours, i),
+                lambda *a, i=i, **k: opt_pt.layers.runner(ours.model.decoder, layer(ours, i), None)(*a, **k),
+            ):
                 found = call(x, attention_mask=given)
                 assert isinstance(found, torch.Tensor) and found.shape == wanted.shape
                 torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
