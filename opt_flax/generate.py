@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from opt_common.inputs import check_call, check_generate, check_tokens
+from opt_common.generation import check_generate
+from opt_common.inputs import check_call, check_tokens
 
 from .cache import KVCache
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt_common.inputs import Generation, check_call, check_generate
+from opt_common.generation import Generation, check_generate
+from opt_common.inputs import check_call
 
 from . import decode_cpu
 from .decode import Step, can_step

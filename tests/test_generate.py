@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+
+from opt_common import generation
+from opt_common.config import OPTConfig
+from opt_common.generation import Generation, Options, check_generate, prompt
 
 LENGTHS = [9, 4, 1]
 
@@ -141,6 +150,35 @@ def test_wrong_arguments(framework, case, tiny, load, rng):
     arguments, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         load(framework, folder).generate(input_ids=rng.integers(3, 96, (1, 6)), **arguments)
+
+
+def test_unknown_options_are_named(framework, tiny, load, rng):
+    folder, _ = tiny()
+    with pytest.raises(TypeError, match="num_beams"):
+        load(framework, folder).generate(input_ids=rng.integers(3, 96, (1, 6)), max_new_tokens=3, num_beams=4)
+    options: Any = dict(max_new_tokens=3, num_beams=4, beam=2)
+    with pytest.raises(TypeError, match="found unknown options beam, num_beams, wanted some of max_new_tokens, "):
+        check_generate(OPTConfig(), 6, 6, 6, **options)
+
+
+def test_every_option_is_documented():
+    """And becomes a setting; two do so under another name."""
+    text = Path(generation.__file__).read_text()
+    for name in Options.__annotations__:
+        assert re.search(rf'^    {name}: .*\n    """\S', text, re.MULTILINE), name
+    renamed = {"max_length": "max_new_tokens", "eos_token_id": "eos_token_ids"}
+    assert {renamed.get(name, name) for name in Options.__annotations__} == {f.name for f in fields(Generation)}
+
+
+def test_the_prompt_in_numpy():
+    """`prompt` prepares what TensorFlow and JAX continue: the mask is found where none is given."""
+    found = prompt(OPTConfig(), [[1, 1, 7], [5, 6, 1]], None, {"max_new_tokens": 4, "seed": 9})
+    np.testing.assert_array_equal(found.mask, [[False, False, True], [True, True, False]])
+    assert (found.settings.max_new_tokens, found.settings.seed) == (4, 9)
+    given = prompt(OPTConfig(), [[1, 1, 7]], [[0, 2, 1]], {})
+    np.testing.assert_array_equal(given.mask, [[False, True, True]])
+    assert given.settings.max_new_tokens == 17  # 20 in all, as in transformers
+    assert prompt(OPTConfig(), [[7]], None, {}).settings.seed != prompt(OPTConfig(), [[7]], None, {}).settings.seed
 
 
 CALLS = {

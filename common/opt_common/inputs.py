@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from .config import OPTConfig
 
@@ -95,74 +94,3 @@ def check_positions(config: OPTConfig, largest: int, name: str = "position_ids",
     if largest >= limit or smallest < -1:
         wrong = largest if largest >= limit else smallest
         raise ValueError(f"{name}: found position {wrong}, wanted -1 to {limit - 1} (max_position_embeddings {limit})")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The settings of one `generate`, checked: how many tokens, how they are chosen, and when a row ends."""
-
-    max_new_tokens: int
-    min_new_tokens: int
-    do_sample: bool
-    temperature: float
-    top_k: int  # 0: all
-    top_p: float
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-
-
-def check_generate(
-    config: OPTConfig,
-    width: int,
-    longest: int,
-    shortest: int,
-    *,
-    max_new_tokens: int | None,
-    max_length: int | None,
-    min_new_tokens: int,
-    do_sample: bool,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    eos_token_id: int | Sequence[int] | None,
-    pad_token_id: int | None,
-) -> Generation:
-    """The checked settings of a `generate` over prompts `width` columns wide, of which the longest row holds `longest`
-    tokens and the shortest `shortest`.
-
-    `max_length` counts the prompt's columns too, as in transformers, and is 20 if neither it nor `max_new_tokens` is
-    given. Raises ValueError that names the argument.
-    """
-
-    def check(ok: bool, name: str, value: object, wanted: str) -> None:
-        if not ok:
-            raise ValueError(f"{name}: found {value!r}, wanted {wanted}")
-
-    if max_new_tokens is not None and max_length is not None:
-        raise ValueError("max_new_tokens, max_length: found both, wanted one: how much is new, or how long it all gets")
-    if max_new_tokens is None:
-        max_length = 20 if max_length is None else max_length
-        check(max_length > width, "max_length", max_length, f"more than the prompt's {width}, or max_new_tokens")
-        max_new_tokens = max_length - width
-    eos = eos_token_id if eos_token_id is not None else config.eos_token_ids
-    eos = (eos,) if isinstance(eos, int) else tuple(eos)
-    pad = pad_token_id if pad_token_id is not None else config.pad_token_id
-    pad = pad if pad is not None else (eos[0] if eos else 0)
-    check(shortest > 0, "attention_mask", "a row without tokens", "at least one token in every row")
-    check(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "a number > 0")
-    check(0 <= min_new_tokens <= max_new_tokens, "min_new_tokens", min_new_tokens, f"0 to {max_new_tokens}")
-    check(temperature > 0, "temperature", temperature, "a number > 0; do_sample=False for greedy")
-    check(top_k is None or top_k >= 0, "top_k", top_k, "a number ≥ 0; 0 for all tokens")
-    check(0 < top_p <= 1, "top_p", top_p, "0 < top_p ≤ 1")
-    check(all(0 <= i < config.vocab_size for i in eos), "eos_token_id", eos_token_id, f"ids below {config.vocab_size}")
-    check(0 <= pad < config.vocab_size, "pad_token_id", pad, f"an id below {config.vocab_size}")
-    limit, total = config.max_position_embeddings, longest + max_new_tokens
-    if total > limit:
-        raise ValueError(
-            f"max_new_tokens: a prompt of {longest} tokens and {max_new_tokens} new ones make {total}, "
-            f"wanted at most {limit} (max_position_embeddings)"
-        )
-    return Generation(
-        max_new_tokens, min_new_tokens, do_sample, float(temperature), min(top_k or 0, config.vocab_size), float(top_p),
-        eos, pad,
-    )  # fmt: skip
