@@ -60,11 +60,15 @@ def test_round_trip_keeps_unknown_keys(tmp_path):
     assert OPTConfig.from_pretrained(tmp_path / "again") == config
 
 
-def test_immutable_and_hashable():
+def test_settable_and_hashable():
     config = OPTConfig.from_dict({"prefix": "</s>", "eos_token_id": [2, 50118]})
     assert hash(config) == hash(OPTConfig.from_dict({"prefix": "</s>", "eos_token_id": [2, 50118]}))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.hidden_size = 1  # type: ignore[misc]
+    with pytest.raises(ValueError, match="OPTConfig.hidden_size: found 1, wanted a multiple"):
+        config.hidden_size = 1
+    assert config.hidden_size == 768
+    config.use_cache, config.dropout = False, 0.5
+    assert json.loads(config.to_json())["dropout"] == 0.5 and "_attn_implementation" not in config.to_dict()
+    assert config != dataclasses.replace(config, _attn_implementation="eager")
     assert config.eos_token_ids == (2, 50118)
     assert json.loads(config.to_json())["eos_token_id"] == [2, 50118]
 

@@ -46,9 +46,9 @@ _REFUSED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # hashed by value: Flax keeps it as the static part of a model
 class OPTConfig:
-    """What an OPT is made of. Immutable; `dataclasses.replace` makes a changed copy.
+    """What an OPT is made of. Fields can be set and are validated when set; models read them when they run.
 
     The defaults are opt-125m's. `word_embed_proj_dim` defaults to `hidden_size`; `dtype` is the checkpoint's
     ("float16", "bfloat16", "float32", "float64") or None if it does not say. `unknown` holds the keys of a
@@ -85,15 +85,24 @@ class OPTConfig:
     problem_type: str | None = None
     dtype: str | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    _attn_implementation: str = "sdpa"  # of the model that runs, not of the checkpoint: in no file
 
     def __post_init__(self) -> None:
-        set_ = object.__setattr__  # the way a frozen dataclass fills in its own defaults
         if self.word_embed_proj_dim is None:
-            set_(self, "word_embed_proj_dim", self.hidden_size)
-        if isinstance(self.eos_token_id, list):
-            set_(self, "eos_token_id", tuple(self.eos_token_id))
-        set_(self, "unknown", copy.deepcopy(dict(self.unknown)))
+            self.word_embed_proj_dim = self.hidden_size
+        self.unknown = copy.deepcopy(dict(self.unknown))
         self._validate()
+        self.__dict__["_complete"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get(name)
+        self.__dict__[name] = tuple(value) if name == "eos_token_id" and isinstance(value, list) else value
+        if "_complete" in self.__dict__:  # __init__ sets the fields one by one, and they are checked together
+            try:
+                self._validate()
+            except ValueError:
+                self.__dict__[name] = before
+                raise
 
     def _validate(self) -> None:
         def check(ok: bool, name: str, wanted: str) -> None:
@@ -189,7 +198,7 @@ class OPTConfig:
         # transformers before 4.56 writes torch_dtype, later releases dtype
         torch_dtype = values.pop("torch_dtype", None)
         dtype = values.pop("dtype", None) or torch_dtype
-        known = {f.name for f in fields(cls)} - {"unknown", "dtype"}
+        known = {f.name for f in fields(cls)} - {"unknown", "dtype", "_attn_implementation"}
         unknown = {key: value for key, value in values.items() if key not in known}
         if isinstance(dtype, str):
             dtype = dtype.removeprefix("torch.")
@@ -220,7 +229,7 @@ class OPTConfig:
         values: dict[str, Any] = {"architectures": ["OPTForCausalLM"], "model_type": "opt"} | dict(self.unknown)
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in ("unknown", "dtype", "num_labels", "problem_type"):
+            if f.name not in ("unknown", "dtype", "num_labels", "problem_type", "_attn_implementation"):
                 values[f.name] = list(value) if isinstance(value, tuple) else value
         if self.problem_type is not None:
             values["problem_type"] = self.problem_type

@@ -21,7 +21,7 @@ from .shards import MAX_SHARD_SIZE
 from .tensors import Source, contiguous
 
 # keys of a config that `from_pretrained` takes in place of the checkpoint's
-CHANGEABLE = {field.name for field in dataclasses.fields(OPTConfig)} - {"unknown", "dtype"} | {"id2label", "label2id"}
+CHANGEABLE = {field.name for field in dataclasses.fields(OPTConfig)} - {"unknown", "dtype", "_attn_implementation"} | {"id2label", "label2id"}
 OF_THE_HUB = {"revision", "cache_dir", "token", "local_files_only"}
 
 
