@@ -17,7 +17,8 @@ from opt_common.config import OPTConfig
 from opt_common.tokenizer import GPT2Tokenizer
 
 from .cache import KVCache
-from .model import TFOPTForCausalLM, TFOPTForQuestionAnswering, TFOPTForSequenceClassification, TFOPTModel
+from .heads import TFOPTForQuestionAnswering, TFOPTForSequenceClassification
+from .model import TFOPTForCausalLM, TFOPTModel
 
 __all__ = [
     "GPT2Tokenizer",

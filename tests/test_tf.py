@@ -16,7 +16,7 @@ import keras  # noqa: E402  after opt_tf has chosen its backend
 
 from opt_common.config import OPTConfig  # noqa: E402
 from opt_tf import TFOPTForCausalLM, TFOPTModel  # noqa: E402
-from opt_tf.cache import place  # noqa: E402
+from opt_tf.attention import choose  # noqa: E402
 from opt_tf.generate import Limits, _generate  # noqa: E402
 
 SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
@@ -89,7 +89,7 @@ def test_gradients(tiny, rng, length, monkeypatch):
     from opt_pt import OPTForCausalLM
 
     folder, _ = tiny("350m")
-    monkeypatch.setattr("opt_tf.cache.FEWEST", 16)
+    monkeypatch.setattr("opt_tf.attention.FEWEST", 16)
     ids = rng.integers(3, 96, (2, length))
     ids[0, :3] = 1
     mask = (ids != 1).astype(int)
@@ -110,9 +110,9 @@ def test_gradients(tiny, rng, length, monkeypatch):
 def test_blocks_of_tokens(ids, rng):
     """Each block of a long call sees the slots up to its last token: what one block of all would give."""
     config = OPTConfig(**(SMALL | {"max_position_embeddings": 512}))
-    sizes = [tuple(mask.shape[2:]) for mask in place(config, 1, 300, None, None, None)[1]]
+    sizes = [tuple(mask.shape[2:]) for mask in choose(None, 0, 1, 300).masks]
     assert sizes == [(75, 75), (75, 150), (75, 225), (75, 300)]
-    assert [m.shape[2] for m in place(config, 1, 100, None, None, None)[1]] == [64, 36]
+    assert [m.shape[2] for m in choose(None, 0, 1, 100).masks] == [64, 36]
     model = TFOPTForCausalLM(config, initializer=keras.initializers.RandomNormal(stddev=0.3, seed=0), dtype="float64")
     ids, mask = rng.integers(3, 96, (2, 300)), np.ones((2, 300), int)
     mask[0, :90] = mask[1, 280:] = 0
