@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opt_common.checkpoints.checkpoint import save_checkpoint
+from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.tensors import Source, numpy_dtype
 from opt_common.config import OPTConfig
 from opt_common.weights import Spec, table

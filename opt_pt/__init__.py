@@ -4,7 +4,12 @@ from opt_common.config import OPTConfig
 from opt_common.tokenizer import GPT2Tokenizer
 
 from .cache import KVCache
-from .model import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, OPTModel
+from .fast.plain import register
+from .heads import OPTForQuestionAnswering, OPTForSequenceClassification
+from .layers import PositionalEmbedding
+from .model import OPTAttention, OPTDecoder, OPTDecoderLayer, OPTForCausalLM, OPTModel
+
+register(PositionalEmbedding, OPTAttention, OPTDecoderLayer, OPTDecoder, OPTModel, OPTForCausalLM)
 
 __all__ = [
     "GPT2Tokenizer",

@@ -1,7 +1,7 @@
-"""The ways to attend, with one signature.
+"""The ways to attend, and what each token may see.
 
-q [B, T, N, D]; k, v [B, S, N, D]; view: what each query may see; dropout: the chance that a weight is dropped. Result
-[B, T, N, D], and the weights [B, N, T, S] from those that have them.
+q [B, N, T, D]; k, v [B, N, S, D]; mask: what each query may see, a View. Result [B, T, N, D], and the weights
+[B, N, T, S] from those that have them.
 
 B batch   T new tokens   S slots   N heads   D head width
 """
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .fast.plain import plain_layer, unwatched
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,15 @@ class Packing:
     """A batch without its padding, as flash-attn's variable-length kernels take it: all real tokens in one row,
     document after document.
 
-    rows: [queries], where each real new token is in the flattened batch B·T. slots: the row and slot, [queries] each,
-    where its key goes in a cache; keys: those of all keys, [keys] each. starts_q, starts_k: [documents + 1], int32, the
-    first query and key of each document, and the totals. longest_q, longest_k: tokens of the longest document.
+    compacted: whether the hidden states, too, are without padding, [1, queries, H]; else attention takes it out.
+    shape: (B, T). rows: [queries], where each real new token is in the flattened batch B·T. slots: the row and slot,
+    [queries] each, where its key goes in a cache; keys: those of all keys, [keys] each. starts_q, starts_k:
+    [documents + 1], int32, the first query and key of each document, and the totals. longest_q, longest_k: tokens of
+    the longest document.
     """
 
+    compacted: bool
+    shape: tuple[int, int]
     rows: Tensor
     slots: tuple[Tensor, Tensor]
     keys: tuple[Tensor, Tensor]
@@ -35,77 +42,108 @@ class Packing:
     longest_k: int
 
 
-View = Tensor | Packing | None  # a mask [B or 1, 1, T, S] for eager and sdpa; None: all earlier slots and its own
+# A mask [B or 1, 1, T, S], boolean (true: attends) or additive (0: attends); None: all earlier slots and its own
+View = Tensor | Packing | None
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> tuple[Tensor, Tensor]:
-    """Written out, for those who want the weights [B, N, T, S]. The query is scaled, not the scores, as OPT was
-    trained: in half precision it is not the same. The softmax is float32 in half precision too."""
-    assert not isinstance(view, Packing)
-    T, S = q.shape[1], k.shape[1]
-    if view is None:
-        view = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    scores = torch.einsum("btnd,bsnd->bnts", q * q.shape[-1] ** -0.5, k).masked_fill(~view, torch.finfo(q.dtype).min)
+def attend(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: View, output_attentions: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attend by the implementation that the config of `module`, an attention, names; by the eager formula if the
+    weights are wanted."""
+    way = eager if output_attentions else IMPLEMENTATIONS[module.config._attn_implementation]
+    return way(q, k, v, mask, module.scaling, module.dropout if module.training else 0.0)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: float) -> tuple[Tensor, Tensor]:
+    """The formula written out, which gives the weights [B, N, T, S]. The query is scaled, not the scores, as OPT was
+    trained: in half precision that differs. The softmax is float32 in half precision too."""
+    assert not isinstance(mask, Packing)
+    scores = torch.matmul(q * scaling, k.mT)
+    if mask is None:
+        mask = causal(q.shape[2], k.shape[2], q.device)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(q.dtype).min)
+    else:
+        scores = scores + mask
     weights = scores.softmax(dim=-1, dtype=max(q.dtype, torch.float32, key=lambda t: t.itemsize)).to(q.dtype)
-    return torch.einsum("bnts,bsnd->btnd", F.dropout(weights, dropout), v), weights
+    return torch.matmul(F.dropout(weights, dropout), v).transpose(1, 2), weights
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> tuple[Tensor, None]:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: float) -> tuple[Tensor, None]:
     """PyTorch's own fused attention; it scales the scores while they are still float32."""
-    assert not isinstance(view, Packing)
-    causal = view is None and q.shape[1] > 1
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    dtype = q.dtype
+    assert not isinstance(mask, Packing)
+    T, S, dtype = q.shape[2], k.shape[2], q.dtype
+    if mask is None and 1 < T < S:
+        mask = causal(T, S, q.device)
     if q.device.type == "cpu":
-        if q.shape[2] == 1 and dropout == 0:
-            return one_query(q, k, v, view).transpose(1, 2), None
+        if T == 1 and dropout == 0:
+            return one_query(q, k, v, mask, scaling).transpose(1, 2), None
         wide = torch.promote_types(dtype, torch.float32)  # in half precision PyTorch's kernel takes twice as long
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=view, dropout_p=dropout, is_causal=causal)
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(wide)
+    is_causal = mask is None and bool(T > 1)  # torch.jit.trace makes sizes tensors
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scaling)
     return out.to(dtype).transpose(1, 2), None
 
 
-def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """[B, N, 1, D] of q [B, N, 1, D], k and v [B, N, S, D] and mask [B, 1, 1, S], on a CPU: written out in float32,
-    where PyTorch's own is slow, by five times in bfloat16; but for one row in float32, where it is not."""
+    five times as fast as PyTorch's kernel in bfloat16; one row in float32 is faster by that kernel."""
     if q.shape[0] == 1 and q.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling)
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(q.to(wide) * q.shape[-1] ** -0.5, k.to(wide).mT)
+    scores = torch.matmul(q.to(wide) * scaling, k.to(wide).mT)
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(wide).min)
+        scores = scores.masked_fill(~mask, torch.finfo(wide).min) if mask.dtype == torch.bool else scores + mask
     return torch.matmul(scores.softmax(dim=-1), v.to(wide)).to(q.dtype)
 
 
-def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> tuple[Tensor, None]:
-    """The flash-attn package's kernels (Dao 2023, arXiv:2307.08691). With a Packing, q is [queries, N, D] and k and v
-    are [keys, N, D].
-
-    Where nothing is learnt they are called without the layer that autograd needs, which takes 50 us a call and imports
-    PyTorch's compiler, for seconds, at its first."""
+def flash_attention_2(
+    q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: float
+) -> tuple[Tensor, None]:
+    """The flash-attn package's kernels (Dao 2023, arXiv:2307.08691), with a Packing for what is not causal alone."""
     from flash_attn import (  # pyright: ignore[reportMissingImports]
         flash_attn_func,
         flash_attn_varlen_func,
         flash_attn_with_kvcache,
     )
 
+    if isinstance(mask, Tensor):
+        found = list(mask.shape)
+        raise ValueError(f"attention_mask: found a mask {found}, which 'flash_attention_2' cannot take; use 'sdpa'")
+    # Without gradients the kernels are called below autograd's wrapper, which takes 50 us a call and imports PyTorch's
+    # compiler, for seconds, at its first
+    learns = dropout > 0 or q.requires_grad or k.requires_grad or v.requires_grad or torch.compiler.is_compiling()
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, T, N, D]
+    if mask is None:
+        if learns:
+            return flash_attn_func(q, k, v, dropout, scaling, causal=True), None
+        return flash_attn_with_kvcache(q, k, v, softmax_scale=scaling, causal=True), None
+
+    if mask.compacted:
+        q, k, v = q[0], k[0], v[0]  # [queries, N, D], [keys, N, D]
+    else:
+        q, k, v = q.flatten(0, 1)[mask.rows], k[mask.keys], v[mask.keys]
+    starts, longest = (mask.starts_q, mask.starts_k), (mask.longest_q, mask.longest_k)
     if q.numel() == 0:  # every new token is padding
-        return q, None
-    learns = dropout > 0 or q.requires_grad or k.requires_grad or v.requires_grad
-    if isinstance(view, Packing):
-        starts, longest = (view.starts_q, view.starts_k), (view.longest_q, view.longest_k)
-        if learns or torch.compiler.is_compiling() or q.shape[-1] % 8:
-            return flash_attn_varlen_func(q, k, v, *starts, *longest, dropout, causal=True), None
+        out = q
+    elif learns or q.shape[-1] % 8:
+        out = flash_attn_varlen_func(q, k, v, *starts, *longest, dropout, scaling, causal=True)
+    else:
         from flash_attn_2_cuda import varlen_fwd  # pyright: ignore[reportMissingImports]
 
         out = varlen_fwd(
             q, k, v, None, *starts, None, None, None, None, *longest,
-            0.0, q.shape[-1] ** -0.5, False, True, -1, -1, 0.0, False, None,
-        )  # fmt: skip
-        return out[0], None
-    if learns or torch.compiler.is_compiling():
-        return flash_attn_func(q, k, v, dropout, causal=True), None
-    return flash_attn_with_kvcache(q, k, v, causal=True), None
+            0.0, scaling, False, True, -1, -1, 0.0, False, None,
+        )[0]  # fmt: skip
+    return (out[None] if mask.compacted else _scatter(out, mask)), None
+
+
+def _scatter(x: Tensor, packing: Packing) -> Tensor:
+    """[queries, ...] back in their columns, [B, T, ...]; padding is 0."""
+    B, T = packing.shape
+    return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, packing.rows, x).unflatten(0, (B, T))
 
 
 IMPLEMENTATIONS = {"eager": eager, "sdpa": sdpa, "flash_attention_2": flash_attention_2}
@@ -140,6 +178,38 @@ def check_flash(device: torch.device, dtype: torch.dtype) -> None:
     raise ValueError(f"attn_implementation: 'flash_attention_2' cannot run: {why}, or take 'sdpa'")
 
 
+def choose(decoder: Any, segments: Tensor | None, past: int, x: Tensor, output_attentions: bool) -> View:
+    """What each of the new tokens x [B, T, H] may see, in the form that the decoder's implementation takes."""
+    T = x.shape[1]
+    if output_attentions or decoder.config._attn_implementation != "flash_attention_2":
+        return dense(segments, past, T, x.device)
+    check_flash(x.device, torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype)
+    if segments is None:
+        return None
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "attention_mask, position_ids: found one while a CUDA graph is captured, and 'flash_attention_2' removes "
+            "as much padding as it finds; give none, or use 'sdpa'"
+        )
+    # layers that somebody looks at see the batch as it was given
+    return unpad(segments, T, compacted=unwatched(x) and all(plain_layer(layer) for layer in decoder.layers))
+
+
+def compact(x: Tensor, view: View) -> Tensor:
+    """x [B, T, H] as the layers take it: [1, queries, H], without padding, where the view says so."""
+    return x.flatten(0, 1)[view.rows][None] if isinstance(view, Packing) and view.compacted else x
+
+
+def restore(x: Tensor, view: View) -> Tensor:
+    """The inverse of `compact`; padding is 0."""
+    return _scatter(x[0], view) if isinstance(view, Packing) and view.compacted else x
+
+
+def causal(T: int, S: int, device: torch.device) -> Tensor:
+    """[T, S]: the last T of S tokens see every earlier one and themselves."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
 def dense(segments: Tensor | None, past: int, T: int, device: torch.device) -> Tensor | None:
     """The mask [B or 1, 1, T, S] of eager and sdpa: a token attends to the earlier slots of its own segment. None where
     causality alone says it all.
@@ -150,13 +220,13 @@ def dense(segments: Tensor | None, past: int, T: int, device: torch.device) -> T
     if segments is None and (past == 0 or T == 1):
         return None
     slots = torch.arange(past + T, device=device)
-    causal = slots[past:, None] >= slots
+    earlier = slots[past:, None] >= slots
     if segments is None:
-        return causal[None, None]
-    return (causal & (segments[:, past:, None] == segments[:, None, :]))[:, None]
+        return earlier[None, None]
+    return (earlier & (segments[:, past:, None] == segments[:, None, :]))[:, None]
 
 
-def unpad(segments: Tensor, T: int) -> Packing:
+def unpad(segments: Tensor, T: int, compacted: bool = True) -> Packing:
     """What flash-attn needs to know of `segments` [B, S], of whose slots the last T are new. Waits for the device: how
     much is real decides the shapes of all that follows. At least one slot is real."""
     B, S = segments.shape
@@ -171,6 +241,8 @@ def unpad(segments: Tensor, T: int) -> Packing:
     longest_q, longest_k = torch.stack([starts_q.diff().max(), starts_k.diff().max()]).tolist()
     fresh = keys[new] if past else keys
     return Packing(
+        compacted=compacted,
+        shape=(B, T),
         rows=fresh // S * T + fresh % S - past,
         slots=(fresh // S, fresh % S),
         keys=(keys // S, keys % S),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_common.checkpoints.checkpoint import save_checkpoint
+from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.tensors import Source, numpy_dtype
 from opt_common.config import SIZES, OPTConfig
 from opt_common.weights import table

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from checkpoints import random_checkpoint, tiny_config
 from opt_common.checkpoints.layouts import WRITABLE
-from opt_common.checkpoints.pretrained import open_checkpoint
+from opt_common.checkpoints.open import open_checkpoint
 
 MEMORY = 1_500_000_000  # above what the process has mapped when it starts; every file here is smaller than 100 kB
 SECONDS = 20  # for one input

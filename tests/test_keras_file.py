@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from framework_files import CONFIGS, random_tensors, refused, same_bits, write
-from opt_common.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
 from opt_common.checkpoints.examine import diff
 from opt_common.checkpoints.layouts import keras_file, keras_hub, tf_h5
+from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.tensors import Source
 from opt_common.config import OPTConfig
 from opt_common.weights import KERAS, table
@@ -242,7 +243,7 @@ def test_damaged_records(main):
     with zipfile.ZipFile(main) as archive:
         config = archive.read("config.json")
     remade(main, {"config.json": b'{"config": 1, "config": 2}'})
-    refused(lambda: keras_file.config(main, {}), main, "config.json: not readable as JSON: key 'config' stands there")
+    refused(lambda: keras_file.config(main, {}), main, "config.json: not readable as JSON: key 'config' appears twice")
     remade(main, {"config.json": config, "model.weights.h5": b"no HDF5"})
     refused(lambda: keras_file.read(main), main, "not readable as HDF5 weights")
 

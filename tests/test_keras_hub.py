@@ -20,6 +20,7 @@ from opt_common.checkpoints.convert import convert
 from opt_common.checkpoints.examine import diff
 from opt_common.checkpoints.layouts import keras_hub, safetensors, tf_h5
 from opt_common.config import OPTConfig
+from opt_common.hub import DEMO, fetch
 from opt_common.reference import forward
 
 GOLDEN = GOLDENS.parent / "keras-hub"
@@ -88,7 +89,7 @@ def test_from_the_hub(tmp_path):
     hub.mkdir()
     write(tf_h5, hub, random_tensors(config, "float16"), config)
     config.save_pretrained(hub)
-    demo = Path(keras_hub.__file__).parents[1] / "opt-demo"
+    demo = fetch(DEMO, ())
     for name in ("vocab.json", "merges.txt", "generation_config.json"):
         shutil.copy(demo / name, hub)
     with pytest.warns(UserWarning, match=LOST):

@@ -20,10 +20,11 @@ import zstandard
 from flax import nnx
 
 from framework_files import CONFIGS, random_tensors, refused, same_bits
-from opt_common.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert, plan
 from opt_common.checkpoints.examine import diff
 from opt_common.checkpoints.layouts import orbax
+from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.tensors import Source
 from opt_flax import FlaxOPTForCausalLM, FlaxOPTForSequenceClassification, FlaxOPTModel
 

@@ -3,7 +3,8 @@
 Importing this imports no framework.
 """
 
-from .checkpoints.checkpoint import Checkpoint, save_checkpoint
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.save import save_checkpoint
 from .config import SIZES, OPTConfig
 from .outputs import BaseModelOutput, CausalLMOutput
 from .tokenizer import GPT2Tokenizer

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .files import read_json, write_atomically
+from .hub import fetch
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -212,8 +213,6 @@ class OPTConfig:
     @classmethod
     def from_pretrained(cls, path_or_name: str | Path, **hub: Any) -> OPTConfig:
         """From a folder with a `config.json`, "opt-demo", or a Hub name. `hub`: see `opt_common.hub.fetch`."""
-        from .hub import fetch
-
         path = fetch(path_or_name, ["config.json"], **hub) / "config.json"
         return cls.from_dict(read_json(path), source=str(path))
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoints.layouts import LAYOUTS, layout_module
-from .files import read_json
-
 DEMO = "opt-demo"
 
-# What a checkpoint folder holds beside config and weights, and takes along when it is converted.
-COMPANIONS = (
-    "generation_config.json",
+TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
-    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "tokenizer.json",
+    "added_tokens.json",  # written by transformers before 4.34 for tokens that a fine-tuning added
 )
+# The files beside config and weights that a conversion copies.
+COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
 
 
 def fetch(
@@ -70,40 +68,3 @@ def fetch(
         raise OSError(
             f"{name}: not a folder here, not in the local cache, and the Hub cannot be reached ({type(error).__name__})"
         ) from error
-
-
-def fetch_checkpoint(
-    path_or_name: str | Path, layout: str | None = None, companions: bool = False, **hub: object
-) -> Path:
-    """A local folder with config and weights, and, if asked for, the tokenizer and the generation config.
-
-    Of several layouts on the Hub only the preferred is fetched, or `layout`. A weight file of its own is returned as
-    it is. Raises as `fetch`.
-    """
-    path = Path(path_or_name).expanduser()
-    if path.is_dir() or path.is_file():
-        return path
-    modules = [layout_module(layout)] if layout else list(LAYOUTS.values())
-    indexes = [name for module in modules for name in module.MAIN[1:]]
-    assets = [name for module in modules for name in getattr(module, "ASSETS", ())]
-    files = ["config.json", *indexes, *((*COMPANIONS, *assets) if companions else ())]
-    folder = fetch(path_or_name, files, **hub)  # type: ignore[arg-type]
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no config.json; wanted a folder or repository of an OPT")
-    if str(path_or_name) == DEMO:
-        return folder
-    for (main, *index), beside in {module.MAIN: getattr(module, "BESIDE", ()) for module in modules}.items():
-        there = [name for name in index if (folder / name).is_file()]
-        shards = sorted(set(_shards(folder / there[0]))) if there else [main]
-        folder = fetch(path_or_name, ["config.json", *there, *shards, *beside], **hub)  # type: ignore[arg-type]
-        if all((folder / shard).is_file() for shard in shards):
-            break
-    return folder
-
-
-def _shards(index: Path) -> list[str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        return []  # opening it says what is wrong with it
-    files = [name for names in weight_map.values() for name in (names if isinstance(names, list) else [names])]
-    return files if all(isinstance(name, str) for name in files) else []

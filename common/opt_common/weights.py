@@ -8,17 +8,15 @@ every framework, so there is nothing to map but the last name of a parameter and
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from .config import OPTConfig
 
 Kind = Literal["embedding", "linear", "bias", "norm", "norm_bias"]
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 # The models, by transformers' names, and the module of each that comes after the decoder.
 HEADS = {
     "OPTModel": None,
@@ -127,90 +125,6 @@ def byte_count(config: OPTConfig, dtype: str = "float16") -> int:
     return parameter_count(config) * {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}[dtype]
 
 
-class Stored(Protocol):
-    """What `match` needs of a checkpoint: a mapping from names to entries with .shape and .dtype, and where it is."""
-
-    path: Any
-
-    def __iter__(self) -> Iterator[str]: ...
-    def __getitem__(self, name: str) -> Any: ...
-    def same(self, first: str, second: str) -> bool: ...
-
-
-def stored_architecture(checkpoint: Stored) -> str:
-    """Which of HEADS a checkpoint is of, by its tensors; OPTForCausalLM if they do not say, as its head may be tied."""
-    modules = {name.split(".")[0] for name in checkpoint}
-    return next((name for name in list(HEADS)[2:] if HEADS[name] in modules), "OPTForCausalLM")
-
-
 def is_head(name: str) -> bool:
     """Whether a name in a checkpoint is that of a head's tensor, any head's."""
     return name.split(".")[0] in HEADS.values()
-
-
-def match(checkpoint: Stored, config: OPTConfig, architecture: str | None = None) -> tuple[dict[str, str], bool]:
-    """Where each tensor of the table lies in a checkpoint.
-
-    Takes the Hub's two spellings, `model.decoder.` and `decoder.`, and a head that is present, absent or untied.
-    Returns {name in the table: name in the checkpoint} and whether the head is tied. A checkpoint whose head differs
-    from its embedding is untied whatever the config says, as in transformers 5.
-    `architecture`: whose table, the checkpoint's by default. If it is another, the checkpoint's head is passed over,
-    and `score` or `qa_outputs` may not be there; then their names are left out. An OPTModel's begin with "model." here.
-
-    Raises ValueError that lists every missing, unexpected, repeated, misshapen or wrongly typed tensor by name.
-    """
-    names, tied, wrong = compare(checkpoint, config, architecture)
-    if wrong:
-        shown = "\n  ".join(wrong)
-        raise ValueError(f"{checkpoint.path}: {len(wrong)} tensor(s) do not fit the config:\n  {shown}")
-    return names, tied
-
-
-def compare(
-    checkpoint: Stored, config: OPTConfig, architecture: str | None = None
-) -> tuple[dict[str, str], bool, list[str]]:
-    """As `match`, with what is wrong as a list of sentences; the names are those of the tensors that are there."""
-    layers, tensors = config.num_hidden_layers, len(list(checkpoint))
-    if layers > tensors:  # before a table of as many rows as somebody's config.json says is made
-        return {}, config.tie_word_embeddings, [f"num_hidden_layers: found {layers}, but it holds {tensors} tensors"]
-    stored = stored_architecture(checkpoint)
-    wanted = architecture or stored
-    found: dict[str, str] = {}
-    wrong: list[str] = []
-    for name in checkpoint:
-        # "decoder.version" is metaseq's, and old conversions kept it
-        plain = name.removeprefix("model.")
-        if plain == "decoder.version":
-            continue
-        full = plain if is_head(plain) else f"model.{plain}"
-        if full in found:
-            wrong.append(f"{full}: appears twice, as {found[full]} and {name}")
-        found[full] = name
-
-    lm_head, embedding = found.pop("lm_head.weight", None), found.get("model.decoder.embed_tokens.weight")
-    tied = config.tie_word_embeddings
-    if tied and lm_head is not None and embedding is not None:
-        # only same-sized tensors can be compared; a misshapen embedding is reported below
-        tied = checkpoint[lm_head].shape != checkpoint[embedding].shape or checkpoint.same(lm_head, embedding)
-    if tied and lm_head is not None and embedding is None:
-        # safetensors keeps one of a tied pair, not always the same
-        found["model.decoder.embed_tokens.weight"] = lm_head
-    if not tied and lm_head is not None:
-        found["lm_head.weight"] = lm_head
-
-    config = dataclasses.replace(config, tie_word_embeddings=tied)
-    specs = {f"{'model.' if wanted == 'OPTModel' else ''}{spec.name}": spec for spec in table(config, wanted)}
-    for name, spec in specs.items():
-        if name not in found:
-            if wanted == stored or name == "lm_head.weight" or not is_head(name):
-                wrong.append(f"{name}: missing, wanted {list(spec.shape)}")
-            continue
-        entry = checkpoint[found[name]]
-        if tuple(entry.shape) != spec.shape:
-            wrong.append(f"{found[name]}: found shape {list(entry.shape)}, wanted {list(spec.shape)}")
-        if entry.dtype not in FLOATS:
-            wrong.append(f"{found[name]}: found dtype {entry.dtype}, wanted one of {', '.join(FLOATS)}")
-    for name in found:
-        if name not in specs and not (architecture and is_head(name)):
-            wrong.append(f"{found[name]}: unexpected, no such tensor in this OPT")
-    return {name: found[name] for name in specs if name in found}, tied, wrong

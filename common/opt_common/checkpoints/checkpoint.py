@@ -1,24 +1,17 @@
-"""Checkpoints as mappings from tensor names to what lies on disk, read one tensor at a time, and written whole."""
+"""A checkpoint as a mapping from tensor names to what lies on disk; a tensor is read when it is asked for."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from ..config import OPTConfig
 from ..files import abridged, read_json
-from .layouts import LAYOUTS, WRITABLE, layout_module
-from .shards import MAX_SHARD_SIZE, parse_size
-from .tensors import Entry, Source, numpy_dtype
+from .layouts import LAYOUTS, layout_module
+from .save import finish_interrupted_save
+from .tensors import Entry, numpy_dtype
 
 # What a folder is opened by.
 FILES = tuple(dict.fromkeys(name for module in LAYOUTS.values() for name in module.MAIN))
@@ -27,21 +20,21 @@ FILES = tuple(dict.fromkeys(name for module in LAYOUTS.values() for name in modu
 class Checkpoint(Mapping[str, Entry]):
     """The tensors of a checkpoint by name. Opening reads headers only.
 
-    `path` is a folder, or a weight file of its own. `layout` is one of `LAYOUTS`; None for the one that is there.
-    `main` is the file it was opened by, `files` the weight files.
-    Raises FileNotFoundError if there are no weights, ValueError if there are weights of several layouts and `layout`
-    does not choose, and ValueError that names the file for one that is damaged.
+    `path` is a folder or a weight file. `layout` is one of `LAYOUTS`, or None for the one that is there; if there are
+    several, `prefer` takes the first. `main` is the file that the checkpoint was opened by, `files` the weight files.
+    Raises FileNotFoundError if there are no weights, ValueError if there are weights of several layouts and neither
+    `layout` nor `prefer` chooses, and ValueError, naming the file, if one is damaged.
     """
 
-    def __init__(self, path: str | Path, layout: str | None = None) -> None:
+    def __init__(self, path: str | Path, layout: str | None = None, prefer: bool = False) -> None:
         self.path = Path(path)
         found = recognize(self.path, layout)
-        if len(found) > 1:
+        if len(found) > 1 and not prefer:
             there = ", ".join(f"{name} ({main.name})" for name, main in found.items())
             raise ValueError(
                 f"{self.path}: holds weights of {len(found)} layouts: {there}; choose one (--from, layout=)"
             )
-        [(self.layout, self.main)] = found.items()
+        self.layout, self.main = next(iter(found.items()))
         self.files, self._entries = LAYOUTS[self.layout].read(self.main)
 
     def __getitem__(self, name: str) -> Entry:
@@ -125,124 +118,3 @@ def _newest(mains: list[Path]) -> Path:
     why = "whose shards are all there" if complete else "because shards of the index are missing"
     warnings.warn(f"{read.parent}: reading {read.name}, {why}, and not {', '.join(ignored)}", stacklevel=4)
     return read
-
-
-def save_checkpoint(
-    folder: str | Path,
-    tensors: Iterable[Source],
-    texts: Mapping[str, str | bytes],
-    max_shard_size: int | str = MAX_SHARD_SIZE,
-    progress: Callable[[int], None] = lambda nbytes: None,
-    layout: str = "safetensors",
-    config: OPTConfig | None = None,
-) -> list[Path]:
-    """Write `tensors` in `layout` and `texts` (file name -> contents: config.json ...) into `folder`.
-
-    Tensors are read and written one at a time, in order, in shards of at most `max_shard_size` bytes (a tensor larger
-    than that gets a shard of its own). `progress` is told the bytes of each. Everything is written to a folder beside,
-    which one rename commits: killed at any moment, `folder` holds the old checkpoint or the new one. Weight files of
-    the old checkpoint that the new one does not have are removed, if their names are the Hub's. What a killed save left
-    is removed, and a warning says so. Returns the weight files. `config` is for layouts that keep it in their own way.
-    Raises OSError if the disk is full, or if another process saves into `folder`.
-    """
-    limit, folder = parse_size(max_shard_size), Path(folder).resolve()
-    module = layout_module(layout)
-    if layout not in WRITABLE:
-        raise ValueError(f"layout: {layout} can only be read, wanted one of {', '.join(WRITABLE)}")
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: is a file, wanted a folder to save into")
-    inside, beside = folder / ".saving", folder.with_name(f".{folder.name}.saving")
-    over = folder.exists()
-    staged = inside if over else beside
-    staged.parent.mkdir(parents=True, exist_ok=True)
-    # a folder that was made, or removed, since a save into it began has its staging at the other place
-    places = [p for p in (inside, beside) if p == staged or p.exists() or _lock(p).exists()]
-    with ExitStack() as locks:
-        for place in places:
-            locks.enter_context(_locked(place, folder))
-        finish_interrupted_save(folder)
-        for left in places:
-            if left.exists():
-                warnings.warn(f"{left}: removed, an interrupted save left it", stacklevel=2)
-                shutil.rmtree(left)
-        staged.mkdir()
-        try:
-            for name, text in texts.items():
-                (staged / name).write_bytes(text.encode() if isinstance(text, str) else text)
-            names = module.write(staged, list(tensors), config, limit, progress)
-            if over:
-                (staged / _FILES_LIST).write_text(json.dumps(sorted(p.name for p in staged.iterdir())))
-            for path in staged.rglob("*"):
-                if path.is_file():
-                    with open(path, "rb") as file:
-                        os.fsync(file.fileno())
-            os.rename(staged, folder / ".saved" if over else folder)
-        except BaseException as error:
-            shutil.rmtree(staged, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk does not say where
-                raise OSError(error.errno, f"{folder}: not saved: {error.strerror}") from error
-            raise
-        finish_interrupted_save(folder)
-    return [folder / name for name in names]
-
-
-@contextmanager
-def _locked(staged: Path, folder: Path) -> Iterator[None]:
-    """Only one process at a time stages into `folder`. The lock is the kernel's: it goes with the process."""
-    path = _lock(staged)
-    try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-    except Timeout as error:
-        raise BlockingIOError(f"{folder}: another process is saving into it") from error
-
-
-def _lock(staged: Path) -> Path:
-    return staged.with_name(f"{staged.name}.lock")
-
-
-_FILES_LIST = ".files.json"
-# The names of the Hub's own layouts, which a save may clear away; a `model.pt` may be anything of the user's.
-_HUB = [module for module in LAYOUTS.values() if any(name.endswith(".index.json") for name in module.MAIN)]
-_CLEARED = re.compile("|".join([*(re.escape(name) for m in _HUB for name in m.MAIN), *(m.SHARD for m in _HUB)]))
-
-
-def finish_interrupted_save(folder: Path) -> None:
-    """Move a committed save into place: the second half of `save_checkpoint`, which a kill may have cut short.
-
-    Several files cannot be renamed at once. So a save is complete when `.saved` exists, and whoever opens the folder
-    next ends the moving. Two may do so at once: each step may find that the other has taken it.
-    """
-    saved = folder / ".saved"
-    listing = saved / _FILES_LIST
-    if not saved.is_dir() or saved.is_symlink():
-        return
-    with suppress(FileNotFoundError):  # the list is missing only when everything was moved and `.saved` is empty
-        new = _listed(listing)
-        for name in sorted(new):
-            if not (saved / name).exists():
-                continue
-            if (folder / name).is_dir() and not (folder / name).is_symlink():
-                shutil.rmtree(folder / name)
-            with suppress(FileNotFoundError):
-                os.replace(saved / name, folder / name)
-        for path in folder.iterdir():
-            if _CLEARED.fullmatch(path.name) and path.name not in new and not path.is_dir():
-                path.unlink(missing_ok=True)
-        listing.unlink()
-    with suppress(FileNotFoundError):
-        saved.rmdir()
-
-
-def _listed(listing: Path) -> set[str]:
-    """The names in a list of files to move; it may come with a downloaded folder, and must not reach out of it."""
-    try:
-        names = json.loads(listing.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{listing}: not readable as JSON: {error}") from error
-    if not isinstance(names, list) or not all(isinstance(n, str) and n and Path(n).name == n != ".." for n in names):
-        raise ValueError(f"{listing}: wanted a list of file names inside the folder")
-    return set(names)

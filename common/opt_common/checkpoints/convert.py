@@ -17,9 +17,9 @@ from ..config import DTYPES, OPTConfig
 from ..hub import COMPANIONS
 from ..progress import byte_bar
 from ..weights import table
-from .checkpoint import save_checkpoint
 from .layouts import HEADED, WRITABLE, layout_module
-from .pretrained import open_checkpoint
+from .open import open_checkpoint
+from .save import save_checkpoint
 from .shards import MAX_SHARD_SIZE, parse_size
 from .tensors import Entry, Source, numpy_dtype
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..config import SIZES, OPTConfig
+from ..config import DTYPES, SIZES, OPTConfig
 from ..progress import byte_bar
-from ..weights import FLOATS, compare, stored_architecture
 from .checkpoint import Checkpoint, recognize
-from .pretrained import Opened, find_checkpoint, open_checkpoint
+from .fit import compare, stored_architecture
+from .open import Opened, find_checkpoint, open_checkpoint
 from .tensors import Entry, contiguous
 
 # Fields that do not change what a model answers.
@@ -76,7 +76,7 @@ def _read_all(checkpoint: Checkpoint, sha256: bool, check: bool) -> dict[str, An
             array = contiguous(entry.read())
             if sha256:
                 digests[name] = hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
-            if check and entry.dtype in FLOATS:
+            if check and entry.dtype in DTYPES:
                 lost = sum(int(piece.size - np.isfinite(piece).sum()) for piece, _ in _pieces(array, array))
                 if lost:
                     not_finite[name] = lost

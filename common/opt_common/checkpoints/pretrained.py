@@ -5,74 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config import DTYPES, OPTConfig
-from ..hub import fetch_checkpoint
 from ..progress import byte_bar
-from ..weights import Spec, head, is_head, match, stored_architecture, table
-from .checkpoint import Checkpoint, recognize, save_checkpoint
-from .layouts import LAYOUTS
+from ..weights import Spec, head, is_head, table
+from .open import open_checkpoint
+from .save import save_checkpoint
 from .shards import MAX_SHARD_SIZE
 from .tensors import Source, contiguous
 
 # keys of a config that `from_pretrained` takes in place of the checkpoint's
 CHANGEABLE = {field.name for field in dataclasses.fields(OPTConfig)} - {"unknown", "dtype", "_attn_implementation"} | {"id2label", "label2id"}
 OF_THE_HUB = {"revision", "cache_dir", "token", "local_files_only"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A checkpoint and its config, checked against each other: where each tensor of the table lies, whether the head is
-    tied, and whose table it is."""
-
-    checkpoint: Checkpoint
-    config: OPTConfig
-    names: dict[str, str]
-    tied: bool
-    architecture: str
-
-
-def open_checkpoint(
-    path_or_name: str | Path,
-    layout: str | None = None,
-    prefer: bool = False,
-    companions: bool = False,
-    architecture: str | None = None,
-    changes: Mapping[str, Any] | None = None,
-    **hub: Any,
-) -> Opened:
-    """Find, open and check a checkpoint; no tensor is read, nothing of its size is allocated.
-
-    `path_or_name`: a folder, a weight file with its config.json beside it, "opt-demo", or a Hub name.
-    `layout`: one of `LAYOUTS`, or None for the one that is there. Of several, `prefer` takes the
-    first: safetensors, then PyTorch's, then the others in the order of LAYOUTS; otherwise they are an error. Of a Hub
-    repository the preferred one is taken, which alone is fetched. `companions` fetches its tokenizer too.
-    `architecture`: whose table it is checked against (`match`). `changes`: keys of the config that are to be others.
-    Raises FileNotFoundError and ValueError as `fetch`, `Checkpoint`, `OPTConfig.from_pretrained` and `match` do.
-    """
-    checkpoint, config = find_checkpoint(path_or_name, layout, prefer, companions, **hub)
-    config = config.changed(**changes) if changes else config
-    names, tied = match(checkpoint, config, architecture)
-    return Opened(checkpoint, config, names, tied, architecture or stored_architecture(checkpoint))
-
-
-def find_checkpoint(
-    path_or_name: str | Path, layout: str | None = None, prefer: bool = False, companions: bool = False, **hub: Any
-) -> tuple[Checkpoint, OPTConfig]:
-    """As `open_checkpoint`, but the two are not checked against each other."""
-    path = fetch_checkpoint(path_or_name, layout, companions, **hub)
-    if prefer or not Path(path_or_name).expanduser().exists():  # what was fetched earlier lies beside it in the cache
-        layout = layout or next(iter(recognize(path)))
-    checkpoint = Checkpoint(path, layout)
-    own = getattr(LAYOUTS[checkpoint.layout], "config", lambda main, tensors: None)(checkpoint.main, checkpoint)
-    if own is None and not (checkpoint.folder / "config.json").is_file():
-        raise FileNotFoundError(f"{checkpoint.folder}: no config.json; wanted one beside the weights of an OPT")
-    return checkpoint, own or OPTConfig.from_pretrained(checkpoint.folder)
 
 
 @dataclasses.dataclass(frozen=True)

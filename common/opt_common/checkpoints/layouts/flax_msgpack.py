@@ -17,8 +17,7 @@ from typing import Any, BinaryIO
 import msgpack
 import numpy as np
 
-from ...config import OPTConfig
-from ...weights import FLOATS
+from ...config import DTYPES, OPTConfig
 from ..shards import plan_sharded, read_sharded, write_sharded
 from ..tensors import Entry, Source, map_bytes, numpy_dtype, read_bytes, renamed, turned
 from .names import from_flax, to_flax
@@ -185,8 +184,8 @@ class _Scan:
         forms = {0xC4: ">B", 0xC5: ">H", 0xC6: ">I"}
         size = self.number(name, forms[code]) if code in forms else -1
         start = self.skip(name, max(size, 0))
-        if len(shape) != rank or dtype not in FLOATS:
-            raise self.wrong(name, f"found {dtype}{sizes}, wanted one of {', '.join(FLOATS)}")
+        if len(shape) != rank or dtype not in DTYPES:
+            raise self.wrong(name, f"found {dtype}{sizes}, wanted one of {', '.join(DTYPES)}")
         if self.at != end or math.prod(shape) * numpy_dtype(dtype).itemsize != size:
             raise self.wrong(name, f"found {size} bytes for {dtype}{list(shape)}")
         path = self.path

@@ -58,9 +58,25 @@ def _place(r, batch, slot, slots, H, D: tl.constexpr):
     return ((batch * (H // D) + r // D) * slots + slot) * D + r % D
 
 
+@triton.jit
+def _part(w, w_k, w_v, b, b_k, b_v, BLOCK_M: tl.constexpr, M, QKV: tl.constexpr):
+    """Which of q, k and v (0, 1, 2) this program computes, its weight and bias, and its first row; without QKV there
+    is one product."""
+    part, tile = 0, tl.program_id(0)
+    if QKV:
+        tiles = tl.cdiv(M, BLOCK_M)
+        part, tile = tile // tiles, tile % tiles
+        if part == 1:
+            w, b = w_k, b_k
+        elif part == 2:
+            w, b = w_v, b_v
+    return part, w, b, tile * BLOCK_M
+
+
 @triton.jit(do_not_specialize=["slots"])
 def linear_one(
-    x, w, b, out, k_cache, v_cache, slot, gain, shift, residual, residual_gain, residual_shift, slots,
+    x, w, w_k, w_v, b, b_k, b_v, out, k_cache, v_cache, slot,
+    gain, shift, residual, residual_gain, residual_shift, slots,
     K: tl.constexpr, M, H, D: tl.constexpr,
     NORM: tl.constexpr, AFFINE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr, QKV: tl.constexpr,
@@ -68,12 +84,13 @@ def linear_one(
 ):  # fmt: skip
     """One row: out[M] = act(norm(x[K]) · w[M, K]ᵀ + b) + residual[M].
 
-    RESIDUAL: 0 none, 1 as it is, 2 its norm. QKV: the M = 3H results are q, which goes to out, and k and v, which go to
-    their caches [N, S, D] at `slot`.
+    RESIDUAL: 0 none, 1 as it is, 2 its norm. QKV: three products of M = H rows, by w, w_k and w_v: q goes to out, k and
+    v to their caches [N, S, D] at `slot`.
     """
     if PDL:
         gdc_launch_dependents()
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part, w, b, begin = _part(w, w_k, w_v, b, b_k, b_v, BLOCK_M, M, QKV)
+    rows = begin + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_K)
     inside = rows < M
     tile = w + rows.to(tl.int64)[:, None] * K + cols[None, :]
@@ -98,10 +115,10 @@ def linear_one(
             eviction_policy="evict_first",
         )  # fmt: skip
         if NORM:
-            part = _normed(x, here, here < K, mean, rstd, gain, shift, AFFINE)
+            piece = _normed(x, here, here < K, mean, rstd, gain, shift, AFFINE)
         else:
-            part = tl.load(x + here, mask=here < K, other=0.0).to(tl.float32)
-        acc += now.to(tl.float32) * part[None, :]
+            piece = tl.load(x + here, mask=here < K, other=0.0).to(tl.float32)
+        acc += now.to(tl.float32) * piece[None, :]
     y = tl.sum(acc, axis=1)
     if BIAS:
         y += bias
@@ -113,17 +130,20 @@ def linear_one(
         y += _normed(residual, rows, inside, mean, rstd, residual_gain, residual_shift, AFFINE)
     y = y.to(out.dtype.element_ty)
     if QKV:
-        place = _place(rows.to(tl.int64) % H, 0, tl.load(slot), slots, H, D)
-        tl.store(out + rows, y, mask=rows < H)
-        tl.store(k_cache + place, y, mask=(rows >= H) & (rows < 2 * H))
-        tl.store(v_cache + place, y, mask=(rows >= 2 * H) & inside)
+        place = _place(rows.to(tl.int64), 0, tl.load(slot), slots, H, D)
+        if part == 0:
+            tl.store(out + rows, y, mask=inside)
+        elif part == 1:
+            tl.store(k_cache + place, y, mask=inside)
+        else:
+            tl.store(v_cache + place, y, mask=inside)
     else:
         tl.store(out + rows, y, mask=inside)
 
 
 @triton.jit
 def _finish_many(
-    acc, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D: tl.constexpr,
+    acc, part, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, QKV: tl.constexpr,
 ):  # fmt: skip
     """What follows the product acc[M, B]."""
@@ -136,17 +156,20 @@ def _finish_many(
         acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     y = acc.to(out.dtype.element_ty)
     if QKV:
-        place = _place((rows % H)[:, None], batch.to(tl.int64)[None, :], tl.load(slot), slots, H, D)
-        tl.store(out + batch[None, :] * H + rows[:, None], y, mask=inside & (rows < H)[:, None])
-        tl.store(k_cache + place, y, mask=inside & ((rows >= H) & (rows < 2 * H))[:, None])
-        tl.store(v_cache + place, y, mask=inside & (rows >= 2 * H)[:, None])
+        place = _place(rows[:, None], batch.to(tl.int64)[None, :], tl.load(slot), slots, H, D)
+        if part == 0:
+            tl.store(out + at, y, mask=inside)
+        elif part == 1:
+            tl.store(k_cache + place, y, mask=inside)
+        else:
+            tl.store(v_cache + place, y, mask=inside)
     else:
         tl.store(out + at, y, mask=inside)
 
 
 @triton.jit(do_not_specialize=["B", "slots"])
 def linear_many(
-    x, w, b, out, k_cache, v_cache, slot, residual, partial, arrived, B, slots,
+    x, w, w_k, w_v, b, b_k, b_v, out, k_cache, v_cache, slot, residual, partial, arrived, B, slots,
     K: tl.constexpr, M, H, D: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, QKV: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
@@ -162,7 +185,8 @@ def linear_many(
     if PDL:
         gdc_launch_dependents()
     batch = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part, w, b, top = _part(w, w_k, w_v, b, b_k, b_v, BLOCK_M, M, QKV)
+    rows = top + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_K)
     PART: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
     begin = tl.program_id(2) * PART
@@ -193,7 +217,7 @@ def linear_many(
         acc = tl.dot(second, right, acc)
     if SPLITS == 1:
         _finish_many(
-            acc, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D,
+            acc, part, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D,
             BIAS, ACTIVATION, RESIDUAL, QKV,
         )  # fmt: skip
     else:
@@ -210,7 +234,7 @@ def linear_many(
             for i in tl.static_range(SPLITS):
                 acc += tl.load(parts + i * (BLOCK_M * BLOCK_B), cache_modifier=".cg")
             _finish_many(
-                acc, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D,
+                acc, part, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D,
                 BIAS, ACTIVATION, RESIDUAL, QKV,
             )  # fmt: skip
 

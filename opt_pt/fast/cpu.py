@@ -8,36 +8,33 @@ B rows   E embedding width   H hidden   N heads   D head width   S slots   V voc
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import one_query
-from .cache import KVCache
-from .decode import joined, usual
-from .linear import onednn, packed_or
+from ..attention import one_query
+from ..cache import KVCache
+from .plain import standard, unwatched
+from .products import onednn, packed
 
-if TYPE_CHECKING:
-    from .model import OPTForCausalLM
-
-Pair = tuple[Tensor | None, Tensor | None]  # of a norm
+Pair = tuple[Any, Any]  # of a norm: Tensors, or None
 Weights = tuple[Tensor, Tensor | None]
 
 
-def can_step(model: OPTForCausalLM, device: torch.device) -> bool:
-    """Whether `Step` computes what this model does: on a CPU, in a dtype that oneDNN computes, in eval mode, with the
-    usual modules."""
-    dtypes = {p.dtype for p in model.parameters()}
-    return device.type == "cpu" and len(dtypes) == 1 and onednn(*dtypes) and usual(model)
+def can_step(model: Any, token: Tensor) -> bool:
+    """Whether `Step` computes what this model does: standard modules on a CPU, in one dtype that oneDNN computes."""
+    parameters = list(model.parameters())
+    if any(p.device.type != "cpu" for p in (token, *parameters)) or len({p.dtype for p in parameters}) != 1:
+        return False
+    return onednn(parameters[0].dtype) and unwatched(token) and standard(model)
 
 
 class Layer(NamedTuple):
     """One layer's weights, and its cache [B, N, S, D]."""
 
     attention_norm: Pair
-    qkv: Weights
+    qkv: list[Weights]  # one product, of `pack`'s copy, or three
     out: Weights
     norm: Pair
     fc1: Weights
@@ -53,7 +50,7 @@ class Step:
     int64, the tensor that holds it at each call.
     """
 
-    def __init__(self, model: OPTForCausalLM, cache: KVCache, mask: Tensor, position: Tensor, token: Tensor) -> None:
+    def __init__(self, model: Any, cache: KVCache, mask: Tensor, position: Tensor, token: Tensor) -> None:
         decoder, config = model.model.decoder, model.config
         self.config, self.cache, self.token = config, cache, token
         self.position = position + 2  # the table starts two rows in
@@ -66,13 +63,14 @@ class Step:
         self.layers = []
         layers: list[Any] = list(decoder.layers)
         for i, layer in enumerate(layers):
-            attention = layer.self_attn
-            w, b = attention.qkv() or joined(attention)
+            a = layer.self_attn
+            joined = packed(a, a.q_proj.weight)
+            parts = [_weights(f) for f in (a.q_proj, a.k_proj, a.v_proj)]
             self.layers.append(
                 Layer(
                     _pair(layer.self_attn_layer_norm),
-                    (packed_or(attention.packed, w), b),
-                    _weights(attention.out_proj),
+                    parts if joined is None else [(joined.weight, joined.bias)],
+                    _weights(a.out_proj),
                     _pair(layer.final_layer_norm),
                     _weights(layer.fc1),
                     _weights(layer.fc2),
@@ -80,14 +78,14 @@ class Step:
                     cache.v[i],
                 )
             )
-        self.activation = layers[0].activation
+        self.activation = layers[0].activation_fn
         self.final_norm = decoder.final_layer_norm and _pair(decoder.final_layer_norm)
         self.head = _weights(model.lm_head)
 
     def __call__(self) -> Tensor:
         """The logits [B, V] of `token`."""
-        config, cache, shape = self.config, self.cache, (self.config.hidden_size,)
-        pre_norm, relu = config.do_layer_norm_before, self.activation is F.relu
+        config, cache, shape, D = self.config, self.cache, (self.config.hidden_size,), self.config.head_dim
+        pre_norm, relu = config.do_layer_norm_before, type(self.activation) is nn.ReLU
         slot, end = cache.length, cache.length + 1
         visible = None if self.visible is None else self.visible[..., :end]
         x = self.words[self.token]  # [B, E]
@@ -96,10 +94,12 @@ class Step:
         x = x + self.places[self.position]  # [B, H]
         for layer in self.layers:
             y = torch.layer_norm(x, shape, *layer.attention_norm) if pre_norm else x
-            q, k, v = _linear(y, layer.qkv).view(len(x), 3, config.num_attention_heads, 1, config.head_dim).unbind(1)
+            parts = [_linear(y, weights) for weights in layer.qkv]
+            parts = parts if len(parts) == 3 else parts[0].chunk(3, dim=-1)
+            q, k, v = (z.view(len(x), -1, 1, D) for z in parts)
             layer.k.narrow(2, slot, 1).copy_(k)
             layer.v.narrow(2, slot, 1).copy_(v)
-            y = one_query(q, layer.k.narrow(2, 0, end), layer.v.narrow(2, 0, end), visible)
+            y = one_query(q, layer.k.narrow(2, 0, end), layer.v.narrow(2, 0, end), visible, D**-0.5)
             x = _linear(y.view(x.shape), layer.out, residual=x)
             if not pre_norm:
                 x = torch.layer_norm(x, shape, *layer.attention_norm)
@@ -124,7 +124,8 @@ def _linear(x: Tensor, weights: Weights, after: str = "none", residual: Tensor |
 
 
 def _weights(f: nn.Linear) -> Weights:
-    return packed_or(f.__dict__.get("packed"), f.weight), f.bias
+    copy = packed(f, f.weight)
+    return (f.weight.contiguous() if copy is None else copy.weight), f.bias
 
 
 def _pair(norm: nn.LayerNorm) -> Pair:

@@ -6,18 +6,16 @@ B rows   E embedding width   H hidden   F feed-forward   S slots   V vocabulary
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .cache import KVCache
+from ..cache import KVCache
+from ..text import Text
+from .plain import standard, unwatched
 
-if TYPE_CHECKING:
-    from .generate import Text
-    from .model import OPTAttention, OPTForCausalLM
-
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
+Weights = tuple[Tensor, Tensor | None]
 
 CHUNKS = 16  # programs that share the search for a row's likeliest token
 
@@ -27,34 +25,34 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def can_step(model: OPTForCausalLM, device: torch.device) -> bool:
-    """Whether `Step` computes what this model does: half precision on an NVIDIA GPU of compute capability 8.0 or more,
-    in eval mode, with the usual modules."""
+def can_step(model: Any, token: Tensor) -> bool:
+    """Whether `Step` computes what this model does: standard modules in half precision on an NVIDIA GPU of compute
+    capability 8.0 or more."""
+    device = token.device
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return {p.dtype for p in model.parameters()} in ({torch.float16}, {torch.bfloat16}) and usual(model)
+    return usual(model, device) and unwatched(token) and standard(model)
 
 
-def usual(model: OPTForCausalLM) -> bool:
-    """Whether the model is in eval mode, and every module one of this package's own or PyTorch's, without hooks (an
-    adapter such as LoRA is another module, and runs module by module)."""
-    for module in model.modules():
-        own = type(module).__module__.startswith("opt_pt.")
-        plain = type(module) in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.ModuleList)
-        if not (own or plain) or module._forward_hooks or module._forward_pre_hooks:
-            return False
-    return not model.training
+def usual(model: Any, device: torch.device) -> bool:
+    """Whether all parameters are on the device, in one half precision, contiguous, and the activation has a kernel."""
+    parameters = list(model.parameters())
+    return (
+        {p.dtype for p in parameters} in ({torch.float16}, {torch.bfloat16})
+        and all(p.device == device and p.is_contiguous() for p in parameters)
+        and len({_activation(layer.activation_fn) for layer in model.model.decoder.layers} - {None}) == 1
+    )
 
 
-def parts(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    return linear.weight, linear.bias
+def _activation(module: nn.Module) -> str | None:
+    """What the kernels call it; None for one they do not compute."""
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}.get(type(module))
 
 
-def joined(attention: OPTAttention) -> tuple[Tensor, Tensor | None]:
-    """q, k and v in one matrix, copied."""
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-    bias = None if linears[0].bias is None else torch.cat([f.bias for f in linears])
-    return torch.cat([f.weight for f in linears]), bias
+def _weights(*linears: nn.Linear) -> list[Weights]:
+    return [(f.weight, f.bias) for f in linears]
 
 
 # The shapes of the kernels' tiles are those that were fastest at opt-350m's and opt-2.7b's sizes on an H100, of about
@@ -72,14 +70,15 @@ def tiles_one(M: int, K: int) -> tuple[int, int, int]:
     return (16, 256, 4) if M <= 8192 else (4, 512, 4)  # 8192: all programs of 16 rows run at once
 
 
-def tiles_many(B: int, M: int, K: int, gpu: GPU) -> tuple[int, int, int, int, int, int, int]:
-    """BLOCK_B, BLOCK_M, BLOCK_K, warps, pipeline stages, early tiles and SPLITS of `linear_many`."""
+def tiles_many(B: int, M: int, K: int, parts: int, gpu: GPU) -> tuple[int, int, int, int, int, int, int]:
+    """BLOCK_B, BLOCK_M, BLOCK_K, warps, pipeline stages, early tiles and SPLITS of `linear_many`, of so many products
+    with M results each."""
     block_b, block_m, block_k = min(64, max(16, _power(B))), 64, min(128, max(16, _power(K)))
     # programs a multiprocessor: two, unless their tiles of x are so large that one with a longer pipeline does better
-    stages, early, programs, least = (3, 2, 2, 256) if block_b == 16 or M > 8192 else (6, 0, 1, 512)
+    stages, early, programs, least = (3, 2, 2, 256) if block_b == 16 or parts * M > 8192 else (6, 0, 1, 512)
     room = gpu.shared - 2 * early * block_m * block_k - 2048
     stages = max(2, min(stages, room // (2 * block_k * (block_b + block_m))))
-    tiles = -(-M // block_m) * -(-B // block_b)
+    tiles = parts * -(-M // block_m) * -(-B // block_b)
     splits = max(1, min(programs * gpu.multiprocessors // tiles, K // least, 12))
     return block_b, block_m, block_k, 4, stages, early, splits
 
@@ -115,7 +114,7 @@ class Step:
     int64, the tensor that holds it at each call.
     """
 
-    def __init__(self, model: OPTForCausalLM, cache: KVCache, mask: Tensor, position: Tensor, token: Tensor) -> None:
+    def __init__(self, model: Any, cache: KVCache, mask: Tensor, position: Tensor, token: Tensor) -> None:
         from . import kernels  # Triton comes with PyTorch for NVIDIA GPUs, and is not there elsewhere
 
         self.kernels, self.model, self.cache = kernels, model, cache
@@ -146,9 +145,8 @@ class Step:
         # of `linear_many`: at most one piece [64, 64] a multiprocessor, or two [64, 16]
         self.pieces = empty(self.gpu.multiprocessors * 64 * 64 if B > 1 else 1, dtype=torch.float32)
         self.counted = torch.zeros(self.gpu.multiprocessors, device=device, dtype=torch.int32)
-        # side by side in memory, unless a parameter was replaced since
         self.layers: list[Any] = list(model.model.decoder.layers)
-        self.qkv = [layer.self_attn.qkv() or joined(layer.self_attn) for layer in self.layers]
+        self.activation = _activation(self.layers[0].activation_fn)
         # what the kernels are compiled for
         self.variant = (config.to_json(), B, self.block, self.splits, dtype, device)
         self.compiling: list[Any] | None = None  # the kernels of a call that only compiles
@@ -168,28 +166,29 @@ class Step:
             E=E, H=H, BLOCK=_power(max(E, H)), PDL=self.pdl,
         )  # fmt: skip
         if decoder.project_in is not None:
-            self._linear(self.words, parts(decoder.project_in), x, residual=self.place)
+            self._linear(self.words, _weights(decoder.project_in), x, residual=self.place)
 
         # In a post-norm model x is kept as it was before its last norm, and each reader norms it
         last: nn.LayerNorm | None = None
         for i, layer in enumerate(self.layers if self.compiling is None else self.layers[:2]):  # two: all that differ
             attention = layer.self_attn
             norm = layer.self_attn_layer_norm if pre_norm else last
-            self._linear(x, self.qkv[i], self.q, norm=norm, layer=i)
+            qkv = _weights(attention.q_proj, attention.k_proj, attention.v_proj)
+            self._linear(x, qkv, self.q, norm=norm, layer=i)
             self._attend(i)
-            self._linear(self.attended, parts(attention.out_proj), y, residual=x, residual_norm=last)
+            self._linear(self.attended, _weights(attention.out_proj), y, residual=x, residual_norm=last)
             if not pre_norm:
                 last = layer.self_attn_layer_norm
             norm = layer.final_layer_norm if pre_norm else last
-            self._linear(y, parts(layer.fc1), self.between, norm=norm, activation=self.config.activation_function)
-            self._linear(self.between, parts(layer.fc2), x, residual=y, residual_norm=last)
+            self._linear(y, _weights(layer.fc1), self.between, norm=norm, activation=self.activation)
+            self._linear(self.between, _weights(layer.fc2), x, residual=y, residual_norm=last)
             if not pre_norm:
                 last = layer.final_layer_norm
         last = decoder.final_layer_norm if pre_norm else last
         if decoder.project_out is not None:
-            self._linear(x, parts(decoder.project_out), self.narrow, norm=last)
+            self._linear(x, _weights(decoder.project_out), self.narrow, norm=last)
             x, last = self.narrow, None
-        self._linear(x, parts(self.model.lm_head), self.logits, norm=last)
+        self._linear(x, _weights(self.model.lm_head), self.logits, norm=last)
         return self.logits
 
     def keep(self, text: Text, chosen: Tensor | None) -> None:
@@ -235,7 +234,7 @@ class Step:
     def _linear(
         self,
         x: Tensor,
-        weights: tuple[Tensor, Tensor | None],
+        weights: list[Weights],
         out: Tensor,
         norm: nn.LayerNorm | None = None,
         activation: str | None = None,
@@ -243,25 +242,27 @@ class Step:
         residual_norm: nn.LayerNorm | None = None,
         layer: int | None = None,
     ) -> None:
-        """out = act(norm(x) wᵀ + b) + residual_norm(residual). With `layer`, w is q, k and v in one, and k and v go to
-        that layer's cache."""
-        (w, b), qkv = weights, layer is not None
-        M, K = w.shape
-        name = ACTIVATIONS.get(activation, activation) if activation else "none"
+        """out = act(norm(x) wᵀ + b) + residual_norm(residual). With `layer` the weights are those of q, k and v, of
+        which k and v go to that layer's cache."""
+        qkv, parts = layer is not None, len(weights)
+        (M, K), bias = weights[0][0].shape, weights[0][1] is not None
+        # three of each; what is not there is anything that is a pointer: it is not read
+        ws = [w for w, _ in weights] * (3 // parts)
+        bs = [w if b is None else b for w, b in weights] * (3 // parts)
+        name = activation or "none"
         k, v = (self.cache.k[layer], self.cache.v[layer]) if layer is not None else (out, out)
         affine = self.config.layer_norm_elementwise_affine
-        b = w if b is None else b  # anything that is a pointer: it is not read
         H, D = self.config.hidden_size, self.config.head_dim
         if self.B == 1:
-            BLOCK_M, BLOCK_K, warps = tiles_one(M, K)
+            BLOCK_M, BLOCK_K, warps = tiles_one(parts * M, K)
             gain, shift = (norm.weight, norm.bias) if norm is not None and affine else (x, x)
             r_norm = residual_norm if affine else None
             r_gain, r_shift = (r_norm.weight, r_norm.bias) if r_norm is not None else (x, x)
             self._run(
-                self.kernels.linear_one, (-(-M // BLOCK_M),),
-                x, w, b, out, k, v, self.slot, gain, shift, x if residual is None else residual, r_gain, r_shift,
+                self.kernels.linear_one, (parts * -(-M // BLOCK_M),),
+                x, *ws, *bs, out, k, v, self.slot, gain, shift, x if residual is None else residual, r_gain, r_shift,
                 self.slots, K=K, M=M, H=H, D=D,
-                NORM=norm is not None, AFFINE=affine, BIAS=weights[1] is not None, ACTIVATION=name,
+                NORM=norm is not None, AFFINE=affine, BIAS=bias, ACTIVATION=name,
                 RESIDUAL=0 if residual is None else 1 if residual_norm is None else 2, QKV=qkv,
                 BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_X=_power(K), BLOCK_R=_power(H), PDL=self.pdl,
                 num_warps=warps,
@@ -285,12 +286,12 @@ class Step:
             x = self.normed
         if residual is not None and residual_norm is not None:
             residual = self.normed  # it was normed for the product before this one, and is there still
-        BLOCK_B, BLOCK_M, BLOCK_K, warps, stages, early, splits = tiles_many(self.B, M, K, self.gpu)
+        BLOCK_B, BLOCK_M, BLOCK_K, warps, stages, early, splits = tiles_many(self.B, M, K, parts, self.gpu)
         self._run(
-            self.kernels.linear_many, (-(-M // BLOCK_M), -(-self.B // BLOCK_B), splits),
-            x, w, b, out, k, v, self.slot, x if residual is None else residual, self.pieces, self.counted,
+            self.kernels.linear_many, (parts * -(-M // BLOCK_M), -(-self.B // BLOCK_B), splits),
+            x, *ws, *bs, out, k, v, self.slot, x if residual is None else residual, self.pieces, self.counted,
             self.B, self.slots,
-            K=K, M=M, H=H, D=D, BIAS=weights[1] is not None, ACTIVATION=name, RESIDUAL=residual is not None, QKV=qkv,
+            K=K, M=M, H=H, D=D, BIAS=bias, ACTIVATION=name, RESIDUAL=residual is not None, QKV=qkv,
             BLOCK_B=BLOCK_B, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, STAGES=stages, EARLY=early, SPLITS=splits,
             PDL=self.pdl,
             num_warps=warps,

@@ -1,0 +1,99 @@
+"""The arguments of a call: checked, and where its tokens stand, their positions and the document each belongs to.
+
+B batch   T new tokens   S slots: past tokens and T
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opt_common.config import OPTConfig
+from opt_common.inputs import check_call, check_positions, check_tokens
+
+from .cache import KVCache
+
+
+def check(
+    config: OPTConfig,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    cache: KVCache | None,
+    inputs_embeds: Tensor | None,
+    use_cache: bool,
+    position_ids: Tensor | None,
+) -> tuple[int, int]:
+    """Check the arguments of a call and return (B, T). Raises ValueError that names the argument."""
+    B, T = check_call(
+        config,
+        *(None if x is None else x.shape for x in (input_ids, inputs_embeds, attention_mask, position_ids)),
+        past=0 if cache is None else cache.length,
+        slots=cache.slots if cache is not None else config.max_position_embeddings if use_cache else None,
+        rows=None if cache is None else cache.rows,
+    )
+    # on a GPU, looking would wait for it
+    if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_tokens(config, int(input_ids.min()), int(input_ids.max()))
+    return B, T
+
+
+def columns(logits_to_keep: int | Tensor, labels: Tensor | None) -> slice | Tensor:
+    """The columns whose logits are computed: the last so many, or those in a tensor; 0 for all."""
+    if isinstance(logits_to_keep, Tensor):
+        keep: slice | Tensor = logits_to_keep
+    else:
+        keep = slice(-int(logits_to_keep), None)
+    if labels is not None and (isinstance(keep, Tensor) or keep != slice(0, None)):
+        raise ValueError("labels, logits_to_keep: found both; the loss needs the logits of every token")
+    return keep
+
+
+def recording(device: torch.device) -> bool:
+    """Whether a call is being recorded, by torch.compile or as a CUDA graph, so that no value can be looked at."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def place(
+    config: OPTConfig,
+    B: int,
+    T: int,
+    device: torch.device,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: KVCache | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Positions [B or 1, T] of the new tokens (padding is -1), and the segments [B, S]: the document of each slot,
+    counted from 1, and 0 for padding (None: all is one document, and nothing padding).
+
+    With `position_ids`, a document begins at each position 0 and wherever the position does not grow.
+    """
+    past = cache.length if cache is not None else 0
+    before = cache.segments if cache is not None else None
+    tracing = recording(device)
+    if attention_mask is not None and before is None and not tracing and bool(attention_mask.all()):
+        attention_mask = None  # a mask of ones is what tokenizers give when nothing is padded
+
+    slots = torch.arange(past + T, device=device)
+    if attention_mask is None and position_ids is None and before is None:
+        check_positions(config, past + T - 1, "input_ids")
+        return slots[None, past:], None
+    real = slots.new_ones((B, past + T)) if attention_mask is None else (attention_mask != 0).long()
+    old = real[:, :past] if before is None else real[:, :past] * before
+    new = real[:, past:]
+    current = old.amax(dim=1, keepdim=True).clamp(min=1) if past else slots.new_ones((B, 1))
+    if position_ids is None:
+        segments = torch.cat([old, new * current], dim=1)
+        same = (segments == current).long()
+        positions = (same.cumsum(dim=1) * same - 1)[:, past:]
+        largest_known = past + T <= config.max_position_embeddings
+    else:
+        positions = position_ids.long()
+        starts = positions == 0
+        fell = (positions[:, 1:] <= positions[:, :-1]) & (new[:, 1:] & new[:, :-1]).bool()
+        starts = torch.cat([starts[:, :1].expand(B, 1), starts[:, 1:] | fell], dim=1)
+        segments = torch.cat([old, new * (current + starts.long().cumsum(dim=1))], dim=1)
+        largest_known = False
+    if not largest_known and not tracing:
+        name = "input_ids" if position_ids is None else "position_ids"
+        check_positions(config, int(positions.max()), name, int(positions.min()))
+    return positions, segments

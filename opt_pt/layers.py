@@ -1,0 +1,93 @@
+"""What the model is built of besides PyTorch's own layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from opt_common.config import OPTConfig
+
+from .fast.layer import layer_forward
+from .fast.products import linear as linear  # a Linear, by its fastest route
+
+# As modules, so that hooks see them and users can replace them
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_new": partial(nn.GELU, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+
+
+class PositionalEmbedding(nn.Embedding):
+    """The position table. Position p is row p + 2: OPT's table starts two rows in, and padding, at -1, is row 1."""
+
+    offset = 2
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        rows = num_embeddings + self.offset
+        super().__init__(rows, embedding_dim, _weight=torch.empty(rows, embedding_dim))
+
+    def forward(
+        self, attention_mask: Tensor | None, past_key_values_length: int = 0, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Look up position_ids [B, T]; by default the count of real tokens before each in attention_mask [B, S]."""
+        if position_ids is None:
+            if attention_mask is None:
+                raise ValueError("attention_mask, position_ids: found neither, wanted one to count positions by")
+            real = attention_mask.long()
+            position_ids = (real.cumsum(1) * real - 1)[:, past_key_values_length:]
+        return super().forward(position_ids + self.offset)
+
+
+def embedding(rows: int, width: int, padding_idx: int | None) -> nn.Embedding:
+    """An nn.Embedding whose padding row takes no gradient. Its weights are not drawn here: `init_weights` does, and on
+    the meta device drawing would import half of PyTorch's compiler."""
+    return nn.Embedding(rows, width, padding_idx=padding_idx, _weight=torch.empty(rows, width))
+
+
+def runner(layer: nn.Module, checkpointing: bool) -> Callable[..., Any]:
+    """What to call for a layer: with `checkpointing`, a call that keeps only its input for the backward pass, which
+    computes the rest again; otherwise one that takes a faster route where it computes the same."""
+    if checkpointing and torch.is_grad_enabled():
+        return partial(checkpoint, layer, use_reentrant=False)
+    return layer if torch.is_grad_enabled() else partial(layer_forward, layer)
+
+
+def layerdrop(rate: float, before: Tensor, after: Tensor) -> Tensor:
+    """Skip a layer with probability `rate`. The draw is a tensor, so that compiling does not freeze it."""
+    return torch.where(torch.rand((), device=after.device) < rate, before, after)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of logits [B, T, V] against the next token's label [B, T], -100 left out."""
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels: found shape {list(labels.shape)}, wanted {list(logits.shape[:2])}")
+    # the labels are shifted, not the logits: part of the logits would be copied, and its gradient once more
+    return F.cross_entropy(wide(logits).flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten())
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32 in place of half precision; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, config: OPTConfig) -> None:
+    """Draw the weights of a Linear or Embedding from N(0, init_std²); its bias and padding row are 0."""
+    if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
+        return
+    module.weight.normal_(0.0, config.init_std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        module.bias.zero_()
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        module.weight[module.padding_idx].zero_()
