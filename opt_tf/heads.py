@@ -28,7 +28,6 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
     architecture = "OPTForSequenceClassification"
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
-        """Arguments as of `TFOPTModel`."""
         super().__init__(config, initializer, **kwargs)
         self.model = TFOPTModel(self.config, self.initializer, dtype=self.dtype_policy, name="model")
         self.score = Linear(config.embed_dim, config.num_labels, bias=False)
@@ -88,7 +87,6 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
     architecture = "OPTForQuestionAnswering"
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
-        """Arguments as of `TFOPTModel`."""
         super().__init__(config, initializer, **kwargs)
         self.model = TFOPTModel(self.config, self.initializer, dtype=self.dtype_policy, name="model")
         self.qa_outputs = Linear(config.embed_dim, 2)

@@ -28,10 +28,10 @@ class OPTAttention(nn.Block):
 
     def __init__(self, config: OPTConfig, layer_idx: int | None = None) -> None:
         super().__init__()
-        H, bias = config.hidden_size, config.enable_bias
+        H, D, bias = config.hidden_size, config.head_dim, config.enable_bias
         self.config, self.layer_idx, self.is_causal, self.enable_bias = config, layer_idx, True, bias
-        self.embed_dim, self.num_heads, self.head_dim = H, config.num_attention_heads, config.head_dim
-        self.scaling, self.dropout = self.head_dim**-0.5, nn.Dropout(config.attention_dropout)
+        self.embed_dim, self.num_heads, self.head_dim, self.scaling = H, config.num_attention_heads, D, D**-0.5
+        self.dropout = nn.Dropout(config.attention_dropout)
         self.k_proj = nn.Linear(H, H, bias=bias)
         self.v_proj = nn.Linear(H, H, bias=bias)
         self.q_proj = nn.Linear(H, H, bias=bias)
@@ -117,11 +117,7 @@ class OPTDecoder(nn.Block):
         super().__init__()
         V, E, H, P = config.vocab_size, config.embed_dim, config.hidden_size, config.max_position_embeddings
         self.config, self.gradient_checkpointing = config, False
-        self.dropout, self.padding_idx, self.layerdrop = (
-            config.dropout,
-            config.pad_token_id,
-            nn.LayerDrop(config.layerdrop),
-        )
+        self.dropout, self.layerdrop, self.padding_idx = config.dropout, config.layerdrop, config.pad_token_id
         self.max_target_positions, self.vocab_size = P, V
         self.embed_tokens = nn.Embedding(V, E, config.pad_token_id)
         self.embed_positions = PositionalEmbedding(P, H)
@@ -129,7 +125,7 @@ class OPTDecoder(nn.Block):
         self.project_in = nn.Linear(E, H, bias=False) if config.projects_embeddings else None
         affine = config.layer_norm_elementwise_affine
         norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine) if config.has_final_layer_norm else None
-        self.final_layer_norm = norm
+        self.final_layer_norm, self.skip = norm, nn.LayerDrop(config.layerdrop)
         self.layers = [OPTDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
 
     def call(
@@ -159,9 +155,7 @@ class OPTDecoder(nn.Block):
         """
         config, cache = self.config, past_key_values
         B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, use_cache, position_ids)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        hidden_states: Tensor = inputs_embeds  # [B, T, E]  # type: ignore[assignment]
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, E]
         if self.project_in is not None:
             hidden_states = self.project_in(hidden_states)  # [B, T, H]
         if cache is None and use_cache:
@@ -183,8 +177,8 @@ class OPTDecoder(nn.Block):
                 all_hidden_states.append(hidden_states)
             before = hidden_states
             hidden_states = runner(layer, checkpointing)(hidden_states, position_ids=positions, **how)
-            if training and self.layerdrop.rate > 0:
-                hidden_states = self.layerdrop(before, hidden_states)
+            if training and self.layerdrop > 0:
+                hidden_states = self.skip(before, hidden_states)
         if self.final_layer_norm is not None:
             hidden_states = self.final_layer_norm(hidden_states)
         if self.project_out is not None:
@@ -208,8 +202,6 @@ class TFOPTModel(TFOPTPreTrainedModel):
     architecture = "OPTModel"
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
-        """initializer: of the matrices and embeddings, in place of N(0, init_std²). kwargs: those of keras.Model, such
-        as dtype, a name or a policy."""
         super().__init__(config, initializer, **kwargs)
         self.decoder = OPTDecoder(self.config)
         self.build()
@@ -227,11 +219,10 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
     generate = generate
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
-        """Arguments as of `TFOPTModel`."""
         super().__init__(config, initializer, **kwargs)
         self.model = TFOPTModel(self.config, self.initializer, dtype=self.dtype_policy, name="model")
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        V, E, tied = config.vocab_size, config.embed_dim, config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(E, V, bias=False)
         self.build()
 
     def call(

@@ -34,6 +34,8 @@ class TFOPTPreTrainedModel(keras.Model):
     architecture: str
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
+        """initializer: of the matrices and embeddings, in place of N(0, init_std²). kwargs: those of keras.Model, such
+        as dtype, a name or a policy."""
         super().__init__(**kwargs)
         self.config, self.initializer = config, initializer or normal(config)
 
@@ -140,7 +142,9 @@ class TFOPTPreTrainedModel(keras.Model):
         archive.write_out(filepath, verbose=True if verbose is None else verbose, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"config": dataclasses.asdict(self.config)}
+        fields = dataclasses.asdict(self.config)
+        del fields["_attn_implementation"]  # there is one here, and no file names it
+        return super().get_config() | {"config": fields}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
