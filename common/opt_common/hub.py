@@ -17,6 +17,8 @@ TOKENIZER_FILES = (
 )
 # The files beside config and weights that a conversion copies.
 COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
+# The keyword arguments of `fetch`.
+FETCH_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 
 
 def fetch(
