@@ -45,9 +45,10 @@ def attend(
     The query is scaled, not the scores, as OPT was trained: in half precision that differs. The factor stays float32:
     rounded to bfloat16, the 80^-½ of 2.7b would be off, for every query alike. The softmax is float32 too.
     """
-    T, S, N, D = ops.shape(q)[1], ops.shape(k)[1], module.num_heads, module.head_dim
+    (_, T, D), S, N = ops.shape(q), ops.shape(k)[1], module.num_heads
     B = ops.shape(q)[0] // N
-    scaled, first, outs, attentions = ops.cast(wide(q) * module.scaling, q.dtype), 0, [], []
+    scaled = ops.cast(wide(q) * module.scaling, q.dtype)
+    first, outs, attentions = 0, [], []
     for part in _masks(mask, T, S):
         t, s = ops.shape(part)[2:]
         scores = tf.matmul(scaled[:, first : first + t], k[:, :s], transpose_b=True)

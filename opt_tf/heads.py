@@ -18,10 +18,9 @@ from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput
 from .cache import KVCache
 from .layers import Linear, mean_cross_entropy, wide
 from .model import TFOPTModel
-from .pretrained import TFOPTPreTrainedModel, serializable
+from .pretrained import TFOPTPreTrainedModel
 
 
-@serializable
 class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
     """OPT with one or several labels for a whole row: the `score` of its last token."""
 
@@ -80,7 +79,6 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
         return SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
 
-@serializable
 class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
     """OPT with two scores a token: that the answer begins there, and that it ends there."""
 

@@ -20,7 +20,7 @@ from .cache import CacheWriter, KVCache
 from .generate import generate
 from .inputs import check, columns, place
 from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, runner
-from .pretrained import TFOPTPreTrainedModel, serializable
+from .pretrained import TFOPTPreTrainedModel
 
 
 class OPTAttention(nn.Block):
@@ -143,8 +143,7 @@ class OPTDecoder(nn.Block):
         """Run the decoder.
 
         input_ids: [B, T] whole numbers; or inputs_embeds: [B, T, E], which replace the token embedding's output.
-        attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding. In a tf.function it may be
-            as wide as the cache, so that one program serves every step; columns not reached yet are not looked at.
+        attention_mask: [B, past + T], 0 for padding, anywhere in a row; in a tf.function also [B, S]. Default: none.
         past_key_values: the KVCache of the tokens before these; the result holds the next. With use_cache and none
             given, a new one is made, with room for max_position_embeddings tokens (`init_cache` makes one of any size).
         position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
@@ -195,7 +194,6 @@ class OPTDecoder(nn.Block):
         )
 
 
-@serializable
 class TFOPTModel(TFOPTPreTrainedModel):
     """OPT without a head. New weights are drawn from N(0, init_std²), biases and the padding row are 0."""
 
@@ -211,7 +209,6 @@ class TFOPTModel(TFOPTPreTrainedModel):
         return self.decoder(*args, **kwargs)
 
 
-@serializable
 class TFOPTForCausalLM(TFOPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
@@ -221,8 +218,8 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         super().__init__(config, initializer, **kwargs)
         self.model = TFOPTModel(self.config, self.initializer, dtype=self.dtype_policy, name="model")
-        V, E, tied = config.vocab_size, config.embed_dim, config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(E, V, bias=False)
+        V, E = config.vocab_size, config.embed_dim
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(E, V, bias=False)
         self.build()
 
     def call(

@@ -25,7 +25,7 @@ from opt_common.weights import KERAS, Spec
 from .cache import KVCache
 from .layers import build_parts, normal
 
-serializable = keras.saving.register_keras_serializable(package="opt_zoo")
+register = keras.saving.register_keras_serializable(package="opt_zoo")  # for keras.saving.load_model
 
 
 class TFOPTPreTrainedModel(keras.Model):
