@@ -5,31 +5,32 @@ B batch   T new tokens   S slots: past tokens and T
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from opt_common.config import OPTConfig
 from opt_common.inputs import check_call, check_positions, check_tokens
 
-from .cache import KVCache
+from .cache import past_length
 
 
 def check(
     config: OPTConfig,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
-    cache: KVCache | None,
+    cache: Any,
     inputs_embeds: Tensor | None,
-    use_cache: bool,
     position_ids: Tensor | None,
 ) -> tuple[int, int]:
     """Check the arguments of a call and return (B, T). Raises ValueError that names the argument."""
     B, T = check_call(
         config,
         *(None if x is None else x.shape for x in (input_ids, inputs_embeds, attention_mask, position_ids)),
-        past=0 if cache is None else cache.length,
-        slots=cache.slots if cache is not None else config.max_position_embeddings if use_cache else None,
-        rows=None if cache is None else cache.rows,
+        past=past_length(cache),
+        slots=getattr(cache, "slots", None),
+        rows=getattr(cache, "rows", None),
     )
     # on a GPU, looking would wait for it
     if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -60,15 +61,14 @@ def place(
     device: torch.device,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    cache: KVCache | None,
+    cache: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Positions [B or 1, T] of the new tokens (padding is -1), and the segments [B, S]: the document of each slot,
     counted from 1, and 0 for padding (None: all is one document, and nothing padding).
 
     With `position_ids`, a document begins at each position 0 and wherever the position does not grow.
     """
-    past = cache.length if cache is not None else 0
-    before = cache.segments if cache is not None else None
+    past, before = past_length(cache), getattr(cache, "segments", None)
     tracing = recording(device)
     if attention_mask is not None and before is None and not tracing and bool(attention_mask.all()):
         attention_mask = None  # a mask of ones is what tokenizers give when nothing is padded

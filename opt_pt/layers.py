@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class PositionalEmbedding(nn.Embedding):
+class OPTLearnedPositionalEmbedding(nn.Embedding):
     """The position table. Position p is row p + 2: OPT's table starts two rows in, and padding, at -1, is row 1."""
 
     offset = 2

@@ -16,10 +16,10 @@ from opt_common.config import OPTConfig
 from opt_common.outputs import BaseModelOutput, CausalLMOutput
 
 from .attention import View, attend, choose, compact, restore
-from .cache import KVCache
+from .cache import KVCache, past_length, remember
 from .generate import generate
 from .inputs import check, columns, place
-from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, embedding, init_weights, layerdrop, linear, runner
+from .layers import ACTIVATIONS, OPTLearnedPositionalEmbedding, cross_entropy, embedding, init_weights, layerdrop, linear, runner
 from .pretrained import OPTPreTrainedModel
 
 
@@ -51,7 +51,7 @@ class OPTAttention(nn.Module):
         D = self.head_dim
         q, k, v = (x.view(B, T, x.shape[-1] // D, D).transpose(1, 2) for x in parts)  # [B, N, T, D] each
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx, attention_mask)  # [B, N, S, D]
+            k, v = remember(past_key_values, k, v, self.layer_idx, attention_mask)  # [B, N, S, D]
         out, weights = attend(self, q, k, v, attention_mask, output_attentions)
         return self.out_proj(out.flatten(2)), weights
 
@@ -122,7 +122,7 @@ class OPTDecoder(nn.Module):
         self.dropout, self.layerdrop, self.padding_idx = config.dropout, config.layerdrop, config.pad_token_id
         self.max_target_positions, self.vocab_size = P, V
         self.embed_tokens = embedding(V, E, config.pad_token_id)
-        self.embed_positions = PositionalEmbedding(P, H)
+        self.embed_positions = OPTLearnedPositionalEmbedding(P, H)
         self.project_out = nn.Linear(H, E, bias=False) if config.projects_embeddings else None
         self.project_in = nn.Linear(E, H, bias=False) if config.projects_embeddings else None
         affine = config.layer_norm_elementwise_affine
@@ -145,8 +145,8 @@ class OPTDecoder(nn.Module):
 
         input_ids: [B, T] whole numbers; or inputs_embeds: [B, T, E], which replace the token embedding's output.
         attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding.
-        past_key_values: the KVCache of the tokens before these, written in place. With use_cache and none given, a new
-            one is made, with room for max_position_embeddings tokens (`init_cache` makes one of any size).
+        past_key_values: the cache of the tokens before these, written in place. With use_cache and none given, a new
+            KVCache is made, which grows (`init_cache` makes one of a fixed size). One of transformers' serves too.
         position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
             counted from 0, do not see each other.
         output_attentions, output_hidden_states: also return what BaseModelOutput says. Attention weights come from the
@@ -154,14 +154,14 @@ class OPTDecoder(nn.Module):
         Raises ValueError that names the argument.
         """
         config, cache = self.config, past_key_values
-        B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, use_cache, position_ids)
+        B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, position_ids)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, E]
         if self.project_in is not None:
             hidden_states = linear(self.project_in, hidden_states)  # [B, T, H]
         if cache is None and use_cache:
-            cache = KVCache(config, B, config.max_position_embeddings, hidden_states.device, hidden_states.dtype)
+            cache = KVCache()
         positions, segments = place(config, B, T, hidden_states.device, attention_mask, position_ids, cache)
-        past = 0 if cache is None else cache.length
+        past = past_length(cache)
         hidden_states = hidden_states + self.embed_positions(attention_mask, past, position_ids=positions)
 
         view = choose(self, segments, past, hidden_states, output_attentions)
@@ -186,7 +186,7 @@ class OPTDecoder(nn.Module):
         all_hidden_states = [restore(x, view) for x in [*all_hidden_states, hidden_states]]
 
         if cache is not None:
-            cache.advance(T, segments)
+            cache.segments = segments
         return BaseModelOutput(
             last_hidden_state=all_hidden_states[-1],
             past_key_values=cache,

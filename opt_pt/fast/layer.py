@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import View, attend
+from ..cache import remember
 from .plain import plain_layer, unwatched
 from .products import packed, plain_linear, product
 
@@ -42,7 +43,7 @@ def layer_forward(
         parts = (plain_linear(f, y) for f in (a.q_proj, a.k_proj, a.v_proj))
     q, k, v = (z.view(B, T, z.shape[-1] // a.head_dim, a.head_dim).transpose(1, 2) for z in parts)
     if past_key_values is not None:
-        k, v = past_key_values.update(k, v, a.layer_idx, view)
+        k, v = remember(past_key_values, k, v, a.layer_idx, view)
     x = x + plain_linear(a.out_proj, attend(a, q, k, v, view)[0].flatten(2))
     x = x if pre_norm else _norm(layer.self_attn_layer_norm, x)
 
