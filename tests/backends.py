@@ -30,14 +30,15 @@ class Backend:
     def __call__(self, **arguments: Any) -> Any:
         with skip_what_it_lacks(self.framework):
             out = self.model(**self.tensors(arguments))
-        as_float64 = self.as_float64
-        arrays = {name: as_float64(getattr(out, name)) for name in out._fields if name.endswith("logits")}
-        return out._replace(
-            loss=None if out.loss is None else float(self.framework.numpy(out.loss)),
-            hidden_states=out.hidden_states and tuple(map(as_float64, out.hidden_states)),
-            attentions=out.attentions and tuple(map(as_float64, out.attentions)),
-            **arrays,
-        )
+        return type(out)(**{name: self.converted(name, value) for name, value in out.items()})
+
+    def converted(self, field: str, value: Any) -> Any:
+        """A field of an output in numpy; a cache as it is."""
+        if field == "loss":
+            return float(self.framework.numpy(value))
+        if field in ("hidden_states", "attentions"):
+            return tuple(map(self.as_float64, value))
+        return self.as_float64(value) if field.endswith("logits") else value
 
     def generate(self, **arguments: Any) -> np.ndarray:
         with skip_what_it_lacks(self.framework):
