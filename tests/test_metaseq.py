@@ -436,7 +436,7 @@ WRONG = {
     "flat huge": r"does not fit the",
     "flat negative": r"does not fit the",
     "flat padding": r"wanted one row and its padding",
-    "flat none": r"shard1.pt: found no shard_metadata, which gives names and shapes; flat_param_0 is many parameters in one row",
+    "flat none": r"shard1.pt: found no shard_metadata with names and shapes; flat_param_0 is many parameters",
     "flat list": r"shard0.pt: found no shard_metadata",
     "flat shape": r"shard_metadata: not as fairscale writes it: 'params'",
     "flat missing": r"shard1.pt: decoder.layers.0.flat_param_0: missing",

@@ -242,7 +242,7 @@ def _part(paths: list[Path]) -> dict[str, _Block]:
     for path, given in zip(paths, metadata, strict=True):
         if not isinstance(given, dict):
             said = f"{flat[0]} is many parameters in one row" if flat else "it is one of several shards"
-            raise ValueError(f"{path}: found no shard_metadata, which gives names and shapes; {said}")
+            raise ValueError(f"{path}: found no shard_metadata with names and shapes; {said}")
     try:
         return _unflattened(paths, models, metadata, whole)
     except (LookupError, TypeError, AttributeError) as error:
