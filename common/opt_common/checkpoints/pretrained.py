@@ -1,4 +1,4 @@
-"""`from_pretrained` and `save_pretrained`, less what each framework does with an array."""
+"""`from_pretrained` and `save_pretrained`, except for what each framework does with an array."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .save import save_checkpoint
 from .shards import MAX_SHARD_SIZE
 from .tensors import Source, contiguous
 
-# keys of a config that `from_pretrained` takes in place of the checkpoint's
+# the config overrides that `from_pretrained` takes
 _FIELDS = {field.name for field in dataclasses.fields(OPTConfig)}
 CHANGEABLE = _FIELDS - {"unknown", "dtype", "_attn_implementation"} | {"id2label", "label2id"}
 
