@@ -81,8 +81,8 @@ class TFOPTPreTrainedModel(keras.Model):
             parameter = KERAS.parameter(model, spec)
             parameter.assign((draw if spec.kind == "linear" else tf.zeros)(parameter.shape, parameter.dtype))
         for spec, array in opened.tensors:
-            array = array.T if KERAS.transposed and spec.kind == "linear" else array
-            KERAS.parameter(model, spec).assign(array.astype(numpy_dtype(opened.dtype), copy=False))
+            array = KERAS.oriented(spec, array).astype(numpy_dtype(opened.dtype), copy=False)
+            KERAS.parameter(model, spec).assign(array)
             del array  # or it would be held while the next is read
         return model
 
@@ -91,8 +91,7 @@ class TFOPTPreTrainedModel(keras.Model):
         safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one."""
 
         def get(spec: Spec) -> np.ndarray:
-            array = KERAS.parameter(self, spec).numpy()
-            return array.T if KERAS.transposed and spec.kind == "linear" else array
+            return KERAS.oriented(spec, KERAS.parameter(self, spec).numpy())
 
         save_pretrained(folder, self.config, self.architecture, self.variable_dtype, get, max_shard_size)
 
@@ -139,7 +138,7 @@ class TFOPTPreTrainedModel(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self.config)
-        del fields["_attn_implementation"]  # there is one here, and no file names it
+        del fields["_attn_implementation"]  # of the model that runs, not of the file
         return super().get_config() | {"config": fields}
 
     @classmethod

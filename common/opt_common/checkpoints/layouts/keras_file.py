@@ -158,7 +158,7 @@ def _serialized(kind: str, config: OPTConfig, dtype: str) -> dict[str, Any]:
         "TFOPTForQuestionAnswering": "tfopt_for_question_answering",
     }[kind]
     fields = dataclasses.asdict(config)
-    del fields["_attn_implementation"]  # opt_tf has one, and no file names it
+    del fields["_attn_implementation"]  # of the model that runs, not of the file
     values = {"name": name, "trainable": True, "dtype": policy, "config": fields}
     module = "opt_tf.model" if kind in ("TFOPTModel", "TFOPTForCausalLM") else "opt_tf.heads"
     own = {"module": module, "class_name": kind, "config": values, "registered_name": f"opt_zoo>{kind}"}
