@@ -101,7 +101,7 @@ class GPU(NamedTuple):
     @classmethod
     def of(cls, device: torch.device) -> GPU:
         if device.type != "cuda":
-            return cls(8, 1 << 17, False)  # Triton's interpreter
+            return cls(16, 1 << 17, False)  # Triton's interpreter
         properties, capability = torch.cuda.get_device_properties(device), torch.cuda.get_device_capability(device)
         return cls(properties.multi_processor_count, properties.shared_memory_per_block_optin, capability >= (9, 0))
 
