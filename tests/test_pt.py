@@ -255,10 +255,13 @@ def test_outputs_read_by_index_and_by_key(tiny, ids):
     out = OPTForCausalLM.from_pretrained(folder)(ids, use_cache=True)
     assert out[0] is out.logits is out["logits"]
     assert out[1] is out.past_key_values
-    assert out.past_key_values.length == 12 and out.past_key_values.slots == 64
-    assert out["loss"] is None
-    with pytest.raises(KeyError, match="nothing"):
-        out["nothing"]
+    assert out.past_key_values.length == 12 and out.past_key_values.slots is None
+    assert out.loss is None and "loss" not in out and list(out) == ["logits", "past_key_values"]
+    for absent in ("nothing", "loss"):
+        with pytest.raises(KeyError, match=absent):
+            out[absent]
+    out.logits = out["logits"] * 2
+    assert out[0] is out.logits is out.to_tuple()[0] is dict(out)["logits"]
     with_loss = OPTForCausalLM.from_pretrained(folder)(ids, labels=ids)
     loss, logits = with_loss[:2]
     assert loss is with_loss.loss and logits is with_loss.logits
