@@ -18,6 +18,7 @@ from torch.nn.modules import module as hooks
 from opt_common.weights import table
 
 _CALL = nn.Module.__call__
+_NAMES = {"weight", "bias"}
 # exact types, each with the forward it had when this package was imported; `register` adds the model's own
 _FORWARDS: dict[type, Callable[..., Any]] = {
     cls: cls.forward for cls in (nn.Embedding, nn.GELU, nn.LayerNorm, nn.Linear, nn.ReLU, nn.SiLU, nn.Tanh)
@@ -59,6 +60,12 @@ def unwatched(x: Tensor) -> bool:
     )
 
 
+def plain(module: Any, cls: type[nn.Module]) -> bool:
+    """Whether a module is exactly a `cls`, nn.Linear or nn.LayerNorm, and untouched, and its weight and bias are
+    parameters (or None)."""
+    return type(module) is cls and untouched(module) and module._parameters.keys() == _NAMES
+
+
 def plain_layer(layer: nn.Module) -> bool:
     """Whether a decoder layer, its attention and all their parts are untouched and of the usual types."""
     m = layer._modules
@@ -67,11 +74,10 @@ def plain_layer(layer: nn.Module) -> bool:
         return False
     a = attention._modules
     for linear in (a.get("q_proj"), a.get("k_proj"), a.get("v_proj"), a.get("out_proj"), m.get("fc1"), m.get("fc2")):
-        if type(linear) is not nn.Linear or not untouched(linear):
+        if not plain(linear, nn.Linear):
             return False
-    for norm in (m.get("self_attn_layer_norm"), m.get("final_layer_norm")):
-        if type(norm) is not nn.LayerNorm or not untouched(norm):
-            return False
+    if not (plain(m.get("self_attn_layer_norm"), nn.LayerNorm) and plain(m.get("final_layer_norm"), nn.LayerNorm)):
+        return False
     activation = m.get("activation_fn")
     return activation is not None and untouched(activation)
 
