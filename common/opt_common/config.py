@@ -311,8 +311,8 @@ class OPTConfig:
     def from_pretrained(cls, path_or_name: str | Path, **options: Any) -> OPTConfig:
         """From a folder with a `config.json`, "opt-demo", or a Hub name.
 
-        options: what `opt_common.hub.fetch` takes (revision, cache_dir, token, local_files_only), and keys of the config
-        to change: `num_labels=3`, `dropout=0.0`.
+        options: what `opt_common.hub.fetch` takes (revision, cache_dir, token, local_files_only), and config overrides:
+            `num_labels=3`, `dropout=0.0`.
         """
         hub = {key: options.pop(key) for key in list(options) if key in FETCH_OPTIONS}
         path = fetch(path_or_name, ["config.json"], **hub) / "config.json"

@@ -25,7 +25,8 @@ class ModelOutput(OrderedDict[str, Any]):
             named, values = dict(values[0]), ()
         named |= dict(zip(self.fields, values, strict=False))
         if unknown := named.keys() - {*self.fields}:
-            raise TypeError(f"{type(self).__name__}: found {', '.join(sorted(unknown))}, wanted {', '.join(self.fields)}")
+            wanted = ", ".join(self.fields)
+            raise TypeError(f"{type(self).__name__}: found {', '.join(sorted(unknown))}, wanted {wanted}")
         for name in self.fields:
             if named.get(name) is not None:
                 self[name] = named[name]
