@@ -18,7 +18,7 @@ TOKENIZER_FILES = (
 # The files beside config and weights that a conversion copies.
 COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
 # The keyword arguments of `fetch`.
-FETCH_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
+FETCH_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
 
 def fetch(
@@ -29,6 +29,8 @@ def fetch(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
+    subfolder: str = "",
 ) -> Path:
     """A local folder with those of `files` that exist. Only a Hub name uses the network.
 
@@ -38,7 +40,7 @@ def fetch(
     """
     path = Path(path_or_name).expanduser()
     if path.is_dir():
-        return path
+        return path / subfolder
     if str(path_or_name) == DEMO:
         return Path(__file__).parent / DEMO
     name = str(path_or_name)
@@ -54,12 +56,14 @@ def fetch(
         return Path(
             huggingface_hub.snapshot_download(
                 name,
-                allow_patterns=list(files),
+                allow_patterns=[f"{subfolder}/{file}" if subfolder else file for file in files],
                 revision=revision,
                 cache_dir=cache_dir,
                 token=token,
                 local_files_only=local_files_only,
-            )
+                force_download=force_download,
+            ),
+            subfolder,
         )
     except errors.GatedRepoError as error:
         raise FileNotFoundError(f"{name}: this repository requires an accepted licence and a token") from error
