@@ -64,7 +64,7 @@ class Layout:
 
 TORCH = Layout("weight", "weight", "bias", "weight", "bias", transposed=False)
 KERAS = Layout("embeddings", "kernel", "bias", "gamma", "beta", transposed=True)
-FLAX = Layout("embedding", "kernel", "bias", "scale", "bias", transposed=False)
+FLAX = Layout("embedding", "kernel", "bias", "scale", "bias", transposed=True)
 
 
 def table(config: OPTConfig, architecture: str = "OPTForCausalLM") -> Iterator[Spec]:
