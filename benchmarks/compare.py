@@ -1,4 +1,4 @@
-"""All three frameworks beside every peer that an environment given here has, and what the machine can do.
+"""All frameworks here beside every peer that an environment given here has, and what the machine can do.
 
     python -m benchmarks cpu --out cpu.json    # ours, and the peers that are installed here
     python -m benchmarks cpu --peers-python A/bin/python --peers-python B/bin/python    # and in other environments
@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +39,8 @@ import typer
 from rich.table import Table
 
 from benchmarks.checkpoints import random_checkpoint
-from benchmarks.peers import Job
+from benchmarks.ours import modules
+from benchmarks.peers import Job, System
 from benchmarks.report import ON_CPU, Row, child, console, flops, heading, machine, over, read_parameters, say, spread
 from opt_common.config import OPTConfig
 from opt_common.files import write_atomically
@@ -49,33 +50,12 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 WRONG = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2, "int8": 2e-1}  # of the logits, over their norm
 
 
-@dataclass(frozen=True)
-class System:
-    """A function of `benchmarks.peers`, and the packages it needs by the beginning of their versions."""
-
-    key: str
-    title: str  # {} is the version of the first package
-    dtype: str
-    needs: dict[str, str]
-    attention: str = "sdpa"  # of PyTorch
-    never: bool = False  # nobody has run it
-
-    @property
-    def ours(self) -> bool:
-        return self.key.startswith("opt_")
-
-
 PT5 = {"transformers": "5.", "torch": ""}
 TF4 = {"transformers": "4.", "tensorflow": "", "tf-keras": "", "torch": ""}
 FLAX4 = {"transformers": "4.", "flax": "", "torch": ""}
 CT2 = {"ctranslate2": "", "transformers": "", "torch": ""}
 CPU = (
-    System("opt_pt", "opt_pt, torch {}", "float32", {"torch": ""}),
-    System("opt_pt_packed", "opt_pt, torch {}, packed", "float32", {"torch": ""}),
-    System("opt_tf", "opt_tf, TensorFlow {}", "float32", {"tensorflow": "", "keras": ""}),
-    System("opt_flax", "opt_flax, JAX {}", "float32", {"jax": "", "flax": ""}),
-    System("opt_pt", "opt_pt, torch {}", "bfloat16", {"torch": ""}),
-    System("opt_pt_packed", "opt_pt, torch {}, packed", "bfloat16", {"torch": ""}),
+    *(system for module in modules().values() for system in module.CPU),
     System("transformers_pt", "transformers {} PyTorch", "float32", PT5),
     System("transformers_tf", "transformers {} TensorFlow", "float32", TF4),
     System("transformers_flax", "transformers {} Flax", "float32", FLAX4),
@@ -86,9 +66,7 @@ CPU = (
 )
 FLASH = "flash_attention_2"
 GPU = (
-    System("opt_pt", "opt_pt, torch {}", "float16", {"torch": ""}),
-    System("opt_tf", "opt_tf, TensorFlow {}", "float16", {"tensorflow": "", "keras": ""}, never=True),
-    System("opt_flax", "opt_flax, JAX {}", "float16", {"jax": "", "flax": ""}),
+    *(system for module in modules().values() for system in module.GPU),
     System("transformers_pt", "transformers {} PyTorch, sdpa", "float16", PT5),
     System("transformers_pt", "transformers {} PyTorch, FA2", "float16", PT5 | {"flash-attn": ""}, FLASH),
 )
@@ -237,7 +215,7 @@ def cpu(
     rounds: Annotated[int, typer.Option(help="how often each system is started")] = 2,
     smoke: Annotated[bool, typer.Option(help="opt-demo, a few tokens, once: proves the code alone")] = False,
 ) -> None:
-    """All three frameworks on the CPU, beside every peer."""
+    """All frameworks on the CPU, beside every peer."""
     planned, rounds = plan(CPU, peers_python), 1 if smoke else rounds
     rows = [row for _, _, row in planned]
     report = machine(smoke) | {"model": "opt-demo" if smoke else "opt-125m, random weights", "rounds": rounds}

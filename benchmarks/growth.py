@@ -1,4 +1,4 @@
-"""Cost as the work grows, on a CPU: all three frameworks, and the peers that have a cache to look at.
+"""Cost as the work grows, on a CPU: all frameworks, and the peers that have a cache to look at.
 
     python -m benchmarks growth --out benchmarks/growth.json    # and growth.png beside it; 10 to 15 minutes
     python -m benchmarks growth --systems opt_pt --out ...      # these again; the rows of the others stay
@@ -28,6 +28,7 @@ import typer
 
 from benchmarks.checkpoints import random_checkpoint
 from benchmarks.compare import CPU, ceilings, plan
+from benchmarks.ours import modules
 from benchmarks.peers import Job
 from benchmarks.report import ON_CPU, Row, child, console, flops, heading, machine, read_parameters, say, show, spread
 from opt_common.config import OPTConfig
@@ -37,10 +38,7 @@ from opt_common.hub import DEMO, fetch
 LENGTHS, BATCHES, NEW = (128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16, 32), 24
 BUDGET = 170  # seconds of a system, about
 # a colour and a marker for a system: told apart without colours too
-STYLES = {
-    "opt_pt": ("#009e73", "o"),
-    "opt_tf": ("#d55e00", "s"),
-    "opt_flax": ("#0072b2", "^"),
+STYLES = {f"opt_{key}": module.STYLE for key, module in modules().items()} | {
     "transformers_pt": ("#a8579b", "v"),
     "ctranslate2": ("#7f7f7f", "D"),
 }

@@ -21,11 +21,12 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.checkpoints import random_checkpoint
+from benchmarks.ours import modules
 from benchmarks.report import MB, ON_CPU, Row, child, console, heading, machine, say, show
 from opt_common.checkpoints.tensors import numpy_dtype
 from opt_common.config import OPTConfig
 from opt_common.files import write_atomically
-from opt_common.frameworks import FRAMEWORKS
+from opt_common.frameworks import registered
 from opt_common.hub import DEMO, fetch
 from opt_common.weights import byte_count, table
 
@@ -40,7 +41,7 @@ def memory(field: str) -> int:
 
 def measure(key: str, folder: str, dtype: str, devices: int) -> Row:
     """Load once in this process: bytes above the level after the imports, and seconds."""
-    model_class = FRAMEWORKS[key].model_class()
+    model_class = registered()[key].model_class()
     how: dict[str, Any] = {"sharding": by_rows(folder)} if devices > 1 else {}
     model_class.from_pretrained(DEMO)  # what a framework allocates once, whatever it loads
     before = memory("VmRSS")
@@ -102,8 +103,8 @@ def load(
         largest = max(spec.size for spec in table(config)) * numpy_dtype(dtype).itemsize
         report |= {"model": "opt-demo" if smoke else f"opt-{size}", "stored": stored, "dtype": dtype}
         report |= {"weights_MB": weights / MB, "largest_tensor_MB": largest / MB, "rows": []}
-        for key, devices in (*((key, 1) for key in FRAMEWORKS), ("flax", DEVICES)):
-            framework = FRAMEWORKS[key]
+        for key, devices in (*((key, 1) for key in modules()), ("flax", DEVICES)):
+            framework = registered()[key]
             title = framework.title + (f", {devices} devices" if devices > 1 else "")
             row: Row = {"framework": title}
             if framework.missing:
@@ -118,7 +119,7 @@ def load(
                 continue
             row |= found | {"over_weights": found["peak_MB"] * MB / weights}
             row["peak_less_weights_MB"] = found["peak_MB"] - weights / MB
-            row["limit_MB"] = (largest + 300 * MB if key == "flax" else 0.2 * weights + 200 * MB) / MB
+            row["limit_MB"] = modules()[key].load_limit(weights, largest) / MB
             row["met"] = "yes" if row["peak_less_weights_MB"] <= row["limit_MB"] else "NO"
             report["rows"].append(row)
     if out is not None:

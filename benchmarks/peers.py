@@ -8,6 +8,7 @@ Every framework takes all cores. Nothing ends a row, so that every `generate` wr
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -15,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -54,6 +54,23 @@ class Job:
         return json.loads(Path(self.folder, "config.json").read_text())
 
 
+@dataclass(frozen=True)
+class System:
+    """A system to compare, `key` being what `system` finds, and the packages that it needs by the beginning of their
+    versions."""
+
+    key: str
+    title: str  # {} is the version of the first package
+    dtype: str
+    needs: dict[str, str]
+    attention: str = "sdpa"  # of PyTorch
+    never: bool = False  # nobody has run it
+
+    @property
+    def ours(self) -> bool:
+        return self.key.startswith("opt_")
+
+
 class Calls(NamedTuple):
     """forward: all logits [B, T, V]. generate: prompts and what follows, [B, T + new]. step: (B, length, slots) to a
     call that returns the seconds of a step; None where the system has no such cache."""
@@ -61,116 +78,6 @@ class Calls(NamedTuple):
     forward: Callable[[Ids], Any]
     generate: Callable[[Ids], Any]
     step: Callable[[int, int, int], Callable[[], float] | None] = lambda B, length, slots: None
-
-
-def opt_pt(job: Job, packed: bool = False) -> Calls:
-    import torch
-
-    from opt_pt import OPTForCausalLM, decode_cpu
-
-    device = "cuda" if job.device == "gpu" else "cpu"
-    how = {"dtype": job.dtype, "device": device, "attn_implementation": job.attention}
-    model = OPTForCausalLM.from_pretrained(job.folder, **how)
-    if packed:
-        model.pack()
-
-    @torch.inference_mode()
-    def forward(ids: Ids) -> Any:
-        return _waited(model(torch.from_numpy(ids).to(device)).logits)
-
-    def generate(ids: Ids) -> Any:
-        return model.generate(torch.from_numpy(ids).to(device), max_new_tokens=job.new, eos_token_id=[]).cpu()
-
-    def step(B: int, length: int, slots: int) -> Callable[[], float]:
-        past = length - job.new
-        cache = model.init_cache(B, slots)
-        for tensor in cache.k + cache.v:
-            tensor.fill_(0.1)  # memory that was never written is not read from memory either
-        tokens = torch.full((job.new, B), 5)
-
-        @torch.inference_mode()
-        def run() -> float:
-            cache.length = past
-            # what `generate` runs for each token
-            step = decode_cpu.Step(model, cache, torch.ones(B, past), torch.full((B,), past), tokens[0])
-            start = time.perf_counter()
-            for _ in range(job.new):
-                tokens[0].copy_(step().argmax(dim=-1))
-            return (time.perf_counter() - start) / job.new
-
-        return run
-
-    return Calls(forward, generate, step)
-
-
-def opt_pt_packed(job: Job) -> Calls:
-    return opt_pt(job, packed=True)
-
-
-def opt_tf(job: Job) -> Calls:
-    import keras
-    import tensorflow as tf
-
-    from opt_tf import TFOPTForCausalLM
-
-    model = TFOPTForCausalLM.from_pretrained(job.folder, dtype=job.dtype)
-    forward = tf.function(lambda ids: model(ids).logits, jit_compile=True)
-
-    @cache  # a program for each shape, whatever is in the cache
-    def program(B: int, slots: int) -> Any:
-        @tf.function(jit_compile=True, autograph=False)
-        def loop(weights: list[Any], past: Any) -> Any:
-            def advance(i: Any, token: Any, cache: Any) -> tuple[Any, Any, Any]:
-                out = model(token, past_key_values=cache)
-                token = tf.argmax(out.logits[:, -1], axis=-1, output_type=tf.int32)
-                return i + 1, token[:, None], out.past_key_values
-
-            with keras.StatelessScope(state_mapping=zip(model.weights, weights, strict=True)):
-                taken = tf.cast(tf.range(slots) < past, tf.int32)
-                cache = model.init_cache(B, slots)._replace(length=past, segments=tf.tile(taken[None], (B, 1)))
-                start = (tf.constant(0), tf.fill((B, 1), 5), cache)
-                return tf.while_loop(lambda i, *_: i < job.new, advance, start)[1]
-
-        return loop
-
-    def step(B: int, length: int, slots: int) -> Callable[[], float]:
-        weights, past = [tf.convert_to_tensor(w.value) for w in model.weights], tf.constant(length - job.new)
-        return _each(job.new, lambda: program(B, slots)(weights, past).numpy())
-
-    return _tf(forward, lambda ids: model.generate(ids, max_new_tokens=job.new, eos_token_id=[]), step)
-
-
-def opt_flax(job: Job) -> Calls:
-    import jax
-    import jax.numpy as jnp
-
-    from opt_flax import FlaxOPTForCausalLM
-
-    model = FlaxOPTForCausalLM.from_pretrained(job.folder, dtype=job.dtype)
-    compiled = jax.jit(lambda model, ids: model(ids).logits)
-
-    def generate(ids: Ids) -> Any:
-        return model.generate(ids, max_new_tokens=job.new, eos_token_id=[]).block_until_ready()
-
-    @cache
-    def program(B: int, slots: int) -> Any:
-        @jax.jit
-        def loop(model: Any, past: Any) -> Any:
-            def advance(_: Any, state: Any) -> Any:
-                out = model(state[0], past_key_values=state[1])
-                return out.logits[:, -1].argmax(-1, keepdims=True).astype(jnp.int32), out.past_key_values
-
-            taken = jnp.broadcast_to(jnp.arange(slots) < past, (B, slots)).astype(jnp.int32)
-            cache = model.init_cache(B, slots)._replace(length=past, segments=taken)
-            return jax.lax.fori_loop(0, job.new, advance, (jnp.full((B, 1), 5), cache))[0]
-
-        return loop
-
-    def step(B: int, length: int, slots: int) -> Callable[[], float]:
-        past = jnp.int32(length - job.new)
-        return _each(job.new, lambda: program(B, slots)(model, past).block_until_ready())
-
-    return Calls(lambda ids: compiled(model, ids).block_until_ready(), generate, step)
 
 
 def transformers_pt(job: Job) -> Calls:
@@ -185,7 +92,7 @@ def transformers_pt(job: Job) -> Calls:
 
     @torch.inference_mode()
     def forward(ids: Ids) -> Any:
-        return _waited(model(torch.from_numpy(ids).to(device), use_cache=False).logits)
+        return waited(model(torch.from_numpy(ids).to(device), use_cache=False).logits)
 
     def generate(ids: Ids) -> Any:
         ids = torch.from_numpy(ids).to(device)
@@ -225,7 +132,7 @@ def transformers_tf(job: Job) -> Calls:
     model.generation_config = transformers.GenerationConfig(pad_token_id=job.config["pad_token_id"])
     compiled = tf.function(model.generate, jit_compile=True)
     forward = tf.function(lambda ids: model(ids, use_cache=False).logits, jit_compile=True)
-    return _tf(forward, lambda ids: compiled(ids, attention_mask=tf.ones_like(ids), max_new_tokens=job.new))
+    return tf_calls(forward, lambda ids: compiled(ids, attention_mask=tf.ones_like(ids), max_new_tokens=job.new))
 
 
 def transformers_flax(job: Job) -> Calls:
@@ -277,7 +184,7 @@ def keras_hub(job: Job) -> Calls:
         mask = tf.sequence_mask([job.prompt] * ids.shape[0], ids.shape[1], tf.int32)
         return model.generate({"token_ids": ids, "padding_mask": mask}, stop_token_ids=None)["token_ids"]
 
-    return _tf(compiled, generate)
+    return tf_calls(compiled, generate)
 
 
 def ctranslate2(job: Job) -> Calls:
@@ -328,12 +235,19 @@ def ctranslate2(job: Job) -> Calls:
     return Calls(forward, generate, step)
 
 
-OURS = (opt_pt, opt_pt_packed, opt_tf, opt_flax)
 PEERS = (transformers_pt, transformers_tf, transformers_flax, keras_hub, ctranslate2)
-SYSTEMS = {f.__name__: f for f in OURS + PEERS}
 
 
-def _tf(forward: Callable[[Any], Any], generate: Callable[[Any], Any], step: Callable[..., Any] | None = None) -> Calls:
+def system(name: str) -> Callable[[Job], Calls]:
+    """A peer, or one of ours, which is looked up only then: a peer's environment has none of them."""
+    if name.startswith("opt_"):
+        return importlib.import_module(f"benchmarks.ours.{name.split('_')[1]}").SYSTEMS[name]
+    return {peer.__name__: peer for peer in PEERS}[name]
+
+
+def tf_calls(
+    forward: Callable[[Any], Any], generate: Callable[[Any], Any], step: Callable[..., Any] | None = None
+) -> Calls:
     """The calls on TensorFlow's own tensors, and waited for."""
     import tensorflow as tf
 
@@ -346,7 +260,7 @@ def _tf(forward: Callable[[Any], Any], generate: Callable[[Any], Any], step: Cal
     return calls._replace(step=step) if step else calls
 
 
-def _waited(tensor: Any) -> Any:
+def waited(tensor: Any) -> Any:
     """A torch tensor whose device has computed it."""
     if tensor.is_cuda:
         import torch
@@ -355,7 +269,7 @@ def _waited(tensor: Any) -> Any:
     return tensor
 
 
-def _each(steps: int, run: Callable[[], Any]) -> Callable[[], float]:
+def each(steps: int, run: Callable[[], Any]) -> Callable[[], float]:
     """The seconds of one of so many steps that a call takes."""
 
     def timed() -> float:
@@ -372,7 +286,7 @@ def measure(job: Job) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {}
     rng = np.random.default_rng(0)
     start = time.perf_counter()
-    calls = SYSTEMS[job.system](job)
+    calls = system(job.system)(job)
     found: dict[str, Any] = {"load_s": time.perf_counter() - start, "first_s": first_s, "seconds": seconds}
 
     def words(B: int, T: int) -> Ids:

@@ -22,12 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from opt_common.config import OPTConfig
+from opt_common.frameworks import registered
 from opt_common.weights import parameter_count
 
 Row = dict[str, Any]
 MB = 1_000_000
 STARTED = time.perf_counter()
-PACKAGES = ("numpy", "torch", "triton", "tensorflow", "keras", "jax", "flax", "transformers", "flash-attn")
+PACKAGES = ("numpy", *(name for framework in registered().values() for name in framework.needs))
+PACKAGES += ("triton", "transformers", "flash-attn")
 # for a process that measures: a CPU, no download, no greetings
 ON_CPU = {
     "CUDA_VISIBLE_DEVICES": "",

@@ -1,4 +1,4 @@
-"""Training steps of all three frameworks beside transformers', each in a process of its own, in rounds.
+"""Training steps of all frameworks beside transformers', each in a process of its own, in rounds.
 
     python -m benchmarks train --out train.json    # on a GPU: opt-350m's shape, 8 x 1,024 tokens, bfloat16
                                                    # without: opt-125m's shape, 2 x 256 tokens, float32
@@ -31,6 +31,7 @@ import numpy as np
 import typer
 
 from benchmarks.load import memory
+from benchmarks.ours import modules
 from benchmarks.report import ON_CPU, Row, child, console, flops, heading, machine, over, say, show, spread
 from opt_common.config import OPTConfig
 from opt_common.files import write_atomically
@@ -41,7 +42,7 @@ RATE = 1e-5  # AdamW's learning rate
 
 @dataclass(frozen=True)
 class Job:
-    """One system in a process of its own. `system`: see `SYSTEMS`."""
+    """One system in a process of its own. `system`: see the function `system`."""
 
     system: str
     attention: str
@@ -59,22 +60,16 @@ class Job:
         return np.random.default_rng(0).integers(4, self.config["vocab_size"], (self.rows, self.tokens))
 
 
-def opt_pt(job: Job) -> Row:
-    from opt_pt import OPTConfig, OPTForCausalLM
-
-    return _torch(job, lambda: OPTForCausalLM(OPTConfig.from_dict(job.config), job.attention))
-
-
 def transformers(job: Job) -> Row:
     from transformers import OPTConfig, OPTForCausalLM
 
     def make() -> Any:
         return OPTForCausalLM._from_config(OPTConfig(**job.config), attn_implementation=job.attention)
 
-    return _torch(job, make)
+    return train_torch(job, make)
 
 
-def _torch(job: Job, make: Callable[[], Any]) -> Row:
+def train_torch(job: Job, make: Callable[[], Any]) -> Row:
     import torch
 
     torch.manual_seed(0)
@@ -100,71 +95,13 @@ def _torch(job: Job, make: Callable[[], Any]) -> Row:
         optimizer.step()
         return value.detach()
 
-    found = _timed(job, step)
+    found = timed(job, step)
     if job.device == "cuda":
         found["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
     return found
 
 
-def opt_tf(job: Job) -> Row:
-    import keras
-    import tensorflow as tf
-
-    from opt_tf import OPTConfig, TFOPTForCausalLM
-
-    keras.utils.set_random_seed(0)
-    model = TFOPTForCausalLM(OPTConfig.from_dict(job.config), dtype=job.dtype)
-    if job.checkpointing:
-        model.gradient_checkpointing_enable()
-    ids, optimizer = tf.constant(job.ids()), keras.optimizers.AdamW(RATE)
-    optimizer.build(model.trainable_variables)
-
-    @tf.function(jit_compile=job.compiled)
-    def run() -> Any:
-        with tf.GradientTape() as tape:
-            loss = model(ids, labels=ids, training=True).loss
-        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
-        return loss
-
-    return _timed(job, run)
-
-
-def opt_flax(job: Job) -> Row:
-    import jax
-    import optax
-    from flax import nnx
-
-    from opt_flax import FlaxOPTForCausalLM, OPTConfig
-
-    model = FlaxOPTForCausalLM(OPTConfig.from_dict(job.config), job.dtype, job.attention, rngs=nnx.Rngs(0))
-    if job.checkpointing:
-        model.gradient_checkpointing_enable()
-    optimizer = nnx.Optimizer(model, optax.adamw(RATE), wrt=nnx.Param)
-    ids, rngs = jax.numpy.asarray(job.ids()), nnx.Rngs(dropout=1)
-    graph, state = nnx.split((model, optimizer, rngs))
-    # as a list: Flax's own trees of twelve hundred arrays are walked in Python at every call, which takes 5 ms
-    leaves, tree = jax.tree.flatten(state)
-
-    def run(leaves: Any) -> Any:
-        model, optimizer, rngs = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-        loss, grads = nnx.value_and_grad(lambda m, r: m(ids, labels=ids, rngs=r).loss)(model, rngs)
-        optimizer.update(model, grads)
-        return jax.tree.leaves(nnx.state((model, optimizer, rngs))), loss
-
-    compiled, kept = jax.jit(run, donate_argnums=0), [leaves]
-
-    def step() -> Any:
-        kept[0], loss = compiled(kept[0])
-        return loss
-
-    found = _timed(job, step)
-    memory = jax.devices()[0].memory_stats()
-    if memory:
-        found["peak_GB"] = memory["peak_bytes_in_use"] / 1e9
-    return found
-
-
-def _timed(job: Job, step: Callable[[], Any]) -> Row:
+def timed(job: Job, step: Callable[[], Any]) -> Row:
     """step() returns the loss, which is computed by the time that it is read."""
     start = time.perf_counter()
     losses = [float(step()) for _ in range(WARMUP)]
@@ -200,30 +137,24 @@ def ceiling(job: Job) -> Row:
     return {"rate": 10 * 2 * n**3 / statistics.median(ten() for _ in range(5))}
 
 
-SYSTEMS = {"opt_pt": opt_pt, "opt_tf": opt_tf, "opt_flax": opt_flax, "transformers": transformers, "ceiling": ceiling}
+PEERS = {"transformers": transformers, "ceiling": ceiling}
 FA2 = "flash_attention_2"
 Arm = tuple[str, str, bool, bool]  # system, attention, compiled, checkpointing
 GPU: list[Arm] = [
-    *((who, attention, compiled, False) for who in ("opt_pt", "transformers") for attention in ("sdpa", FA2)
-      for compiled in (False, True)),
-    ("opt_flax", "sdpa", True, False),
+    *(arm for module in modules().values() for arm in module.TRAIN_GPU),
+    *(("transformers", attention, compiled, False) for attention in ("sdpa", FA2) for compiled in (False, True)),
     ("transformers", "eager", False, False),
-    ("opt_pt", "sdpa", False, True),
-    ("opt_flax", "sdpa", True, True),
-]  # fmt: skip
+]
 CPU: list[Arm] = [
-    ("opt_pt", "sdpa", False, False),
-    ("opt_pt", "sdpa", True, False),
-    ("opt_tf", "", False, False),
-    ("opt_tf", "", True, False),
-    ("opt_flax", "sdpa", True, False),
+    *(arm for module in modules().values() for arm in module.TRAIN_CPU),
     ("transformers", "sdpa", False, False),
     ("transformers", "sdpa", True, False),
     ("transformers", "eager", False, False),
-    ("opt_pt", "sdpa", False, True),
-    ("opt_tf", "", False, True),
-    ("opt_flax", "sdpa", True, True),
 ]
+
+
+def system(name: str) -> Callable[[Job], Row]:
+    return PEERS[name] if name in PEERS else modules()[name.removeprefix("opt_")].train
 
 
 def train(
@@ -234,7 +165,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="JSON with every number")] = None,
     smoke: Annotated[bool, typer.Option(help="tiny models on the CPU, once: proves the code alone")] = False,
 ) -> None:
-    """Training steps of all three frameworks beside transformers'."""
+    """Training steps of all frameworks beside transformers'."""
     import torch
 
     gpu = torch.cuda.is_available() and not smoke
@@ -296,4 +227,4 @@ def rows_of(found: dict[Arm, list[Row]], job: Job, forward: int, rate: float | N
 
 if __name__ == "__main__":
     given = Job(**json.loads(sys.argv[1]))
-    print(json.dumps(SYSTEMS[given.system](given)))
+    print(json.dumps(system(given.system)(given)))

@@ -16,7 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.progress import track
 
-from opt_common.frameworks import FRAMEWORKS, to_numpy
+from opt_common.frameworks import registered
 from opt_common.tokenizer import GPT2Tokenizer
 
 BLOCK = 32  # rows are padded to a multiple of so many tokens: JAX compiles for each width
@@ -24,11 +24,11 @@ BLOCK = 32  # rows are padded to a multiple of so many tokens: JAX compiles for 
 
 @register_model("opt-zoo")
 class OPT(TemplateLM):
-    """pretrained: a Hub name or a folder. framework: pt, tf or flax."""
+    """pretrained: a Hub name or a folder. framework: its key, such as pt."""
 
     def __init__(self, pretrained: str, framework: str = "pt", batch_size: int | str = 8, **unused: Any) -> None:
         super().__init__()
-        self.framework, self.rows = FRAMEWORKS[framework], int(batch_size)
+        self.framework, self.rows = registered()[framework], int(batch_size)
         self.model = self.framework.model_class().from_pretrained(pretrained)
         self.tokenizer = GPT2Tokenizer.from_pretrained(pretrained)
         self.most = self.model.config.max_position_embeddings
@@ -57,7 +57,7 @@ class OPT(TemplateLM):
                 line[: len(row) - 1] = row[:-1]
             mask = np.arange(width) < np.array([[len(row) - 1] for row in rows])
             given = [self.framework.tensor(array.astype(np.int64)) for array in (ids, mask)]
-            logits = to_numpy(self.model(*given).logits)
+            logits = self.framework.numpy(self.model(*given).logits)
             for i, row, scores in zip(batch, rows, logits, strict=True):
                 n = len(requests[i][2])
                 scores, wanted = scores[len(row) - 1 - n : len(row) - 1].astype(np.float64), np.array(row[-n:])
@@ -91,7 +91,7 @@ class OPT(TemplateLM):
             until = options.get("until") or []
             new = int(options.get("max_gen_toks", 256))
             prompt = np.array([self.tok_encode(context)[-(self.most - new) :]])
-            tokens = to_numpy(self.model.generate(self.framework.tensor(prompt), max_new_tokens=new))[0]
+            tokens = self.framework.numpy(self.model.generate(self.framework.tensor(prompt), max_new_tokens=new))[0]
             text = self.tokenizer.decode(tokens[prompt.shape[1] :].tolist(), skip_special_tokens=True)
             for end in [until] if isinstance(until, str) else until:
                 text = text.split(end)[0] if end else text

@@ -23,7 +23,7 @@ if importlib.util.find_spec("triton"):  # whoever imports it after TensorFlow br
 import transformers
 
 from backends import Backend
-from opt_common.frameworks import FRAMEWORKS
+from opt_common.frameworks import registered
 
 SMALL: dict[str, Any] = dict(
     vocab_size=96,
@@ -84,10 +84,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
     return make
 
 
-@pytest.fixture(params=list(FRAMEWORKS))
+@pytest.fixture(params=list(registered()))
 def framework(request: pytest.FixtureRequest) -> str:
     """Each framework in turn; skipped, saying so, where it is not installed."""
-    missing = FRAMEWORKS[request.param].missing
+    missing = registered()[request.param].missing
     if missing:
         pytest.skip(missing)
     return request.param

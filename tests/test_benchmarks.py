@@ -16,10 +16,10 @@ sys.path.append(str(Path(__file__).parents[1]))  # behind what is installed
 from benchmarks import compare
 from benchmarks.peers import Job
 from opt_common.config import OPTConfig
-from opt_common.frameworks import FRAMEWORKS
+from opt_common.frameworks import registered
 
 ROOT = Path(__file__).parents[1]
-OURS = {f"opt_{key}" for key, framework in FRAMEWORKS.items() if framework.missing is None}
+OURS = {f"opt_{key}" for key, framework in registered().items() if framework.missing is None}
 
 
 def benchmark(*arguments: object) -> str:

@@ -16,11 +16,12 @@ import safetensors.numpy
 
 from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.config import OPTConfig
-from opt_common.frameworks import FRAMEWORKS, Framework
+from opt_common.frameworks import Framework, registered
 from opt_common.hub import DEMO, fetch
 from opt_common.parity import parity
 
-PRESENT = [key for key, framework in FRAMEWORKS.items() if framework.missing is None]
+KEYS = ", ".join(registered())
+PRESENT = [key for key, framework in registered().items() if framework.missing is None]
 
 
 def opt_zoo(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -34,7 +35,7 @@ def test_parity_on_the_demo():
     assert ran.returncode == 0, ran.stderr
     report = json.loads(ran.stdout)
     assert report["passed"]
-    assert [row["framework"] for row in report["rows"]] == list(FRAMEWORKS)
+    assert [row["framework"] for row in report["rows"]] == list(registered())
     for row in report["rows"]:
         if row["framework"] in PRESENT:
             assert len(row["tokens"]) > 200
@@ -58,7 +59,7 @@ def test_parity_sees_a_disturbed_weight(key, tmp_path, monkeypatch):
     class Disturbed:
         @staticmethod
         def from_pretrained(name):
-            return model_class(FRAMEWORKS[key]).from_pretrained(tmp_path / "disturbed")
+            return model_class(registered()[key]).from_pretrained(tmp_path / "disturbed")
 
     monkeypatch.setattr(Framework, "model_class", lambda self: Disturbed if self.key == key else model_class(self))
     report = parity(DEMO, "Once upon a time", 8)
@@ -82,7 +83,7 @@ def test_a_missing_framework_is_a_row(monkeypatch):
     monkeypatch.setattr(Framework, "missing", property(lambda self: "jax not installed: pip install 'opt-zoo[flax]'"
                                                        if self.key == "flax" else None))  # fmt: skip
     if "pt" not in PRESENT:
-        pytest.skip(str(FRAMEWORKS["pt"].missing))
+        pytest.skip(str(registered()["pt"].missing))
     report = parity(DEMO, "The", 3, ["pt", "flax"])
     assert report.passed
     assert report.rows[1].problem == "jax not installed: pip install 'opt-zoo[flax]'"
@@ -200,7 +201,10 @@ def test_an_ambiguous_folder_in_the_command(tmp_path):
         (("convert", DEMO, "{tmp}/x", "--from", "tf-h5"), "no weights of layout tf-h5; wanted one of tf_model.h5"),
         (("diff", DEMO, "/no/such/folder"), "error: /no/such/folder: no such folder"),
         (("inspect", "/no/such/folder"), "error: /no/such/folder: no such folder"),
-        (("generate", "The", "--framework", "mx"), "error: framework: found 'mx', wanted one of pt, tf, flax"),
+        (
+            ("generate", "The", "--framework", "mx"),
+            f"error: framework: found 'mx', wanted one of {', '.join(registered())}",
+        ),
         (("parity", "--framework", "mx"), "error: framework: found 'mx'"),
         (("generate", "The", "--max-new-tokens", 4000), "wanted at most 512 (max_position_embeddings)"),
         (("generate", "The", "--dtype", "int8"), "error: dtype: found 'int8'"),

@@ -210,6 +210,6 @@ def test_a_full_cache_is_an_error(framework, tiny, load):
     folder, _ = tiny()
     model = load(framework, folder)
     with pytest.raises(ValueError, match="past_key_values: 0 of 4 slots"):
-        model(input_ids=np.ones((1, 5), int), past_key_values=model.model.init_cache(1, 4))
+        model(input_ids=np.ones((1, 5), int), past_key_values=model.init_cache(1, 4))
     with pytest.raises(ValueError, match="past_key_values: found a cache of 2 rows, wanted 1"):
-        model(input_ids=np.ones((1, 3), int), past_key_values=model.model.init_cache(2, 4))
+        model(input_ids=np.ones((1, 3), int), past_key_values=model.init_cache(2, 4))

@@ -136,7 +136,7 @@ def test_past(framework, architecture, headed):
     model, given = Backend(framework, folder, architecture=architecture), padded("left")
     whole = model(**given)
     start = {name: array[:, :5] for name, array in given.items()}
-    past = model(**start, past_key_values=model.model.init_cache(B, T)).past_key_values
+    past = model(**start, past_key_values=model.init_cache(B, T)).past_key_values
     rest = given | {"input_ids": given["input_ids"][:, 5:]}
     found = model(**rest, past_key_values=past)
     if architecture == CLASSIFIER:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from opt_common.frameworks import FRAMEWORKS
+from backends import COMPLETE
+from opt_common.frameworks import registered
+from opt_common.weights import HEADS
 
-OWN = {"opt_common": [], "opt_pt": ["torch"], "opt_tf": ["tensorflow", "keras"], "opt_flax": ["jax", "flax"]}
+OWN = {"opt_common": ()} | {framework.package: framework.needs for framework in registered().values()}
 ALL = {name for names in OWN.values() for name in names}
 
 
@@ -24,7 +26,7 @@ def python(program: str, cwd: Path, **environment: str) -> subprocess.CompletedP
 @pytest.mark.parametrize("package", OWN)
 def test_imports_no_other_framework(package, tmp_path):
     """Nor needs one: with the others blocked it imports too. (TensorFlow itself tries jax; that is not ours.)"""
-    missing = [f.missing for f in FRAMEWORKS.values() if f.package == package and f.missing]
+    missing = [f.missing for f in registered().values() if f.package == package and f.missing]
     if missing:
         pytest.skip(missing[0])
     others = sorted(ALL - set(OWN[package]))
@@ -49,7 +51,7 @@ def test_a_folder_named_common_is_no_trouble(tmp_path):
     assert ran.stdout.strip() == "512", ran.stderr
 
 
-@pytest.mark.skipif(bool(FRAMEWORKS["tf"].missing), reason="tensorflow and keras not installed")
+@pytest.mark.skipif(bool(registered()["tf"].missing), reason="tensorflow and keras not installed")
 def test_another_keras_backend_is_refused(tmp_path):
     ran = python("import opt_tf", tmp_path, KERAS_BACKEND="jax")
     assert ran.returncode != 0
@@ -58,12 +60,25 @@ def test_another_keras_backend_is_refused(tmp_path):
     assert ran.stdout.strip() == "tensorflow", ran.stderr
 
 
-def test_the_same_names_in_all_three(tmp_path):
-    import opt_pt
+NAMES = {"GPT2Tokenizer", "KVCache", "OPTConfig", *HEADS}
 
-    for framework in FRAMEWORKS.values():
-        if framework.missing is None:
-            package = __import__(framework.package)
-            names = {name.removeprefix("TF").removeprefix("Flax") for name in package.__all__}
-            assert names == set(opt_pt.__all__)
-            assert all(hasattr(package, name) for name in package.__all__)
+
+def test_the_same_names_in_all(framework):
+    described = registered()[framework]
+    package = described.module()
+    names = {name.removeprefix(described.prefix) for name in package.__all__}
+    assert names == NAMES if framework in COMPLETE else names < NAMES
+    assert all(hasattr(package, name) for name in package.__all__)
+
+
+def test_listing_the_frameworks_imports_none(tmp_path):
+    """Nor does `opt-zoo --help`, which lists them."""
+    program = (
+        "import sys; from typer.testing import CliRunner; from opt_common.cli import app;"
+        "ran = CliRunner().invoke(app, ['parity', '--help']);"
+        "from opt_common.frameworks import registered; assert ' or '.join(registered()) in ran.output, ran.output;"
+        "titles = [f.title for f in registered().values()];"
+        f"assert len(titles) >= 3; print(*[m for m in {sorted(ALL)} if m in sys.modules])"
+    )
+    ran = python(program, tmp_path, COLUMNS="200")
+    assert (ran.returncode, ran.stdout.strip()) == (0, ""), ran.stderr

@@ -82,7 +82,7 @@ def test_past(framework, config, mask, tiny, load, rng):
         wanted = reference(torch.tensor(ids), attention_mask=torch.tensor(full)).logits.numpy()
     model = load(framework, folder)
     for chunks in ([5, 1, 4, 2], [1] * T):
-        cache, start, parts = model.model.init_cache(B, T), 0, []
+        cache, start, parts = model.init_cache(B, T), 0, []
         for n in chunks:
             masked = {} if MASKS[mask] is None else {"attention_mask": full[:, : start + n]}
             out = model(input_ids=ids[:, start : start + n], past_key_values=cache, **masked)
@@ -101,7 +101,7 @@ def test_past_under_random_masks(framework, tiny, load, rng):
         full[:, rng.integers(T)] = 1  # a row of padding alone says nothing
         with torch.no_grad():
             wanted = reference(torch.tensor(ids), attention_mask=torch.tensor(full)).logits.numpy()
-        cache, start, parts = model.model.init_cache(B, T), 0, []
+        cache, start, parts = model.init_cache(B, T), 0, []
         for n in (6, 3, 3):
             masked = {"input_ids": ids[:, start : start + n], "attention_mask": full[:, : start + n]}
             out = model(**masked, past_key_values=cache)
@@ -162,7 +162,7 @@ def test_packed_documents_with_padding_and_past(framework, tiny, load, rng):
     folder, _ = tiny()
     model, ids = load(framework, folder), rng.integers(3, 96, (1, 9))
     first = dict(attention_mask=np.array([[0, 1, 1, 1, 1]]), position_ids=np.array([[0, 0, 1, 0, 1]]))
-    cache = model(input_ids=ids[:, :5], past_key_values=model.model.init_cache(1, 9), **first).past_key_values
+    cache = model(input_ids=ids[:, :5], past_key_values=model.init_cache(1, 9), **first).past_key_values
     out = model(input_ids=ids[:, 5:7], past_key_values=cache)
     alone = model(input_ids=ids[:, 3:7]).logits[:, 2:]
     assert relative_error(out.logits, alone) <= 2e-5

@@ -20,9 +20,10 @@ from .checkpoints.convert import Plan
 from .checkpoints.layouts import LAYOUTS, WRITABLE
 from .checkpoints.shards import MAX_SHARD_SIZE
 from .files import plain
-from .frameworks import FRAMEWORKS, to_numpy
+from .frameworks import registered
 from .hub import DEMO
 
+KEYS = " or ".join(registered())
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
@@ -33,7 +34,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 @app.callback()
 def describe() -> None:
-    """OPT in PyTorch, TensorFlow and JAX, from one checkpoint."""
+    """OPT in several frameworks, from one checkpoint."""
 
 
 @app.command()
@@ -41,18 +42,18 @@ def parity(
     model: Model = DEMO,
     prompt: Annotated[str, typer.Option(help="the text to continue")] = "Once upon a time",
     new_tokens: Annotated[int, typer.Option(help="how many tokens to add", min=1)] = 200,
-    framework: Annotated[list[str] | None, typer.Option(help="pt, tf or flax; may be repeated; default: all")] = None,
+    framework: Annotated[list[str] | None, typer.Option(help=f"{KEYS}; may be repeated; default: all")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run all frameworks on one text and show how far each is from a float64 run.
 
-    Fails if greedy tokens differ or an error, relative to the largest magnitude, exceeds 2e-5.
+    Fails if greedy tokens differ, or if an error relative to the largest magnitude exceeds 2e-5.
     """
     from .parity import TOLERANCE
     from .parity import parity as run
 
-    keys = [_framework(key) for key in framework or FRAMEWORKS]
-    with Console(stderr=True).status("Running " + ", ".join(FRAMEWORKS[key].title for key in keys)):
+    keys = [_framework(key) for key in framework or registered()]
+    with Console(stderr=True).status("Running " + ", ".join(registered()[key].title for key in keys)):
         report = run(model, prompt, new_tokens, keys)
     if as_json:
         rows = [{**dataclasses.asdict(row), "passed": row.passed} for row in report.rows]
@@ -64,7 +65,7 @@ def parity(
     for name in ("framework", "version", "load s", "tok/s", "tokens", "logits", "layers", ""):
         summary.add_column(name, justify="left" if name in ("framework", "version", "") else "right")
     for row in report.rows:
-        title = FRAMEWORKS[row.framework].title
+        title = registered()[row.framework].title
         if row.problem:
             summary.add_row(title, row.version, *["-"] * 5, "[yellow]not run[/]")
             continue
@@ -81,14 +82,14 @@ def parity(
     console.print(summary)
     for row in report.rows:
         if row.problem:
-            console.print(f"{FRAMEWORKS[row.framework].title}: {row.problem}", markup=False, soft_wrap=True)
+            console.print(f"{registered()[row.framework].title}: {row.problem}", markup=False, soft_wrap=True)
 
     ran = [row for row in report.rows if row.layers]
     if ran:
         layers = Table(title="Largest error over largest magnitude, hidden state by hidden state", box=box.SIMPLE)
         layers.add_column("hidden state")
         for row in ran:
-            layers.add_column(FRAMEWORKS[row.framework].title, justify="right")
+            layers.add_column(registered()[row.framework].title, justify="right")
         last = len(ran[0].layers) - 1
         for i in range(last + 1):
             title = "final" if i == last else f"into layer {i}"
@@ -103,7 +104,7 @@ def parity(
 def generate(
     prompt: Annotated[str, typer.Argument(help="the text to continue")],
     model: Model = DEMO,
-    framework: Annotated[str, typer.Option(help="pt, tf or flax")] = "pt",
+    framework: Annotated[str, typer.Option(help=KEYS)] = "pt",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto for the checkpoint's")] = "float32",
     sample: Annotated[bool, typer.Option("--sample", help="draw tokens instead of taking the likeliest")] = False,
@@ -116,7 +117,7 @@ def generate(
     """Continue a text."""
     from .tokenizer import GPT2Tokenizer
 
-    chosen = FRAMEWORKS[_framework(framework)]
+    chosen = registered()[_framework(framework)]
     if chosen.missing:
         raise ImportError(chosen.missing)
     tokenizer = GPT2Tokenizer.from_pretrained(model)
@@ -134,7 +135,7 @@ def generate(
                 seed=seed,
             )
         )
-    ids = to_numpy(tokens)[0].tolist()
+    ids = chosen.numpy(tokens)[0].tolist()
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if as_json:
         _print_json({"model": model, "framework": framework, "text": text, "tokens": ids})
@@ -259,8 +260,8 @@ def diff(
 
 
 def _framework(key: str) -> str:
-    if key not in FRAMEWORKS:
-        raise ValueError(f"framework: found {key!r}, wanted one of {', '.join(FRAMEWORKS)}")
+    if key not in registered():
+        raise ValueError(f"framework: found {key!r}, wanted one of {', '.join(registered())}")
     return key
 
 

@@ -1,81 +1,97 @@
-"""The three implementations by their short names, found without importing any."""
+"""The registry of frameworks: each registers itself by an entry point, and none is imported to be listed.
+
+[project.entry-points."opt_zoo.frameworks"]
+pt = "opt_pt.framework:PyTorch"    # KEY = "PACKAGE.framework:CLASS"; the extra KEY installs what it needs
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.metadata
 import importlib.util
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from importlib.machinery import PathFinder
+from importlib.metadata import Distribution, EntryPoint, entry_points, version
+from types import ModuleType
+from typing import Any, ClassVar
 
 import numpy as np
+from packaging.requirements import Requirement
+
+from .weights import Layout
+
+GROUP = "opt_zoo.frameworks"
 
 
-@dataclass(frozen=True)
 class Framework:
-    """`key` is also the extra that installs it; `prefix` begins the names of its classes; `tensors` is what the
-    tokenizer calls its tensors."""
+    """What the shared code knows about a framework. `PACKAGE/framework.py` subclasses it, and imports the framework
+    inside methods only.
 
-    key: str
-    title: str
-    package: str
-    prefix: str
-    needs: tuple[str, ...]
-    tensors: str
+    title: its name in print. prefix: how the names of its classes begin, such as TF in TFOPTModel.
+    tensors: what the tokenizer calls its tensors (`return_tensors`). ids: the dtype of token ids in them.
+    naming: what it calls the parameters of a module.
+    """
+
+    title: ClassVar[str]
+    prefix: ClassVar[str]
+    tensors: ClassVar[str]
+    ids: ClassVar[str]
+    naming: ClassVar[Layout]
+
+    def __init__(self, key: str, package: str, distribution: Distribution) -> None:
+        self.key, self.package, self.distribution = key, package, distribution
+        requirements = [Requirement(line) for line in distribution.requires or ()]
+        # Those that the extra adds. A distribution without such an extra needs nothing more than itself.
+        self.needs = tuple(
+            one.name
+            for one in requirements
+            if one.marker and one.marker.evaluate({"extra": key}) and not one.marker.evaluate({"extra": ""})
+        )
 
     @property
     def missing(self) -> str | None:
-        """None, or how to install what is not there."""
-        absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        return f"{' and '.join(absent)} not installed: pip install 'opt-zoo[{self.key}]'" if absent else None
+        """None, or what is not installed and the command that installs it."""
+        absent = [name for name in self.needs if importlib.util.find_spec(name.replace("-", "_")) is None]
+        install = f"pip install '{self.distribution.name}[{self.key}]'"
+        return f"{' and '.join(absent)} not installed: {install}" if absent else None
 
     @property
     def version(self) -> str:
-        return importlib.metadata.version(self.needs[0])
+        return version(self.needs[0]) if self.needs else self.distribution.version
+
+    def module(self) -> ModuleType:
+        """The package, which imports the framework."""
+        return importlib.import_module(self.package)
 
     def model_class(self, architecture: str = "OPTForCausalLM") -> Any:
-        """Its class for one of `weights.HEADS`; imports the framework."""
-        with _without_greetings() if self.key == "tf" else nullcontext():
-            return getattr(importlib.import_module(self.package), self.prefix + architecture)
+        """Its class for one of `weights.HEADS`."""
+        return getattr(self.module(), self.prefix + architecture)
 
     def tensor(self, array: np.ndarray) -> Any:
         """A numpy array as a tensor of the framework."""
-        if self.key == "pt":
-            return importlib.import_module("torch").from_numpy(array)
-        if self.key == "tf":
-            return importlib.import_module("tensorflow").constant(array)
-        return importlib.import_module("jax.numpy").asarray(array)
+        raise NotImplementedError
+
+    def numpy(self, tensor: Any) -> np.ndarray:
+        """A tensor of the framework as a numpy array."""
+        raise NotImplementedError
 
 
-@contextmanager
-def _without_greetings() -> Iterator[None]:
-    """TensorFlow's C++ half greets on file descriptor 2 when imported, whatever its log level; errors are Python's."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+@functools.cache
+def registered() -> Mapping[str, Framework]:
+    """Every framework by its key, installed or not."""
+    return {entry.name: _describe(entry) for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name)}
 
 
-FRAMEWORKS = {
-    f.key: f
-    for f in (
-        Framework("pt", "PyTorch", "opt_pt", "", ("torch",), "pt"),
-        Framework("tf", "TensorFlow", "opt_tf", "TF", ("tensorflow", "keras"), "tf"),
-        Framework("flax", "JAX", "opt_flax", "Flax", ("jax", "flax"), "jax"),
-    )
-}
+def _describe(entry: EntryPoint) -> Framework:
+    """The description that an entry point names.
 
-
-def to_numpy(tensor: Any) -> np.ndarray:
-    """A tensor of any of the three as a numpy array."""
-    return np.asarray(tensor.detach().cpu() if hasattr(tensor, "detach") else tensor)
+    `entry.load()` would run the package's __init__, which imports the framework, so this runs the one file.
+    """
+    package = entry.module.rpartition(".")[0]
+    found = importlib.util.find_spec(package) if package else None
+    spec = PathFinder.find_spec(entry.module, found.submodule_search_locations) if found else None
+    if spec is None or spec.loader is None or entry.dist is None:
+        raise ImportError(f"{GROUP}: found {entry.name} = {entry.value!r}, wanted PACKAGE.framework:CLASS")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, entry.attr)(entry.name, package, entry.dist)

@@ -1,4 +1,4 @@
-"""How far apart the three are: every framework on the same text, each held against a float64 run in numpy."""
+"""How far apart the frameworks are: each continues the same text and is compared with a float64 run in numpy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .checkpoints.pretrained import open_pretrained
-from .frameworks import FRAMEWORKS, Framework, to_numpy
+from .frameworks import Framework, registered
 from .reference import forward
 from .tokenizer import GPT2Tokenizer
 
@@ -19,8 +19,8 @@ TOLERANCE = 2e-5  # largest error over largest magnitude, float32
 
 @dataclass
 class Row:
-    """One framework's result. `tokens_equal`: they are those of the float64 run. `layers` holds the relative error of
-    each hidden state, `logits` that of the logits."""
+    """One framework's result. `tokens_equal`: the float64 run chooses the same. `layers` holds the relative errors
+    of the hidden states, `logits` that of the logits."""
 
     framework: str
     version: str = ""
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass
 class Report:
-    """The rows, the text that was continued, and its continuation."""
+    """The rows, the prompt, and the text that continues it."""
 
     model: str
     prompt: str
@@ -61,19 +61,20 @@ def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found.astype(np.float64) - wanted).max() / np.abs(wanted).max())
 
 
-def parity(model: str, prompt: str, new_tokens: int, frameworks: Iterable[str] = tuple(FRAMEWORKS)) -> Report:
-    """Load `model` in each framework in float32, continue `prompt` greedily by `new_tokens`, and hold against the
-    float64 run: each token to its likeliest, and the logits and hidden states over the whole text.
+def parity(model: str, prompt: str, new_tokens: int, frameworks: Iterable[str] | None = None) -> Report:
+    """Load `model` in each framework (default: all) in float32, continue `prompt` greedily by `new_tokens`, and compare
+    with the float64 run: each token with its likeliest, and the logits and hidden states over the whole text.
 
-    The end of text is forbidden, so that there are always `new_tokens`. Speed is that of a second generate.
+    No text ends early, so there are always `new_tokens`. The speed is that of the second of two runs.
     """
     tokenizer = GPT2Tokenizer.from_pretrained(model)
     opened = open_pretrained(model, "OPTForCausalLM", "float64")
     weights = {spec.name: array for spec, array in opened.tensors}
     judged: dict[tuple[int, ...], tuple[np.ndarray, list[np.ndarray]]] = {}
     rows, text = [], ""
-    for key in frameworks:
-        row, loaded = _run(FRAMEWORKS[key], model, tokenizer, prompt, new_tokens)
+    for key in registered() if frameworks is None else frameworks:
+        framework = registered()[key]
+        row, loaded = _run(framework, model, tokenizer, prompt, new_tokens)
         rows.append(row)
         if loaded is None:
             continue
@@ -84,9 +85,9 @@ def parity(model: str, prompt: str, new_tokens: int, frameworks: Iterable[str] =
         choices = logits[0, -new_tokens - 1 : -1].copy()
         choices[:, list(opened.config.eos_token_ids)] = -np.inf
         row.tokens_equal = choices.argmax(-1).tolist() == row.tokens[-new_tokens:]
-        out = loaded(FRAMEWORKS[key].tensor(ids), output_hidden_states=True)
-        row.logits = relative_error(to_numpy(out.logits), logits)
-        row.layers = [relative_error(to_numpy(f), w) for f, w in zip(out.hidden_states, hidden, strict=True)]
+        out = loaded(framework.tensor(ids), output_hidden_states=True)
+        row.logits = relative_error(framework.numpy(out.logits), logits)
+        row.layers = [relative_error(framework.numpy(f), w) for f, w in zip(out.hidden_states, hidden, strict=True)]
         text = text or tokenizer.decode(row.tokens, skip_special_tokens=True)
     return Report(model, prompt, text, rows)
 
@@ -108,7 +109,7 @@ def _run(
         for _ in range(2):  # the first compiles
             start = time.perf_counter()
             tokens = loaded.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
-            row.tokens = to_numpy(tokens)[0].tolist()
+            row.tokens = framework.numpy(tokens)[0].tolist()
             row.tokens_per_second = new_tokens / (time.perf_counter() - start)
     except ImportError as error:
         row.problem = str(error)

@@ -1,4 +1,4 @@
-"""OPT in numpy and float64: the judge that none of the three frameworks has a hand in. Slow, and plain to read.
+"""OPT in numpy and float64: the reference for every framework, independent of all of them. Slow, and plain to read.
 
 B batch   T tokens   V vocabulary   E embedding width   H hidden   N heads   D head width
 """
@@ -41,8 +41,8 @@ def forward(
 ) -> tuple[Array, list[Array]]:
     """Logits [B, T, V] and hidden states (the input of each layer [B, T, H], then the last [B, T, E]), float64.
 
-    `weight` gives a tensor by its checkpoint name, None if there is none such. `input_ids` and `attention_mask` are
-    [B, T]. What a padded position computes means nothing.
+    `weight` maps a checkpoint name to its tensor, or None if there is none. `input_ids` and `attention_mask` are
+    [B, T]. The results at padded positions are meaningless.
     """
     B, T = input_ids.shape
     N, D = config.num_attention_heads, config.head_dim

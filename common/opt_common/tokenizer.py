@@ -6,7 +6,6 @@ pads and makes tensors. Calls and ids are those of GPT2Tokenizer in transformers
 
 from __future__ import annotations
 
-import importlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from .files import read_json, write_atomically
+from .frameworks import Framework, registered
 from .hub import fetch
 
 _FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
@@ -28,7 +28,6 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _SETTINGS = ("add_bos_token", "add_prefix_space", "padding_side", "truncation_side", "model_max_length")
-_FRAMEWORKS = {"np": "numpy", "pt": "torch", "tf": "tensorflow", "jax": "jax"}
 _NO_LIMIT = int(1e30)  # what transformers writes for it; it takes anything above 1e20 as that
 
 
@@ -208,7 +207,7 @@ class GPT2Tokenizer:
         `padding_side` or else the tokenizer's. `truncation` cuts to `max_length` tokens, bos included and kept, of a
         pair the longer text first; None cuts if `max_length` is given and `padding` is False. Without `max_length`
         `model_max_length` is taken, and where that too sets no limit nothing is cut or filled up to it.
-        `return_tensors`: "np" or "pt" (int64), "tf" or "jax" (int32).
+        `return_tensors`: "np" or "pt" (int64), "tf" or "jax" (int32), or what another registered framework names.
 
         Raises TypeError for what is not text, ImportError for a missing framework, ValueError for unknown options,
         pairs that do not match, a `max_length` with no room for bos, and tensors of unequal rows.
@@ -217,8 +216,9 @@ class GPT2Tokenizer:
             raise ValueError(f"padding must be True, False, 'longest' or 'max_length', found {padding!r}")
         if truncation not in (None, False, True):
             raise ValueError(f"truncation must be True, False or None, found {truncation!r}")
-        if return_tensors is not None and return_tensors not in _FRAMEWORKS:
-            raise ValueError(f"return_tensors must be one of {', '.join(_FRAMEWORKS)}, found {return_tensors!r}")
+        if return_tensors not in (None, "np") and return_tensors not in _frameworks():
+            wanted = ", ".join(dict.fromkeys(["np", *_frameworks()]))
+            raise ValueError(f"return_tensors must be one of {wanted}, found {return_tensors!r}")
         side = _side(self.padding_side if padding_side is None else padding_side)
         cut = truncation or (truncation is None and max_length is not None and padding is False)
         limit = self.model_max_length if max_length is None else max_length
@@ -333,15 +333,18 @@ def _tensor(rows: list[list[int]], kind: str) -> Any:
             " and with padding='max_length' truncation=True too"
         )
     array = np.array(rows, dtype=np.int64).reshape(len(rows), max(lengths, default=0))
-    try:
-        framework = importlib.import_module(_FRAMEWORKS[kind])
-    except ImportError as error:
-        raise ImportError(f"return_tensors={kind!r} needs {_FRAMEWORKS[kind]}: {error}") from error
     if kind == "np":
         return array
-    if kind == "pt":
-        return framework.from_numpy(array)
-    return framework.constant(array, "int32") if kind == "tf" else framework.numpy.asarray(array, "int32")
+    framework = _frameworks()[kind]
+    try:
+        return framework.tensor(array.astype(framework.ids))
+    except ImportError as error:
+        raise ImportError(f"return_tensors={kind!r} needs {framework.title}: {error}") from error
+
+
+def _frameworks() -> dict[str, Framework]:
+    """By what `return_tensors` calls them."""
+    return {framework.tensors: framework for framework in registered().values()}
 
 
 def _plain(ids: Any) -> Any:
