@@ -52,9 +52,9 @@ def attend(
 ) -> tuple[Array, Array | None]:
     """Attend by the implementation that the config of `module`, an attention, names; by the eager formula if the
     weights are wanted."""
-    drops = rngs is not None and module.dropout > 0
+    name, drops = module.config._attn_implementation, rngs is not None and module.dropout > 0
     way = choose_way(
-        module.config._attn_implementation,
+        name,
         default_device(),
         q.dtype,
         q.shape[1],
@@ -64,7 +64,8 @@ def attend(
         drops=drops,
         weights=output_attentions,
     )
-    return way(q, k, v, mask, module.num_heads, module.scaling, lambda w: dropout(w, module.dropout, rngs))
+    out, weights = way(q, k, v, mask, module.num_heads, module.scaling, lambda w: dropout(w, module.dropout, rngs))
+    return out, weights if output_attentions or name == "eager" else None
 
 
 def eager(

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from opt_common.generation import Options, prompt
 
 from .cache import KVCache
+from .products import head
 
 # Prompts and new tokens are padded to a multiple of so many columns, so that one program serves all lengths between.
 PROMPT_STEP, NEW_STEP = 32, 64
@@ -108,7 +109,7 @@ def _generate(
 
     out = model.model(input_ids, mask, past_key_values=model.init_cache(B, T + room))
     last = T - 1 - mask[:, ::-1].argmax(axis=1)  # the rightmost real token of each row
-    logits = model.head(out.last_hidden_state[jnp.arange(B), last])  # [B, V]
+    logits = head(model, out.last_hidden_state[jnp.arange(B), last])  # [B, V]
     blank = jnp.full((B, room), limits.pad_token_id, jnp.int32)
     state = State(jnp.zeros((), jnp.int32), blank, jnp.zeros(B, bool), out.past_key_values)
     state = lax.while_loop(unfinished, advance, write(logits, state, out.past_key_values))

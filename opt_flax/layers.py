@@ -106,8 +106,11 @@ def runner(layer: Callable[..., Array], checkpointing: bool) -> Callable[..., Ar
     return run
 
 
-def layerdrop(rate: float, before: Array, after: Array, rngs: nnx.Rngs) -> Array:
-    """Skip a layer with probability `rate`. The draw is an array, so that compiling does not freeze it."""
+def layerdrop(rate: float, before: Array, after: Array, rngs: nnx.Rngs | None) -> Array:
+    """Skip a layer with probability `rate`, if rngs are given. The draw is an array, so that compiling does not freeze
+    it."""
+    if rngs is None or rate == 0:
+        return after
     return jnp.where(jax.random.bernoulli(rngs.dropout(), rate), before, after)
 
 

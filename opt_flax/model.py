@@ -23,7 +23,7 @@ from .generate import generate
 from .inputs import check, columns, place
 from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, dropout, embed, embedding, layerdrop, norm, runner
 from .pretrained import FlaxOPTPreTrainedModel
-from .products import linear, tied_head
+from .products import head, linear
 
 
 class OPTAttention(nnx.Module):
@@ -49,13 +49,12 @@ class OPTAttention(nnx.Module):
         **kwargs: Any,
     ) -> tuple[Array, Array | None]:
         """Return the new hidden states [B, T, H] and, from the eager formula, the attention weights [B, N, T, S]."""
-        B, T, _ = hidden_states.shape
         parts = (f(hidden_states) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (heads_first(x, self.num_heads) for x in parts)  # [N·B, T, D] each
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx, attention_mask)  # [N·B, S, D]
         out, weights = attend(self, q, k, v, attention_mask, output_attentions, rngs)
-        return self.out_proj(out.reshape(B, T, -1)), weights
+        return self.out_proj(out.reshape(*out.shape[:2], -1)), weights
 
 
 class OPTDecoderLayer(nnx.Module):
@@ -84,8 +83,8 @@ class OPTDecoderLayer(nnx.Module):
 
         attention_mask: [B or 1, 1, T, S], true (or 0) where a token attends, false (or very negative) where it does
             not; or the decoder's own view of the batch (`opt_flax.attention`). None: every earlier slot and its own.
-        past_key_values: the cache to extend, in a `Writer`. attentions: a list to append the attention weights
-            [B, N, T, S] to. rngs: for dropout, which happens only if they are given.
+        past_key_values: the cache to extend, in its `Writer`. attentions: a list to append the attention weights
+            [B, N, T, S] to. rngs: for dropout, off without them.
         kwargs: what else transformers gives a layer (position_ids, use_cache ...), passed on; no effect here.
         """
         residual = hidden_states
@@ -120,9 +119,8 @@ class OPTDecoder(nnx.Module):
 
     def __init__(self, config: OPTConfig, **how: Any) -> None:
         V, E, H, P = config.vocab_size, config.embed_dim, config.hidden_size, config.max_position_embeddings
-        self.config, self.gradient_checkpointing = config, False
+        self.config, self.gradient_checkpointing, self.max_target_positions, self.vocab_size = config, False, P, V
         self.dropout, self.layerdrop, self.padding_idx = config.dropout, config.layerdrop, config.pad_token_id
-        self.max_target_positions, self.vocab_size = P, V
         self.embed_tokens = embedding(config, V, E, config.pad_token_id, **how)
         self.embed_positions = PositionalEmbedding(config, P, H, **how)
         self.project_out = linear(config, H, E, bias=False, **how) if config.projects_embeddings else None
@@ -147,16 +145,13 @@ class OPTDecoder(nnx.Module):
         input_ids: [B, T] whole numbers; or inputs_embeds: [B, T, E], which replace the token embedding's output.
         attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding. Under jit it may be as
             wide as the cache, so that one program serves every step; columns not reached yet are ignored.
-        past_key_values: the KVCache of the tokens before these; the result holds the one to pass next. With use_cache
-            and none given, a new one is made, with room for max_position_embeddings tokens (`init_cache` makes one of
-            any size).
+        past_key_values: the KVCache of the tokens before these; the result has the next. With use_cache and none given,
+            a new one is made, with room for max_position_embeddings tokens (`init_cache` makes one of any size).
         position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
             counted from 0, do not see each other.
         output_attentions, output_hidden_states: also return what BaseModelOutput says. Attention weights come from the
-            eager formula, whatever the attn_implementation.
-        rngs: dropout and layerdrop happen if and only if these are given.
-        Raises ValueError that names the argument. Under jit, where values are unknown, a token or position that has no
-        row in its table, and a token too many for the cache, make NaN.
+            eager formula, whatever the attn_implementation. rngs: for dropout and layerdrop, off without them.
+        Raises ValueError naming the argument; under jit, which hides values, bad tokens, positions and slots give NaN.
         """
         config, cache = self.config, past_key_values
         B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, use_cache, position_ids)
@@ -173,8 +168,7 @@ class OPTDecoder(nnx.Module):
 
         view = choose(self, segments, past, hidden_states, output_attentions, position_ids is not None, rngs)
         hidden_states = compact(hidden_states, view)
-        all_hidden_states: list[Array] = []
-        attentions: list[Array] = []
+        all_hidden_states, attentions = [], []
         writer = None if cache is None else Writer(cache)
         how: dict[str, Any] = {"attention_mask": view, "past_key_values": writer, "use_cache": cache is not None}
         if output_attentions:
@@ -183,10 +177,8 @@ class OPTDecoder(nnx.Module):
         for layer in self.layers:
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            before = hidden_states
-            hidden_states = runner(layer, checkpointing)(hidden_states, position_ids=positions, rngs=rngs, **how)
-            if rngs is not None and self.layerdrop > 0:
-                hidden_states = layerdrop(self.layerdrop, before, hidden_states, rngs)
+            after = runner(layer, checkpointing)(hidden_states, position_ids=positions, rngs=rngs, **how)
+            hidden_states = layerdrop(self.layerdrop, hidden_states, after, rngs)
         if self.final_layer_norm is not None:
             hidden_states = self.final_layer_norm(hidden_states)
         if self.project_out is not None:
@@ -253,12 +245,6 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
         """
         keep = columns(logits_to_keep, labels)
         out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs)
-        logits = self.head(out.last_hidden_state[:, keep])  # [B, T, V]
+        logits = head(self, out.last_hidden_state[:, keep])  # [B, T, V]
         loss = None if labels is None else cross_entropy(logits, labels)
         return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
-
-    def head(self, hidden_states: Array) -> Array:
-        """The logits [..., V] of hidden states [..., E]."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden_states)
-        return tied_head(hidden_states, self.model.decoder.embed_tokens)

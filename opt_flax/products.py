@@ -59,9 +59,12 @@ def product(
     return y.astype(dtype)
 
 
-def tied_head(x: Array, table: nnx.Embed) -> Array:
-    """The logits [..., V] of hidden states [..., E], by the token embedding."""
-    return product(x, table.embedding[...], (((x.ndim - 1,), (1,)), ((), ())))
+def head(model: Any, x: Array) -> Array:
+    """The logits [..., V] of hidden states [..., E]: by `lm_head`, or by the token embedding if it is tied."""
+    if model.lm_head is not None:
+        return model.lm_head(x)
+    table = model.model.decoder.embed_tokens.embedding[...]  # [V, E]
+    return product(x, table, (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def default_device() -> Any:
