@@ -3,13 +3,14 @@
 from opt_common.config import OPTConfig
 from opt_common.tokenizer import GPT2Tokenizer
 
+from . import outputs as outputs  # registers them
 from .cache import KVCache
 from .fast.plain import register
 from .heads import OPTForQuestionAnswering, OPTForSequenceClassification
-from .layers import PositionalEmbedding
+from .layers import OPTLearnedPositionalEmbedding
 from .model import OPTAttention, OPTDecoder, OPTDecoderLayer, OPTForCausalLM, OPTModel
 
-register(PositionalEmbedding, OPTAttention, OPTDecoderLayer, OPTDecoder, OPTModel, OPTForCausalLM)
+register(OPTLearnedPositionalEmbedding, OPTAttention, OPTDecoderLayer, OPTDecoder, OPTModel, OPTForCausalLM)
 
 __all__ = [
     "GPT2Tokenizer",

@@ -46,6 +46,11 @@ class Packing:
 View = Tensor | Packing | None
 
 
+def split_heads(x: Tensor, width: int) -> Tensor:
+    """[B, T, N·D] as [B, N, T, D], of heads D = `width` wide."""
+    return x.view(*x.shape[:2], x.shape[-1] // width, width).transpose(1, 2)
+
+
 def attend(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: View, output_attentions: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -82,7 +87,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: f
         wide = torch.promote_types(dtype, torch.float32)  # in half precision PyTorch's kernel takes twice as long
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
         mask = mask if mask is None or mask.dtype == torch.bool else mask.to(wide)
-    is_causal = mask is None and T > 1
+    is_causal = mask is None and bool(T > 1)  # torch.jit.trace makes sizes tensors
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scaling)
     return out.to(dtype).transpose(1, 2), None
 
@@ -134,7 +139,8 @@ def flash_attention_2(
         from flash_attn_2_cuda import varlen_fwd  # pyright: ignore[reportMissingImports]
 
         out = varlen_fwd(
-            q, k, v, None, *starts, None, None, None, None, *longest, 0.0, scaling, False, True, -1, -1, 0.0, False, None
+            q, k, v, None, *starts, None, None, None, None, *longest,
+            0.0, scaling, False, True, -1, -1, 0.0, False, None,
         )[0]  # fmt: skip
     return (out[None] if mask.compacted else _scatter(out, mask)), None
 

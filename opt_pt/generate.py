@@ -12,14 +12,13 @@ from torch import Tensor
 from opt_common.generation import Generation, Options, check_generate
 from opt_common.inputs import check_call
 
+from .cache import KVCache
 from .fast import cpu, gpu
 from .text import Text
 
 
 @torch.inference_mode()
-def generate(
-    self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[Options]
-) -> Tensor:
+def generate(self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
     """Continue each row of `input_ids` [B, T]; returns [B, T + new], the prompts included.
 
     attention_mask: [B, T], 0 for padding on either side. Default: everything that is not the config's `pad_token_id`.
@@ -42,7 +41,8 @@ def generate(
 
 def _write(self: Any, input_ids: Tensor, mask: Tensor, settings: Generation) -> Text:
     (B, T), device, new = input_ids.shape, input_ids.device, settings.max_new_tokens
-    cache = self.init_cache(B, T + new - 1)  # the last token is never fed back
+    dtype = self.model.decoder.embed_positions.weight.dtype
+    cache = KVCache(self.config, B, T + new - 1, device, dtype)  # the last token is never fed back
     last = T - 1 - mask.flip(1).argmax(dim=1)  # the rightmost real token of each row
     ends, row = last.unique(return_inverse=True)
     logits = self(input_ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=ends).logits

@@ -18,6 +18,7 @@ from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput
 from .cache import KVCache
 from .layers import init_weights, linear, wide
 from .model import OPTModel
+from .outputs import can_return_tuple
 from .pretrained import OPTPreTrainedModel
 
 
@@ -32,6 +33,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         self.score = nn.Linear(config.embed_dim, config.num_labels, bias=False)
         init_weights(self.score, config)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -39,7 +41,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
@@ -52,6 +54,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
             "multi_label_classification" (numbers 0 to 1): [B, num_labels]; the mean binary cross-entropy.
             The loss is float32.
         """
+        kwargs["return_dict"] = True
         out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs)
         x = out.last_hidden_state  # [B, T, E]
         B, T = x.shape[:2]
@@ -84,6 +87,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         self.qa_outputs = nn.Linear(config.embed_dim, 2)
         init_weights(self.qa_outputs, config)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -92,7 +96,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringOutput:
@@ -102,6 +106,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
             columns are left out. (transformers takes negative ones for 0.) The loss is the mean of the two mean
             cross-entropies, in float32.
         """
+        kwargs["return_dict"] = True
         out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs)
         starts, ends = linear(self.qa_outputs, out.last_hidden_state).unbind(-1)  # [B, T] each
         loss = None

@@ -5,36 +5,69 @@ B batch   T new tokens   S slots: past tokens and T
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from opt_common.config import OPTConfig
 from opt_common.inputs import check_call, check_positions, check_tokens
 
-from .cache import KVCache
+from .cache import past_length
+
+# Arguments of transformers' models that have no effect on an OPT's, there and here.
+_NO_EFFECT = {"token_type_ids", "head_mask", "cache_position"}
+_OF_THE_LOSS = ("num_items_in_batch", "shift_labels")
+
+
+class Wanted(NamedTuple):
+    """What a call returns besides its result."""
+
+    cache: bool
+    attentions: bool
+    hidden_states: bool
+
+
+def wanted(decoder: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> Wanted:
+    """The settings of a call, the config's where it gives none. Raises TypeError for unknown arguments."""
+    config = decoder.config
+    names = ("output_attentions", "output_hidden_states")
+    if unknown := kwargs.keys() - _NO_EFFECT - {*names, *_OF_THE_LOSS}:
+        raise TypeError(f"found unknown arguments {', '.join(sorted(unknown))}")
+    attentions, hidden_states = (getattr(config, name) if kwargs.get(name) is None else kwargs[name] for name in names)
+    if decoder.gradient_checkpointing and decoder.training:
+        use_cache = False  # a recomputation would write a second time
+    return Wanted(config.use_cache if use_cache is None else use_cache, attentions, hidden_states)
+
+
+def loss_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that are its loss's alone."""
+    return {name: kwargs[name] for name in _OF_THE_LOSS if name in kwargs}
 
 
 def check(
     config: OPTConfig,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
-    cache: KVCache | None,
+    cache: Any,
     inputs_embeds: Tensor | None,
-    use_cache: bool,
     position_ids: Tensor | None,
-) -> tuple[int, int]:
-    """Check the arguments of a call and return (B, T). Raises ValueError that names the argument."""
+) -> tuple[Tensor | None, int, int]:
+    """Check the arguments of a call and return input_ids as [B, T], B and T. As in transformers, ids may come as [T] or
+    with more dimensions than two. Raises ValueError that names the argument."""
+    if input_ids is not None and input_ids.ndim != 2 and input_ids.numel() > 0:
+        input_ids = input_ids.reshape(-1, input_ids.shape[-1])
     B, T = check_call(
         config,
         *(None if x is None else x.shape for x in (input_ids, inputs_embeds, attention_mask, position_ids)),
-        past=0 if cache is None else cache.length,
-        slots=cache.slots if cache is not None else config.max_position_embeddings if use_cache else None,
-        rows=None if cache is None else cache.rows,
+        past=past_length(cache),
+        slots=getattr(cache, "slots", None),
+        rows=getattr(cache, "rows", None),
     )
     # on a GPU, looking would wait for it
     if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         check_tokens(config, int(input_ids.min()), int(input_ids.max()))
-    return B, T
+    return input_ids, B, T
 
 
 def columns(logits_to_keep: int | Tensor, labels: Tensor | None) -> slice | Tensor:
@@ -60,15 +93,14 @@ def place(
     device: torch.device,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    cache: KVCache | None,
+    cache: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Positions [B or 1, T] of the new tokens (padding is -1), and the segments [B, S]: the document of each slot,
     counted from 1, and 0 for padding (None: all is one document, and nothing padding).
 
     With `position_ids`, a document begins at each position 0 and wherever the position does not grow.
     """
-    past = cache.length if cache is not None else 0
-    before = cache.segments if cache is not None else None
+    past, before = past_length(cache), getattr(cache, "segments", None)
     tracing = recording(device)
     if attention_mask is not None and before is None and not tracing and bool(attention_mask.all()):
         attention_mask = None  # a mask of ones is what tokenizers give when nothing is padded

@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class PositionalEmbedding(nn.Embedding):
+class OPTLearnedPositionalEmbedding(nn.Embedding):
     """The position table. Position p is row p + 2: OPT's table starts two rows in, and padding, at -1, is row 1."""
 
     offset = 2
@@ -55,25 +55,39 @@ def embedding(rows: int, width: int, padding_idx: int | None) -> nn.Embedding:
     return nn.Embedding(rows, width, padding_idx=padding_idx, _weight=torch.empty(rows, width))
 
 
-def runner(layer: nn.Module, checkpointing: bool) -> Callable[..., Any]:
-    """What to call for a layer: with `checkpointing`, a call that keeps only its input for the backward pass, which
-    computes the rest again; otherwise one that takes a faster route where it computes the same."""
-    if checkpointing and torch.is_grad_enabled():
-        return partial(checkpoint, layer, use_reentrant=False)
-    return layer if torch.is_grad_enabled() else partial(layer_forward, layer)
+def runner(decoder: Any, layer: nn.Module, cache: Any) -> Callable[..., Tensor]:
+    """What to call for a layer of a decoder: without gradients, a faster route where it computes the same; in training,
+    with the decoder's gradient checkpointing and layerdrop."""
+    if not torch.is_grad_enabled():
+        run: Callable[..., Tensor] = partial(layer_forward, layer)
+    elif decoder.gradient_checkpointing and decoder.training and cache is None:
+        run = partial(checkpoint, layer, use_reentrant=False)
+    else:
+        run = layer
+    return partial(layerdrop, decoder.layerdrop, run) if decoder.training and decoder.layerdrop > 0 else run
 
 
-def layerdrop(rate: float, before: Tensor, after: Tensor) -> Tensor:
+def layerdrop(rate: float, run: Callable[..., Tensor], hidden_states: Tensor, **how: Any) -> Tensor:
     """Skip a layer with probability `rate`. The draw is a tensor, so that compiling does not freeze it."""
-    return torch.where(torch.rand((), device=after.device) < rate, before, after)
+    after = run(hidden_states, **how)
+    return torch.where(torch.rand((), device=after.device) < rate, hidden_states, after)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss of logits [B, T, V] against the next token's label [B, T], -100 left out."""
-    if labels.shape != logits.shape[:2]:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, shift_labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """The mean loss of logits [B, T, V] against the next token's label [B, T], -100 left out; or against
+    `shift_labels`, the labels already shifted. `num_items_in_batch`: the sum over this number, in place of the mean."""
+    if labels.numel() != logits.shape[0] * logits.shape[1]:
         raise ValueError(f"labels: found shape {list(labels.shape)}, wanted {list(logits.shape[:2])}")
-    # the labels are shifted, not the logits: part of the logits would be copied, and its gradient once more
-    return F.cross_entropy(wide(logits).flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten())
+    if shift_labels is None:
+        # the labels are shifted, not the logits: part of the logits would be copied, and its gradient once more
+        shift_labels = F.pad(labels.view(logits.shape[:2])[:, 1:], (0, 1), value=-100)
+    scores, targets = wide(logits).flatten(0, 1), shift_labels.flatten().to(logits.device)
+    if num_items_in_batch is None:
+        return F.cross_entropy(scores, targets)
+    items = num_items_in_batch.to(logits.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+    return F.cross_entropy(scores, targets, reduction="sum") / items
 
 
 def wide(x: Tensor) -> Tensor:

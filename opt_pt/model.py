@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from opt_common.config import OPTConfig
 from opt_common.outputs import BaseModelOutput, CausalLMOutput
 
-from .attention import View, attend, choose, compact, restore
-from .cache import KVCache
+from .attention import View, attend, choose, compact, restore, split_heads
+from .cache import KVCache, past_length, remember
 from .generate import generate
-from .inputs import check, columns, place
-from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, embedding, init_weights, layerdrop, linear, runner
+from .inputs import check, columns, loss_options, place, wanted
+from .layers import ACTIVATIONS, OPTLearnedPositionalEmbedding, cross_entropy, embedding, init_weights, linear, runner
+from .outputs import can_return_tuple
 from .pretrained import OPTPreTrainedModel
 
 
@@ -28,10 +29,10 @@ class OPTAttention(nn.Module):
 
     def __init__(self, config: OPTConfig, layer_idx: int | None = None) -> None:
         super().__init__()
-        H, bias = config.hidden_size, config.enable_bias
+        H, D, bias = config.hidden_size, config.head_dim, config.enable_bias
         self.config, self.layer_idx, self.is_causal, self.enable_bias = config, layer_idx, True, bias
-        self.embed_dim, self.num_heads, self.head_dim = H, config.num_attention_heads, config.head_dim
-        self.scaling, self.dropout = self.head_dim**-0.5, config.attention_dropout
+        self.embed_dim, self.num_heads, self.head_dim, self.scaling = H, config.num_attention_heads, D, D**-0.5
+        self.dropout = config.attention_dropout
         self.k_proj = nn.Linear(H, H, bias=bias)
         self.v_proj = nn.Linear(H, H, bias=bias)
         self.q_proj = nn.Linear(H, H, bias=bias)
@@ -46,11 +47,10 @@ class OPTAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the new hidden states [B, T, H] and, from the eager formula, the attention weights [B, N, T, S]."""
-        B, T, _ = hidden_states.shape
-        parts = (f(hidden_states) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (x.view(B, T, -1, self.head_dim).transpose(1, 2) for x in parts)  # [B, N, T, D] each
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (split_heads(f(hidden_states), self.head_dim) for f in projections)  # [B, N, T, D] each
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx, attention_mask)  # [B, N, S, D]
+            k, v = remember(past_key_values, k, v, self.layer_idx, attention_mask)  # [B, N, S, D]
         out, weights = attend(self, q, k, v, attention_mask, output_attentions)
         return self.out_proj(out.flatten(2)), weights
 
@@ -121,7 +121,7 @@ class OPTDecoder(nn.Module):
         self.dropout, self.layerdrop, self.padding_idx = config.dropout, config.layerdrop, config.pad_token_id
         self.max_target_positions, self.vocab_size = P, V
         self.embed_tokens = embedding(V, E, config.pad_token_id)
-        self.embed_positions = PositionalEmbedding(P, H)
+        self.embed_positions = OPTLearnedPositionalEmbedding(P, H)
         self.project_out = nn.Linear(H, E, bias=False) if config.projects_embeddings else None
         self.project_in = nn.Linear(E, H, bias=False) if config.projects_embeddings else None
         affine = config.layer_norm_elementwise_affine
@@ -129,58 +129,51 @@ class OPTDecoder(nn.Module):
         self.final_layer_norm = norm
         self.layers = nn.ModuleList(OPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         position_ids: Tensor | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        **kwargs: Any,
     ) -> BaseModelOutput:
         """Run the decoder.
 
         input_ids: [B, T] whole numbers; or inputs_embeds: [B, T, E], which replace the token embedding's output.
         attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding.
-        past_key_values: the KVCache of the tokens before these, written in place. With use_cache and none given, a new
-            one is made, with room for max_position_embeddings tokens (`init_cache` makes one of any size).
+        past_key_values: the cache of the tokens before these, written in place. With use_cache and none given, a new
+            KVCache is made, which grows (`init_cache` makes one of a fixed size). One of transformers' serves too.
         position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
             counted from 0, do not see each other.
         output_attentions, output_hidden_states: also return what BaseModelOutput says. Attention weights come from the
-            eager formula, whatever the attn_implementation.
-        Raises ValueError that names the argument.
+            eager formula, whatever the attn_implementation. return_dict: False for a tuple.
+        These and use_cache default to the config's. Raises ValueError that names the argument.
         """
-        config, cache = self.config, past_key_values
-        B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, use_cache, position_ids)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        hidden_states: Tensor = inputs_embeds  # [B, T, E]  # type: ignore[assignment]
+        config, cache, want = self.config, past_key_values, wanted(self, use_cache, kwargs)
+        input_ids, B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, position_ids)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, E]
         if self.project_in is not None:
             hidden_states = linear(self.project_in, hidden_states)  # [B, T, H]
-        if cache is None and use_cache:
-            slots = config.max_position_embeddings
-            cache = KVCache(config, B, slots, hidden_states.device, hidden_states.dtype)
+        if cache is None and want.cache:
+            cache = KVCache()
         positions, segments = place(config, B, T, hidden_states.device, attention_mask, position_ids, cache)
-        past = 0 if cache is None else cache.length
+        past = past_length(cache)
         hidden_states = hidden_states + self.embed_positions(attention_mask, past, position_ids=positions)
 
-        view = choose(self, segments, past, hidden_states, output_attentions)
+        view = choose(self, segments, past, hidden_states, want.attentions)
         hidden_states = compact(hidden_states, view)
         all_hidden_states: list[Tensor] = []
         attentions: list[Tensor] = []
         how: dict[str, Any] = {"attention_mask": view, "past_key_values": cache, "use_cache": cache is not None}
-        if output_attentions:
+        if want.attentions:
             how["attentions"] = attentions
-        checkpointing = self.gradient_checkpointing and self.training and cache is None
         for layer in self.layers:
-            if output_hidden_states:
+            if want.hidden_states:
                 all_hidden_states.append(hidden_states)
-            before = hidden_states
-            hidden_states = runner(layer, checkpointing)(hidden_states, position_ids=positions, **how)
-            if self.training and self.layerdrop > 0:
-                hidden_states = layerdrop(self.layerdrop, before, hidden_states)
+            hidden_states = runner(self, layer, cache)(hidden_states, position_ids=positions, **how)
         if self.final_layer_norm is not None:
             hidden_states = self.final_layer_norm(hidden_states)
         if self.project_out is not None:
@@ -188,12 +181,12 @@ class OPTDecoder(nn.Module):
         all_hidden_states = [restore(x, view) for x in [*all_hidden_states, hidden_states]]
 
         if cache is not None:
-            cache.advance(T, segments)
+            cache.segments = segments
         return BaseModelOutput(
             last_hidden_state=all_hidden_states[-1],
             past_key_values=cache,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=tuple(all_hidden_states) if want.hidden_states else None,
+            attentions=tuple(attentions) if want.attentions else None,
         )
 
 
@@ -225,6 +218,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
         init_weights(self.lm_head, config)
         self.tie_weights()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -232,7 +226,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -240,12 +234,13 @@ class OPTForCausalLM(OPTPreTrainedModel):
         """Run the decoder and the head; arguments as in `OPTDecoder.forward`, and:
 
         labels: [B, T] token ids, -100 where there is nothing to learn. They are shifted here: each token's logits are
-            scored against the next token's label. The loss is the mean cross-entropy, in float32. As in transformers,
-            padding may be scored against a token behind it: give -100 for the first token of a left-padded row.
+            scored against the next token's label. The loss is the mean cross-entropy, in float32, or the sum over
+            num_items_in_batch. Give -100 for a left-padded row's first token, or padding is scored against it.
         logits_to_keep: the logits of the last so many tokens only, or of the columns in a tensor; 0 for all.
         """
-        keep = columns(logits_to_keep, labels)
-        out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs)
-        logits = linear(self.lm_head, out.last_hidden_state[:, keep])  # [B, T, V]
-        loss = None if labels is None else cross_entropy(logits, labels)
+        out = self.model.decoder(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs
+        )
+        logits = linear(self.lm_head, out.last_hidden_state[:, columns(logits_to_keep, labels)])  # [B, T, V]
+        loss = None if labels is None else cross_entropy(logits, labels, **loss_options(kwargs))
         return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)

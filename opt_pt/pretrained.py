@@ -48,8 +48,8 @@ class OPTPreTrainedModel(nn.Module):
         self.config._attn_implementation = name
 
     def gradient_checkpointing_enable(self) -> None:
-        """In training, keep only each layer's input for the backward pass, which recomputes the rest. Calls with a cache
-        are not affected."""
+        """In training, keep only each layer's input for the backward pass, which recomputes the rest. Calls with a
+        cache are not affected."""
         self._decoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:

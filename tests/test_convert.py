@@ -33,6 +33,7 @@ from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.shards import name_shards, parse_size
 from opt_common.checkpoints.tensors import Entry, Source, contiguous
 from opt_common.config import SIZES, OPTConfig
+from opt_common.hub import TOKENIZER_FILES
 from opt_common.weights import table
 
 GOLDENS = Path(__file__).parent / "goldens" / "safetensors"
@@ -381,6 +382,22 @@ def test_a_hub_name_brings_its_tokenizer(layout, shards, tmp_path, monkeypatch):
     assert {path.relative_to(repository).parts[0] for path in weights} <= set(os.listdir(hub.cache))
     assert "README.md" not in os.listdir(hub.cache)
     assert list(diff(tmp_path / "new", repository, (None, layout))) == []
+
+
+def test_every_file_of_the_tokenizer_comes_along(tmp_path, monkeypatch):
+    """From a folder and from the Hub: whatever the tokenizer reads, `added_tokens.json` of old fine-tunings too."""
+    import huggingface_hub
+
+    given = random_checkpoint(tmp_path / "given", tiny_config(layers=1))
+    files = {"generation_config.json", "added_tokens.json", *TOKENIZER_FILES}
+    for name in files:
+        (given / name).write_text("{}")
+    convert(given, tmp_path / "from a folder")
+    hub = FakeHub(given, tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    convert("facebook/opt-tiny", tmp_path / "from the hub")
+    for folder in (tmp_path / "from a folder", tmp_path / "from the hub"):
+        assert files <= set(os.listdir(folder))
 
 
 def test_of_a_hub_repository_only_the_preferred_layout_is_fetched(tmp_path, monkeypatch):

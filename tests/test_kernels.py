@@ -15,7 +15,7 @@ import opt_pt.generate
 from conftest import CONFIGS, SMALL, make_reference
 from opt_common.config import OPTConfig
 from opt_pt import OPTForCausalLM
-from opt_pt.decode import Step
+from opt_pt.fast.gpu import Step
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the compiled kernels")
@@ -70,7 +70,7 @@ def excess(
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """The interpreter runs one after the other."""
-    monkeypatch.setattr("opt_pt.decode.tiles_one", lambda M, K: (64, 32, 4))
+    monkeypatch.setattr("opt_pt.fast.gpu.tiles_one", lambda M, K: (64, 32, 4))
 
 
 @pytest.mark.parametrize("B", [1, 3])
@@ -93,14 +93,14 @@ def test_a_disturbed_weight_shows(name, B):
 @pytest.mark.parametrize("early, splits", [(0, 3), (1, 1), (2, 1), (2, 2)])
 def test_one_product_is_shared_out(early, splits, monkeypatch):
     """Among several programs for the same outputs, of which the last to arrive sums up; 176 / 3 is no whole tile."""
-    monkeypatch.setattr("opt_pt.decode.tiles_many", lambda *arguments: (16, 64, 16, 4, 2, early, splits))
+    monkeypatch.setattr("opt_pt.fast.gpu.tiles_many", lambda *arguments: (16, 64, 16, 4, 2, early, splits))
     ours, reference = models(**ODD | {"ffn_dim": 176})
     assert excess(ours, reference, 3, 9) < 1.5
 
 
 def test_a_long_cache_is_shared_out(monkeypatch):
     """Among several programs a head, of which the last to arrive sums up."""
-    monkeypatch.setattr("opt_pt.decode.tiles_attend", lambda B, N, slots: (16, 4, 4))
+    monkeypatch.setattr("opt_pt.fast.gpu.tiles_attend", lambda B, N, slots: (16, 4, 4))
     ours, reference = models(max_position_embeddings=256)
     assert excess(ours, reference, 2, 150) < 1.5
 
@@ -120,7 +120,7 @@ def test_generate(monkeypatch):
     ]
     plain = [ours.generate(ids, mask, max_new_tokens=9, **call) for call in calls]
     used = []
-    monkeypatch.setattr(opt_pt.generate, "can_step", lambda model, device: True)
+    monkeypatch.setattr("opt_pt.fast.gpu.can_step", lambda model, token: True)
     monkeypatch.setattr(opt_pt.generate, "_captured", lambda turn, rng: used.append(turn) or turn)
     monkeypatch.setattr(Step, "compile", lambda *arguments: None)
     for call, wanted in zip(calls, plain, strict=True):

@@ -31,7 +31,8 @@ STYLE = "#009e73", "o"
 def calls(job: Job, packed: bool = False) -> Calls:
     import torch
 
-    from opt_pt import OPTForCausalLM, decode_cpu
+    from opt_pt import OPTForCausalLM
+    from opt_pt.fast import cpu
 
     device = "cuda" if job.device == "gpu" else "cpu"
     how = {"dtype": job.dtype, "device": device, "attn_implementation": job.attention}
@@ -57,7 +58,7 @@ def calls(job: Job, packed: bool = False) -> Calls:
         def run() -> float:
             cache.length = past
             # what `generate` runs for each token
-            step = decode_cpu.Step(model, cache, torch.ones(B, past), torch.full((B,), past), tokens[0])
+            step = cpu.Step(model, cache, torch.ones(B, past), torch.full((B,), past), tokens[0])
             start = time.perf_counter()
             for _ in range(job.new):
                 tokens[0].copy_(step().argmax(dim=-1))

@@ -6,13 +6,14 @@ import copy
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from .files import read_json, write_atomically
-from .hub import fetch
+from .hub import FETCH_OPTIONS, fetch
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -47,20 +48,41 @@ _REFUSED = {
 }
 
 
-@dataclass(unsafe_hash=True)  # hashed by value: Flax keeps it as the static part of a model
+# What transformers' config has besides OPT's own fields, by default.
+_COMMON = {
+    "architectures": None,
+    "is_encoder_decoder": False,
+    "chunk_size_feed_forward": 0,
+    "transformers_version": None,
+}
+# Fields that are not OPT's shape: saved only where they are not the default.
+_SETTINGS = ("problem_type", "output_attentions", "output_hidden_states", "return_dict")
+
+
+def _name(dtype: Any) -> Any:
+    """The name of a PyTorch dtype, whether it comes as one or as text; anything else as it is."""
+    return str(dtype).removeprefix("torch.") if str(dtype).startswith("torch.") else dtype
+
+
+@dataclass(init=False, unsafe_hash=True)  # hashed by value: Flax keeps it as the static part of a model
 class OPTConfig:
-    """What an OPT is made of. Fields can be set and are validated when set; models read them when they run.
+    """What an OPT is made of, and how its calls answer by default. Takes the keys of a `config.json` as keywords.
 
-    The defaults are opt-125m's. `word_embed_proj_dim` defaults to `hidden_size`; `dtype` is the checkpoint's
-    ("float16", "bfloat16", "float32", "float64") or None if it does not say. `unknown` holds the keys of a
-    `config.json` that OPT has no use for (`prefix`, `activation_dropout` ...), so that saving gives them back.
-    `num_labels` and `problem_type` are of OPTForSequenceClassification alone: see its `labels`. In a file `id2label`
-    tells their number, as transformers has it.
+    Attributes can be set, and are validated when set; models read them when they run. The defaults are opt-125m's.
+    `word_embed_proj_dim` defaults to `hidden_size`; `dtype` is the name of the checkpoint's ("float16", "bfloat16",
+    "float32", "float64") or None if it does not say. `use_cache`, `output_attentions`, `output_hidden_states` and
+    `return_dict` are the defaults of a call's arguments of those names. `num_labels`, `id2label`, `label2id` and
+    `problem_type` are OPTForSequenceClassification's: see its `labels`; as in transformers, a file gives num_labels as
+    the length of `id2label`. `unknown` holds keys that OPT has no use for (`prefix`, one of your own ...): they read as
+    attributes, and saving writes them back.
 
-    Raises ValueError, naming the field, for a value that cannot be an OPT.
+    Raises ValueError, naming the field, for a value that cannot be an OPT or a feature that is not implemented.
     """
 
     model_type: ClassVar[str] = "opt"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {}
+
     vocab_size: int = 50272
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -84,26 +106,65 @@ class OPTConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
     num_labels: int = 2
     problem_type: str | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
     dtype: str | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict, hash=False)
     _attn_implementation: str = "sdpa"  # of the model that runs, not of the checkpoint: in no file
 
-    def __post_init__(self) -> None:
+    def __init__(self, **values: Any) -> None:
+        model_type = values.pop("model_type", "opt")
+        if model_type != "opt":
+            raise ValueError(f"model_type: found {reprlib.repr(model_type)}, wanted 'opt'")
+        names = {f.name for f in fields(self)}
+        unknown = dict(values.pop("unknown", None) or {})
+        unknown |= {key: values.pop(key) for key in list(values) if key not in names and key != "torch_dtype"}
+        for key, harmless in _REFUSED.items():
+            if key in unknown and unknown[key] not in harmless:
+                found = f"{key}: found {reprlib.repr(unknown[key])}"
+                raise ValueError(f"{found}; OPT Zoo cannot do this and will not ignore it")
+        # transformers before 4.56 writes torch_dtype, later releases dtype
+        torch_dtype = values.pop("torch_dtype", None)
+        dtype = values.pop("dtype", None) or torch_dtype
+        values["dtype"] = _name(dtype)
+        labels = unknown.get("id2label")
+        if labels is not None:
+            if not isinstance(labels, Mapping) or not labels:
+                raise ValueError(f"id2label: found {reprlib.repr(labels)}, wanted an object of names by number")
+            values["num_labels"] = len(labels)
+        for f in fields(self):
+            self.__dict__[f.name] = values.get(f.name, getattr(type(self), f.name, None))
         if self.word_embed_proj_dim is None:
-            self.word_embed_proj_dim = self.hidden_size
-        self.unknown = copy.deepcopy(dict(self.unknown))
+            self.__dict__["word_embed_proj_dim"] = self.hidden_size
+        if isinstance(self.eos_token_id, list):
+            self.__dict__["eos_token_id"] = tuple(self.eos_token_id)
+        self.__dict__["unknown"] = copy.deepcopy(unknown)
         self._validate()
-        self.__dict__["_complete"] = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        before = self.__dict__.get(name)
-        self.__dict__[name] = tuple(value) if name == "eos_token_id" and isinstance(value, list) else value
-        if "_complete" in self.__dict__:  # __init__ sets the fields one by one, and they are checked together
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+        elif name not in self.__dict__:
+            self.unknown[name] = value  # type: ignore[index]
+        else:
+            before = self.__dict__[name]
+            self.__dict__[name] = tuple(value) if name == "eos_token_id" and isinstance(value, list) else value
             try:
                 self._validate()
             except ValueError:
                 self.__dict__[name] = before
                 raise
+
+    def __getattr__(self, name: str) -> Any:
+        unknown = self.__dict__.get("unknown", {})
+        if name in unknown or name in _COMMON:
+            return unknown.get(name, _COMMON.get(name))
+        raise AttributeError(f"OPTConfig has no attribute {name!r}")
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of its values, so that `"use_cache" in config` asks for one."""
+        return iter({**_COMMON, **self.to_dict(), "id2label": None, "label2id": None})
 
     def _validate(self) -> None:
         def check(ok: bool, name: str, wanted: str) -> None:
@@ -168,6 +229,56 @@ class OPTConfig:
         named = {i: given.get(str(i), given.get(i)) for i in range(self.num_labels)}
         return {i: f"LABEL_{i}" if name is None else str(name) for i, name in named.items()}
 
+    @id2label.setter
+    def id2label(self, names: Mapping[int, str]) -> None:
+        self.num_labels = len(names)
+        self.unknown["id2label"] = {int(i): name for i, name in names.items()}  # type: ignore[index]
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The number of each label by its name."""
+        given = self.unknown.get("label2id")
+        if given and len(given) == self.num_labels:
+            return {str(name): int(i) for name, i in given.items()}
+        return {name: i for i, name in self.id2label.items()}
+
+    @label2id.setter
+    def label2id(self, numbers: Mapping[str, int]) -> None:
+        self.unknown["label2id"] = dict(numbers)  # type: ignore[index]
+
+    @property
+    def name_or_path(self) -> str:
+        """What it was loaded from; empty if made by hand."""
+        return self.__dict__.get("_loaded_from", self.unknown.get("_name_or_path", ""))
+
+    @name_or_path.setter
+    def name_or_path(self, name: str) -> None:
+        self.__dict__["_loaded_from"] = str(name)
+
+    @property
+    def torch_dtype(self) -> Any:
+        """`dtype`, as PyTorch's own where PyTorch is loaded."""
+        torch = sys.modules.get("torch")
+        return self.dtype if self.dtype is None or torch is None else getattr(torch, self.dtype)
+
+    @torch_dtype.setter
+    def torch_dtype(self, dtype: Any) -> None:
+        self.dtype = _name(dtype)
+
+    @property
+    def use_return_dict(self) -> bool:
+        """transformers' other name of `return_dict`."""
+        return self.return_dict
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> OPTConfig:
+        """Itself: OPT is text alone. For code that also handles models of several kinds."""
+        return self
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Set attributes by name."""
+        for name, value in values.items():
+            setattr(self, name, value)
+
     @classmethod
     def from_size(cls, size: str, **changes: Any) -> OPTConfig:
         """The config of a published size, "125m" to "175b", with any field changed by keyword."""
@@ -176,68 +287,79 @@ class OPTConfig:
         return cls(**(SIZES[size] | changes))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> OPTConfig:
-        """From the contents of a `config.json`. Errors begin with `source`, the name of where it came from.
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config", **changes: Any) -> OPTConfig:
+        """From the contents of a `config.json`, with `changes` by key. Errors begin with `source`, the name of where it
+        came from.
 
         Raises ValueError for another model's config, a bad field, or a feature that is not implemented.
         """
-        values = dict(values)
-        model_type = values.pop("model_type", "opt")
-        if model_type != "opt":
-            raise ValueError(f"{source}: model_type: found {reprlib.repr(model_type)}, wanted 'opt'")
-        for key, harmless in _REFUSED.items():
-            if key in values and values[key] not in harmless:
-                found = f"{source}: {key}: found {reprlib.repr(values[key])}"
-                raise ValueError(f"{found}; OPT Zoo cannot do this and will not ignore it")
-        labels = values.get("id2label")
-        if labels is not None:
-            if not isinstance(labels, Mapping) or not labels:
-                raise ValueError(
-                    f"{source}: id2label: found {reprlib.repr(labels)}, wanted an object of names by number"
-                )
-            values["num_labels"] = len(labels)
-        # transformers before 4.56 writes torch_dtype, later releases dtype
-        torch_dtype = values.pop("torch_dtype", None)
-        dtype = values.pop("dtype", None) or torch_dtype
-        known = {f.name for f in fields(cls)} - {"unknown", "dtype", "_attn_implementation"}
-        unknown = {key: value for key, value in values.items() if key not in known}
-        if isinstance(dtype, str):
-            dtype = dtype.removeprefix("torch.")
+        stored = {key: value for key, value in values.items() if key != "_attn_implementation"}  # of one that ran once
         try:
-            return cls(**{k: v for k, v in values.items() if k in known}, dtype=dtype, unknown=unknown)
+            config = cls(**stored)
+            return config.changed(**changes) if changes else config
         except RecursionError as error:
             raise ValueError(f"{source}: nested too deeply") from error
         except (ValueError, TypeError) as error:
             raise ValueError(f"{source}: {error}") from error
 
     @classmethod
-    def from_pretrained(cls, path_or_name: str | Path, **hub: Any) -> OPTConfig:
-        """From a folder with a `config.json`, "opt-demo", or a Hub name. `hub`: see `opt_common.hub.fetch`."""
+    def from_json_file(cls, path: str | Path) -> OPTConfig:
+        """From a `config.json` by its path."""
+        return cls.from_dict(read_json(Path(path)), source=str(path))
+
+    @classmethod
+    def from_pretrained(cls, path_or_name: str | Path, **options: Any) -> OPTConfig:
+        """From a folder with a `config.json`, "opt-demo", or a Hub name.
+
+        options: what `opt_common.hub.fetch` takes (revision, cache_dir, token, local_files_only), and keys of the config
+        to change: `num_labels=3`, `dropout=0.0`.
+        """
+        hub = {key: options.pop(key) for key in list(options) if key in FETCH_OPTIONS}
         path = fetch(path_or_name, ["config.json"], **hub) / "config.json"
-        return cls.from_dict(read_json(path), source=str(path))
+        config = cls.from_dict(read_json(path), source=str(path), **options)
+        config.name_or_path = str(path_or_name)
+        return config
 
     def changed(self, **changes: Any) -> OPTConfig:
         """A copy with keys of a `config.json` changed: `num_labels`, `id2label`, `dropout` ..."""
-        values = self.to_dict()
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | {"unknown": dict(self.unknown)}
         if "num_labels" in changes or "id2label" in changes:
-            values = {key: value for key, value in values.items() if key not in ("id2label", "label2id")}
-        return OPTConfig.from_dict(values | changes)
+            for key in ("id2label", "label2id"):
+                values["unknown"].pop(key, None)
+        if "dtype" in changes or "torch_dtype" in changes:
+            values.pop("dtype")
+        unknown = values.pop("unknown") | {key: value for key, value in changes.items() if key not in values}
+        known = {key: value for key, value in changes.items() if key in values}
+        config = OPTConfig(**(values | known), **unknown)
+        config.name_or_path = self.name_or_path
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a `config.json` that transformers reads, unknown keys included."""
         values: dict[str, Any] = {"architectures": ["OPTForCausalLM"], "model_type": "opt"} | dict(self.unknown)
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in ("unknown", "dtype", "num_labels", "problem_type", "_attn_implementation"):
+            kept = f.name not in ("unknown", "dtype", "num_labels", "_attn_implementation")
+            if kept and (f.name not in _SETTINGS or value != f.default):
                 values[f.name] = list(value) if isinstance(value, tuple) else value
-        if self.problem_type is not None:
-            values["problem_type"] = self.problem_type
         if self.num_labels != len(self.unknown.get("id2label") or (0, 1)):
             values["id2label"] = {str(i): name for i, name in self.id2label.items()}
             values["label2id"] = {name: i for i, name in self.id2label.items()}
         if self.dtype is not None:
             values["torch_dtype"] = self.dtype  # every release of transformers reads this spelling
         return dict(sorted(values.items()))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict`: it holds no defaults that transformers adds."""
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """transformers' name of `to_json`."""
+        return self.to_json()
+
+    def to_json_file(self, path: str | Path, use_diff: bool = True) -> None:
+        """Write `to_json` to a file, whole or not at all."""
+        write_atomically(Path(path), self.to_json())
 
     def to_json(self) -> str:
         """`to_dict` as the text of a `config.json`."""

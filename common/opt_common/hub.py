@@ -7,15 +7,18 @@ from pathlib import Path
 
 DEMO = "opt-demo"
 
-# What a checkpoint folder holds beside config and weights, and takes along when it is converted.
-COMPANIONS = (
-    "generation_config.json",
+TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
-    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "tokenizer.json",
+    "added_tokens.json",  # written by transformers before 4.34 for tokens that a fine-tuning added
 )
+# The files beside config and weights that a conversion copies.
+COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
+# The keyword arguments of `fetch`.
+FETCH_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 
 
 def fetch(

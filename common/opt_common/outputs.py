@@ -1,20 +1,63 @@
-"""What the models return: named tuples, so that torch, TensorFlow and JAX all carry them through their transformations,
-that can also be read by key and, as transformers' outputs, by index among the fields that are there."""
+"""What the models return: dictionaries in order, without the fields that are not there, that are also read by attribute
+and, as transformers' outputs, by number among the fields that are there."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import OrderedDict
+from typing import Any, ClassVar
 
 
-def _get(output: Any, key: Any) -> Any:
-    if isinstance(key, str):
-        if key not in output._fields:
-            raise KeyError(key)
-        return getattr(output, key)
-    return tuple(value for value in output if value is not None)[key]
+class ModelOutput(OrderedDict[str, Any]):
+    """The base of all outputs. A field that is not there reads as None by attribute, and is no key.
+
+    Each framework registers the subclasses with its own functions over nested structures.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        cls.fields = tuple(cls.__annotations__)
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        super().__init__()
+        if len(values) == 1 and not named and _are_items(values[0]):  # as dictionaries are copied
+            named, values = dict(values[0]), ()
+        named |= dict(zip(self.fields, values, strict=False))
+        if unknown := named.keys() - {*self.fields}:
+            raise TypeError(f"{type(self).__name__}: found {', '.join(sorted(unknown))}, wanted {', '.join(self.fields)}")
+        for name in self.fields:
+            if named.get(name) is not None:
+                self[name] = named[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).fields:
+            return self.get(name)
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}, it has {', '.join(self.fields)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in type(self).fields:
+            super().__setattr__(name, value)
+        elif value is None:
+            self.pop(name, None)
+        else:
+            self[name] = value
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are there, in order."""
+        return tuple(self.values())
 
 
-class BaseModelOutput(NamedTuple):
+def _are_items(value: Any) -> bool:
+    return isinstance(value, dict) or (
+        isinstance(value, (list, tuple))
+        and all(isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], str) for item in value)
+    )
+
+
+class BaseModelOutput(ModelOutput):
     """Result of an OPTModel. Letters: B batch, T tokens, E embedding width, H hidden, N heads, S slots.
 
     last_hidden_state: [B, T, E], after the final norm and `project_out`.
@@ -23,53 +66,44 @@ class BaseModelOutput(NamedTuple):
     attentions: if asked for, the attention weights of each layer, [B, N, T, S].
     """
 
-    last_hidden_state: Any = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-
-    def __getitem__(self, key: Any) -> Any:
-        return _get(self, key)
+    last_hidden_state: Any
+    past_key_values: Any
+    hidden_states: Any
+    attentions: Any
 
 
-class CausalLMOutput(NamedTuple):
+class CausalLMOutput(ModelOutput):
     """Result of an OPTForCausalLM: `loss` (a float32 scalar, if labels were given) and `logits` [B, T, V], then as
     BaseModelOutput."""
 
-    loss: Any = None
-    logits: Any = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-
-    def __getitem__(self, key: Any) -> Any:
-        return _get(self, key)
+    loss: Any
+    logits: Any
+    past_key_values: Any
+    hidden_states: Any
+    attentions: Any
 
 
-class SequenceClassifierOutput(NamedTuple):
+class SequenceClassifierOutput(ModelOutput):
     """Result of an OPTForSequenceClassification: `loss` (a float32 scalar, if labels were given) and `logits`
     [B, labels] of the last token of each row, then as BaseModelOutput."""
 
-    loss: Any = None
-    logits: Any = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-
-    def __getitem__(self, key: Any) -> Any:
-        return _get(self, key)
+    loss: Any
+    logits: Any
+    past_key_values: Any
+    hidden_states: Any
+    attentions: Any
 
 
-class QuestionAnsweringOutput(NamedTuple):
+class QuestionAnsweringOutput(ModelOutput):
     """Result of an OPTForQuestionAnswering: `loss` (a float32 scalar, if positions were given), `start_logits` and
     `end_logits` [B, T], then as BaseModelOutput."""
 
-    loss: Any = None
-    start_logits: Any = None
-    end_logits: Any = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
+    loss: Any
+    start_logits: Any
+    end_logits: Any
+    past_key_values: Any
+    hidden_states: Any
+    attentions: Any
 
-    def __getitem__(self, key: Any) -> Any:
-        return _get(self, key)
+
+OUTPUTS = (BaseModelOutput, CausalLMOutput, SequenceClassifierOutput, QuestionAnsweringOutput)

@@ -18,10 +18,8 @@ from tokenizers.models import BPE
 
 from .files import read_json, write_atomically
 from .frameworks import Framework, registered
+from .hub import TOKENIZER_FILES as _FILES
 from .hub import fetch
-
-_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
-_FILES += ("added_tokens.json",)  # written by transformers before 4.34 for tokens that a fine-tuning added
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 # In the order in which transformers gives them ids if the vocabulary lacks them.

@@ -18,7 +18,7 @@ from ..cache import KVCache
 from .plain import standard, unwatched
 from .products import onednn, packed
 
-Pair = tuple[Tensor | None, Tensor | None]  # of a norm
+Pair = tuple[Any, Any]  # of a norm: Tensors, or None
 Weights = tuple[Tensor, Tensor | None]
 
 
@@ -64,7 +64,7 @@ class Step:
         layers: list[Any] = list(decoder.layers)
         for i, layer in enumerate(layers):
             a = layer.self_attn
-            joined = packed(a)
+            joined = packed(a, a.q_proj.weight)
             parts = [_weights(f) for f in (a.q_proj, a.k_proj, a.v_proj)]
             self.layers.append(
                 Layer(
@@ -124,7 +124,7 @@ def _linear(x: Tensor, weights: Weights, after: str = "none", residual: Tensor |
 
 
 def _weights(f: nn.Linear) -> Weights:
-    copy = packed(f)
+    copy = packed(f, f.weight)
     return (f.weight.contiguous() if copy is None else copy.weight), f.bias
 
 

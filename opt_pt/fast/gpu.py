@@ -242,8 +242,8 @@ class Step:
         residual_norm: nn.LayerNorm | None = None,
         layer: int | None = None,
     ) -> None:
-        """out = act(norm(x) wᵀ + b) + residual_norm(residual). With `layer`, weights are those of q, k and v, and k and v
-        go to that layer's cache."""
+        """out = act(norm(x) wᵀ + b) + residual_norm(residual). With `layer` the weights are those of q, k and v, of
+        which k and v go to that layer's cache."""
         qkv, parts = layer is not None, len(weights)
         (M, K), bias = weights[0][0].shape, weights[0][1] is not None
         # three of each; what is not there is anything that is a pointer: it is not read

@@ -75,7 +75,8 @@ def _part(w, w_k, w_v, b, b_k, b_v, BLOCK_M: tl.constexpr, M, QKV: tl.constexpr)
 
 @triton.jit(do_not_specialize=["slots"])
 def linear_one(
-    x, w, w_k, w_v, b, b_k, b_v, out, k_cache, v_cache, slot, gain, shift, residual, residual_gain, residual_shift, slots,
+    x, w, w_k, w_v, b, b_k, b_v, out, k_cache, v_cache, slot,
+    gain, shift, residual, residual_gain, residual_shift, slots,
     K: tl.constexpr, M, H, D: tl.constexpr,
     NORM: tl.constexpr, AFFINE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr, QKV: tl.constexpr,
@@ -83,8 +84,8 @@ def linear_one(
 ):  # fmt: skip
     """One row: out[M] = act(norm(x[K]) · w[M, K]ᵀ + b) + residual[M].
 
-    RESIDUAL: 0 none, 1 as it is, 2 its norm. QKV: three products of M = H rows, by w, w_k and w_v: q, which goes to out,
-    and k and v, which go to their caches [N, S, D] at `slot`.
+    RESIDUAL: 0 none, 1 as it is, 2 its norm. QKV: three products of M = H rows, by w, w_k and w_v: q goes to out, k and
+    v to their caches [N, S, D] at `slot`.
     """
     if PDL:
         gdc_launch_dependents()
@@ -130,9 +131,12 @@ def linear_one(
     y = y.to(out.dtype.element_ty)
     if QKV:
         place = _place(rows.to(tl.int64), 0, tl.load(slot), slots, H, D)
-        tl.store(out + rows, y, mask=inside & (part == 0))
-        tl.store(k_cache + place, y, mask=inside & (part == 1))
-        tl.store(v_cache + place, y, mask=inside & (part == 2))
+        if part == 0:
+            tl.store(out + rows, y, mask=inside)
+        elif part == 1:
+            tl.store(k_cache + place, y, mask=inside)
+        else:
+            tl.store(v_cache + place, y, mask=inside)
     else:
         tl.store(out + rows, y, mask=inside)
 
@@ -153,9 +157,12 @@ def _finish_many(
     y = acc.to(out.dtype.element_ty)
     if QKV:
         place = _place(rows[:, None], batch.to(tl.int64)[None, :], tl.load(slot), slots, H, D)
-        tl.store(out + at, y, mask=inside & (part == 0))
-        tl.store(k_cache + place, y, mask=inside & (part == 1))
-        tl.store(v_cache + place, y, mask=inside & (part == 2))
+        if part == 0:
+            tl.store(out + at, y, mask=inside)
+        elif part == 1:
+            tl.store(k_cache + place, y, mask=inside)
+        else:
+            tl.store(v_cache + place, y, mask=inside)
     else:
         tl.store(out + at, y, mask=inside)
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import View, attend
+from ..attention import View, attend, split_heads
+from ..cache import remember
 from .plain import plain_layer, unwatched
 from .products import packed, plain_linear, product
 
@@ -31,18 +32,17 @@ def layer_forward(
     ):
         return layer(x, attention_mask=view, past_key_values=past_key_values, **kwargs)
 
-    B, T, _ = x.shape
     pre_norm = layer.do_layer_norm_before
     y = _norm(layer.self_attn_layer_norm, x) if pre_norm else x
-    joined = packed(a)
+    joined = packed(a, y)
     if joined is not None:  # one product of `pack`'s copy, in place of three
         widths = [f.weight.shape[0] for f in (a.q_proj, a.k_proj, a.v_proj)]
         parts = product(y, joined.weight, joined.bias).split(widths, dim=-1)
     else:
         parts = (plain_linear(f, y) for f in (a.q_proj, a.k_proj, a.v_proj))
-    q, k, v = (z.view(B, T, -1, a.head_dim).transpose(1, 2) for z in parts)
+    q, k, v = (split_heads(z, a.head_dim) for z in parts)
     if past_key_values is not None:
-        k, v = past_key_values.update(k, v, a.layer_idx, view)
+        k, v = remember(past_key_values, k, v, a.layer_idx, view)
     x = x + plain_linear(a.out_proj, attend(a, q, k, v, view)[0].flatten(2))
     x = x if pre_norm else _norm(layer.self_attn_layer_norm, x)
 

@@ -53,7 +53,7 @@ def unwatched(x: Tensor) -> bool:
         or torch.is_autocast_enabled(x.device.type)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )

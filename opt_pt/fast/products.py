@@ -52,10 +52,12 @@ def _version(tensor: Tensor) -> int:
         return 0
 
 
-def packed(module: nn.Module) -> Packed | None:
-    """The packed copy of a module's weights, if there is one and it is current."""
+def packed(module: nn.Module, x: Tensor) -> Packed | None:
+    """The packed copy of a module's weights, if there is one, it is current, and oneDNN takes it for x."""
     copy = module.__dict__.get("packed")
-    return copy if copy is not None and copy.current() else None
+    if copy is None or x.device.type != "cpu" or x.dtype != copy.weight.dtype or not onednn(x.dtype):
+        return None
+    return copy if copy.current() else None
 
 
 def linear(f: nn.Module, x: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def linear(f: nn.Module, x: Tensor) -> Tensor:
 
 def plain_linear(f: nn.Linear, x: Tensor, relu: bool = False) -> Tensor:
     """f(x), and relu of that if asked for, of a Linear that is known to be plain."""
-    copy = packed(f) if x.device.type == "cpu" else None
+    copy = packed(f, x)
     return product(x, f.weight if copy is None else copy.weight, f.bias, relu)
 
 
@@ -93,8 +95,8 @@ def onednn(dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def pack(model: Any) -> None:
-    """Also keep the weights of the Linears, the head's included, reordered for oneDNN: for inference on a CPU in float32
-    or bfloat16, at twice the memory. Changed weights are used unpacked until you call `pack` again.
+    """Also keep the weights of the Linears, the head's included, reordered for oneDNN: for inference on a CPU in
+    float32 or bfloat16, at twice the memory. Changed weights are used unpacked until you call `pack` again.
 
     Raises ValueError where oneDNN does not compute.
     """

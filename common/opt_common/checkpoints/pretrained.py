@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..config import DTYPES, OPTConfig
+from ..hub import FETCH_OPTIONS
 from ..progress import byte_bar
 from ..weights import Spec, head, is_head, table
 from .open import open_checkpoint
@@ -20,8 +21,8 @@ from .shards import MAX_SHARD_SIZE
 from .tensors import Source, contiguous
 
 # keys of a config that `from_pretrained` takes in place of the checkpoint's
-CHANGEABLE = {field.name for field in dataclasses.fields(OPTConfig)} - {"unknown", "dtype", "_attn_implementation"} | {"id2label", "label2id"}
-OF_THE_HUB = {"revision", "cache_dir", "token", "local_files_only"}
+_FIELDS = {field.name for field in dataclasses.fields(OPTConfig)}
+CHANGEABLE = _FIELDS - {"unknown", "dtype", "_attn_implementation"} | {"id2label", "label2id"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def open_pretrained(
     """
     if dtype not in (*DTYPES, "auto"):
         raise ValueError(f"dtype: found {dtype!r}, wanted 'auto' or one of {', '.join(DTYPES)}")
-    unknown = sorted(options.keys() - CHANGEABLE - OF_THE_HUB)
+    unknown = sorted(options.keys() - CHANGEABLE - {*FETCH_OPTIONS})
     if unknown:
         raise TypeError(f"from_pretrained: found argument {unknown[0]!r}, wanted one of the config's or the Hub's")
     changes = {key: options.pop(key) for key in [*options] if key in CHANGEABLE}

@@ -1,0 +1,45 @@
+"""Outputs, registered with PyTorch's functions over nested structures: torch.export, FSDP and others take a call's
+result apart and put it together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch.utils import _pytree
+
+from opt_common.outputs import OUTPUTS, ModelOutput
+
+
+def _register(cls: type[ModelOutput]) -> None:
+    def flatten(output: ModelOutput) -> tuple[list[Any], list[str]]:
+        return list(output.values()), list(output)
+
+    def flatten_with_keys(output: ModelOutput) -> tuple[list[Any], list[str]]:
+        return [(_pytree.MappingKey(name), value) for name, value in output.items()], list(output)
+
+    def unflatten(values: Any, names: list[str]) -> ModelOutput:
+        return cls(**dict(zip(names, values, strict=True)))
+
+    _pytree.register_pytree_node(
+        cls, flatten, unflatten, serialized_type_name=f"opt_common.{cls.__name__}",
+        flatten_with_keys_fn=flatten_with_keys,
+    )  # fmt: skip
+
+
+for _cls in OUTPUTS:
+    _register(_cls)
+
+
+def can_return_tuple(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a model's forward the argument return_dict: False returns a tuple; the config's by default."""
+
+    @wraps(forward)
+    def call(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        if return_dict is None:  # the config speaks to users, not to the models around a decoder
+            return_dict = self.config.return_dict if hasattr(type(self), "architecture") else True
+        return out if return_dict else out.to_tuple()
+
+    return call
