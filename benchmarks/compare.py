@@ -216,7 +216,10 @@ def cpu(
     smoke: Annotated[bool, typer.Option(help="opt-demo, a few tokens, once: proves the code alone")] = False,
 ) -> None:
     """All frameworks on the CPU, beside every peer."""
-    planned, rounds = plan(CPU, peers_python), 1 if smoke else rounds
+    systems, rounds = CPU, 1 if smoke else rounds
+    if smoke:  # each system in its first dtype: another one runs the same code
+        systems = list({system.key: system for system in reversed(CPU)}.values())[::-1]
+    planned = plan(systems, peers_python)
     rows = [row for _, _, row in planned]
     report = machine(smoke) | {"model": "opt-demo" if smoke else "opt-125m, random weights", "rounds": rounds}
     with tempfile.TemporaryDirectory() as temporary:

@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from opt_common.hub import TOKENIZER_FILES
 from opt_common.weights import FLAX, KERAS, table
 
 GOLDENS = Path(__file__).parent / "goldens" / "safetensors"
+BACKWARDS = [*WRITABLE][::-1]
 
 # (layout, size or dtype): what a layout has no place for, and what it says then.
 REFUSED = {
@@ -75,10 +77,13 @@ def refused(layout: str, config: OPTConfig, size: str, given: Path, target: Path
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # what a layout loses is its own test
 @pytest.mark.parametrize(("size", "dtype"), [("125m", "float16"), ("350m", "float32"), ("13b", "float16")])
-@pytest.mark.parametrize("first", WRITABLE)
-@pytest.mark.parametrize("second", WRITABLE)
+@pytest.mark.parametrize(("first", "second"), pairwise([*BACKWARDS, BACKWARDS[0]]))
 def test_there_and_back(first, second, size, dtype, tmp_path):
-    """safetensors -> first -> second -> safetensors: the same file, and the same config and tokenizer."""
+    """safetensors -> first -> second -> safetensors: the same file, and the same config and tokenizer.
+
+    Every tensor passes through the Hub's form, so each layout once as the first and once as the second stands for all
+    pairs. The neighbours in the other order are in test_every_size_through_every_layout.
+    """
     config = tiny_config(size, layers=11, dtype=dtype)  # layers.10 comes before layers.2 in a dictionary
     given = source(tmp_path / "given", config, (first, second))
     if refused(first, config, size, given, tmp_path / "a"):

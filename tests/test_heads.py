@@ -174,7 +174,7 @@ def test_positions_outside(framework, headed):
     assert model(input_ids=IDS, **outside).loss == pytest.approx(wanted, rel=1e-6)
     column = {name: values[:, None] for name, values in outside.items()}
     assert model(input_ids=IDS, **column).loss == pytest.approx(wanted, rel=1e-6)
-    with pytest.raises(ValueError, match="start_positions, end_positions: found one of them"):
+    with pytest.raises(ValueError, match="start_positions, end_positions: found only one"):
         model(input_ids=IDS, start_positions=inside["start_positions"])
     with pytest.raises(ValueError, match=r"end_positions: found shape \[3\], wanted \[4\]"):
         model(input_ids=IDS, start_positions=np.zeros(4, int), end_positions=np.zeros(3, int))

@@ -27,7 +27,7 @@ from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.tensors import Source
 from opt_common.config import OPTConfig
 from opt_common.weights import KERAS, table
-from opt_tf import TFOPTForCausalLM, TFOPTModel
+from opt_tf import TFOPTForCausalLM, TFOPTForQuestionAnswering, TFOPTForSequenceClassification, TFOPTModel
 
 KINDS = CONFIGS | {"no-affine": dataclasses.replace(CONFIGS["pre-norm"], layer_norm_elementwise_affine=False)}
 
@@ -126,6 +126,21 @@ def test_writes_a_bare_model(tmp_path):
         array = KERAS.parameter(again, spec).numpy()
         np.testing.assert_array_equal(array.T if spec.kind == "linear" else array, arrays[spec.name])
     same_bits(KERAS_FILE.read(main)[1], {f"model.{name}": array for name, array in arrays.items()})
+
+
+@pytest.mark.parametrize("kind", [TFOPTForSequenceClassification, TFOPTForQuestionAnswering])
+def test_writes_a_head(tmp_path, kind):
+    config = CONFIGS["pre-norm"]
+    arrays = random_tensors(config, "float32", kind.architecture)
+    main = write(keras_file, tmp_path, arrays, config)
+    again = keras.saving.load_model(main)
+    again.save(tmp_path / "theirs.keras")
+    ours, theirs = stored(main)[1], stored(tmp_path / "theirs.keras")[1]
+    assert {key: ours[key] for key in ("module", "class_name")} == {
+        "module": kind.__module__,
+        "class_name": kind.__name__,
+    }
+    assert ours == theirs
 
 
 def test_more_than_32_bits_can_count(tmp_path, monkeypatch):

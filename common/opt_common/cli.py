@@ -28,7 +28,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 console = Console()
 
 Model = Annotated[str, typer.Option(help='a folder, a Hub name, or "opt-demo"')]
-From = Annotated[str | None, typer.Option("--from", help=f"layout to read, if there are several: {', '.join(LAYOUTS)}")]
+From = Annotated[str | None, typer.Option("--from", help=f"which layout to read of several: {', '.join(LAYOUTS)}")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -149,16 +149,16 @@ def convert(
     target: Annotated[Path, typer.Argument(help="the folder to write")],
     to: Annotated[str, typer.Option(help=f"layout to write: {', '.join(WRITABLE)}")] = "safetensors",
     layout: From = None,
-    dtype: Annotated[str | None, typer.Option(help="cast to float16, bfloat16 or float32; default: as it is")] = None,
+    dtype: Annotated[str | None, typer.Option(help="cast to float16, bfloat16 or float32; default: unchanged")] = None,
     max_shard_size: Annotated[str, typer.Option(help="largest weight file, such as 200MB")] = MAX_SHARD_SIZE,
     plan: Annotated[
-        bool, typer.Option("--plan", help="write nothing; say which files, memory and time it takes")
+        bool, typer.Option("--plan", help="write nothing; show the files, memory and time it would take")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint in another layout, dtype or sharding, with its config, generation config and tokenizer.
 
-    Bit for bit unless --dtype is given. Killed at any moment, the target is as it was or complete.
+    Bit for bit unless --dtype is given. Killed at any moment, it leaves the target unchanged or complete.
     """
     from .checkpoints import convert as job
 
@@ -175,7 +175,7 @@ def convert(
 
 
 def _some_files(files: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Names and bytes, or the first of very many, as Orbax has, and the sum of the others. --json has all."""
+    """Names and bytes; of very many, as Orbax writes, the first ones and the sum of the others. --json has all."""
     files = list(files)
     if len(files) <= 100:
         return files
@@ -189,11 +189,11 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
     shown = Table(show_header=False, box=None)
     for name, size in _some_files(plan.files):
         shown.add_row(name, f"{size:,} bytes")
-    shown.add_row("all", f"{plan.bytes:,} bytes" + ("" if plan.exact else ", of tensors: this layout's files say more"))
-    shown.add_row("free", f"{plan.free:,} bytes" + ("" if plan.free > plan.bytes else ", [red]too few[/]"))
+    shown.add_row("all", f"{plan.bytes:,} bytes" + ("" if plan.exact else ", tensor data only"))
+    shown.add_row("free", f"{plan.free:,} bytes" + ("" if plan.free > plan.bytes else ", [red]not enough space[/]"))
     shown.add_row("memory", f"{plan.memory:,} bytes at most, twice the largest tensor")
     if plan.seconds is None or plan.write is None:
-        shown.add_row("time", "not estimated: nothing can be written there")
+        shown.add_row("time", "not estimated: cannot write there")
     else:
         rates = f"{plan.read / 1e6:,.0f} MB/s reading and {plan.write / 1e6:,.0f} MB/s writing"
         shown.add_row("time", f"{plan.seconds:,.0f} s, at {rates}, measured now on a short piece")
@@ -204,11 +204,11 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
 def inspect(
     model: Annotated[str, typer.Argument(help='a folder, a weight file, a Hub name, or "opt-demo"')],
     layout: From = None,
-    sha256: Annotated[bool, typer.Option("--sha256", help="a digest of each tensor, equal in every layout")] = False,
+    sha256: Annotated[bool, typer.Option("--sha256", help="a digest of each tensor, the same in all layouts")] = False,
     check: Annotated[bool, typer.Option("--check", help="look for NaN and infinite weights")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint holds, and what does not fit its config. Reads headers, not weights, unless asked to."""
+    """Show what a checkpoint holds, and what does not fit its config. Reads weights only for --sha256 and --check."""
     from .checkpoints.examine import examine
 
     facts = examine(model, layout, sha256, check)
@@ -242,8 +242,8 @@ def inspect(
 def diff(
     first: Annotated[str, typer.Argument(help='a folder, a weight file, a Hub name, or "opt-demo"')],
     second: Annotated[str, typer.Argument(help="another")],
-    first_layout: Annotated[str | None, typer.Option("--from", help="layout to read of the first")] = None,
-    second_layout: Annotated[str | None, typer.Option("--with", help="layout to read of the second")] = None,
+    first_layout: Annotated[str | None, typer.Option("--from", help="layout of the first")] = None,
+    second_layout: Annotated[str | None, typer.Option("--with", help="layout of the second")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two checkpoints, of any layouts, tensor by tensor. Fails if they differ in any bit."""
@@ -270,7 +270,7 @@ def _print_json(value: Any) -> None:
 
 
 def main() -> None:
-    """Run the command; what is wrong with the input is one line on stderr and exit status 1, not a traceback."""
+    """Run the command. An error in the input is one line on stderr and exit status 1, not a traceback."""
     errors = Console(stderr=True)
 
     def note(message: Warning | str, *_: Any) -> None:

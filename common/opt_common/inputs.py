@@ -1,4 +1,4 @@
-"""The checks of a call's arguments, one for all frameworks: shapes and numbers in, one clear error out."""
+"""Checks of a call's arguments, the same for all frameworks: they see only shapes and numbers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ def check_call(
 ) -> tuple[int, int]:
     """Check the shapes of a model call and return (B, T): rows, and tokens a row.
 
-    `past` counts the tokens in the cache (None while tracing, when it is not a number yet); `slots` and `rows` are the
-    cache's size.
-    Raises ValueError that names the argument, what was found and what was wanted.
+    `past` counts the tokens in the cache (None while tracing, when it has no value yet); `slots` and `rows` are its
+    size. Raises ValueError that names the argument, what was found and what was wanted.
     """
     if (input_ids is None) == (inputs_embeds is None):
         both = "neither" if input_ids is None else "both"
-        raise ValueError(f"input_ids, inputs_embeds: found {both}, wanted exactly one of the two")
+        raise ValueError(f"input_ids, inputs_embeds: found {both}, wanted exactly one of them")
     if input_ids is not None and len(input_ids) != 2:
         raise ValueError(f"input_ids: found shape {list(input_ids)}, wanted [batch, tokens]")
     if inputs_embeds is not None and (len(inputs_embeds) != 3 or inputs_embeds[2] != config.embed_dim):
@@ -41,28 +40,30 @@ def check_call(
             f"{'inputs_embeds' if input_ids is None else 'input_ids'}: found no tokens, wanted at least one"
         )
     if rows is not None and rows != B:
-        raise ValueError(f"past_key_values: found a cache of {rows} rows, wanted {B}, as many as are given")
+        raise ValueError(f"past_key_values: found a cache of {rows} rows, wanted {B}, as many as in the call")
     if past is not None and attention_mask is not None and tuple(attention_mask) != (B, past + T):
         held = f" ({past} in past_key_values and {T} new)" if past else ""
         raise ValueError(f"attention_mask: found shape {list(attention_mask)}, wanted [{B}, {past + T}]{held}")
     if position_ids is not None and (len(position_ids) != 2 or position_ids[0] not in (1, B) or position_ids[1] != T):
         raise ValueError(f"position_ids: found shape {list(position_ids)}, wanted [{B}, {T}] or [1, {T}]")
     if slots is not None and (past or 0) + T > slots:
-        taken = f"{past or 0} of {slots} slots are taken, {T} tokens are new"
-        raise ValueError(f"past_key_values: {taken}; init_cache makes a larger one")
+        raise ValueError(
+            f"past_key_values: found a cache of {slots} slots, {past or 0} of them used, wanted room for {T} new "
+            "tokens; init_cache makes a larger one"
+        )
     return B, T
 
 
 def check_tokens(config: OPTConfig, smallest: int, largest: int) -> None:
-    """Raise ValueError if a token id has no row in the embedding; frameworks answer that with garbage, or a crash."""
+    """Raise ValueError if a token id has no row in the embedding: frameworks would return garbage or crash."""
     if smallest < 0 or largest >= config.vocab_size:
         bad = smallest if smallest < 0 else largest
         raise ValueError(f"input_ids: found token {bad}, wanted 0 to {config.vocab_size - 1} (vocab_size - 1)")
 
 
 def check_labels(config: OPTConfig, rows: int | None, labels: Shape, whole: bool) -> str:
-    """Check the labels of a sequence classification and return its problem type, which transformers' rule gives where
-    the config does not: one label is regression, several are single-label if `whole` numbers are given, else
+    """Check the labels of a sequence classification and return its problem type. Where the config has none, it follows
+    transformers' rule: one label is regression; several are single-label if the labels are `whole` numbers, else
     multi-label. `rows` is None while tracing. Raises ValueError."""
     n = config.num_labels
     several = "single_label_classification" if whole else "multi_label_classification"
@@ -78,10 +79,10 @@ def check_labels(config: OPTConfig, rows: int | None, labels: Shape, whole: bool
 
 
 def check_spans(rows: int | None, start_positions: Shape | None, end_positions: Shape | None) -> bool:
-    """Whether there is something to learn for a question answering. Raises ValueError for one of two, or a wrong
-    shape. `rows` is None while tracing."""
+    """Whether a question answering has labels. Raises ValueError if only one of the two is given, or for a wrong shape.
+    `rows` is None while tracing."""
     if (start_positions is None) != (end_positions is None):
-        raise ValueError("start_positions, end_positions: found one of them, wanted both or neither")
+        raise ValueError("start_positions, end_positions: found only one, wanted both or neither")
     for name, shape in (("start_positions", start_positions), ("end_positions", end_positions)):
         if shape is not None and rows is not None and tuple(shape) not in ((rows,), (rows, 1)):
             raise ValueError(f"{name}: found shape {list(shape)}, wanted [{rows}]")
@@ -89,7 +90,7 @@ def check_spans(rows: int | None, start_positions: Shape | None, end_positions: 
 
 
 def check_positions(config: OPTConfig, largest: int, name: str = "position_ids", smallest: int = -1) -> None:
-    """Raise ValueError if a position has no row in the position table; -1 is that of padding."""
+    """Raise ValueError if a position has no row in the position table. Padding is at -1."""
     limit = config.max_position_embeddings
     if largest >= limit or smallest < -1:
         wrong = largest if largest >= limit else smallest

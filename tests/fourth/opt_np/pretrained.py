@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from opt_common.checkpoints.pretrained import open_pretrained, save_pretrained
-from opt_common.checkpoints.tensors import MAX_SHARD_SIZE, numpy_dtype
+from opt_common.checkpoints.shards import MAX_SHARD_SIZE
+from opt_common.checkpoints.tensors import numpy_dtype
 from opt_common.config import OPTConfig
 from opt_common.weights import table
 

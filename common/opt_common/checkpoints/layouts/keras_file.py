@@ -160,8 +160,11 @@ def _serialized(kind: str, config: OPTConfig, dtype: str) -> dict[str, Any]:
         "TFOPTForSequenceClassification": "tfopt_for_sequence_classification",
         "TFOPTForQuestionAnswering": "tfopt_for_question_answering",
     }[kind]
-    values = {"name": name, "trainable": True, "dtype": policy, "config": dataclasses.asdict(config)}
-    own = {"module": "opt_tf.model", "class_name": kind, "config": values, "registered_name": f"opt_zoo>{kind}"}
+    fields = dataclasses.asdict(config)
+    del fields["_attn_implementation"]  # opt_tf has one, and no file names it
+    values = {"name": name, "trainable": True, "dtype": policy, "config": fields}
+    module = "opt_tf.model" if kind in ("TFOPTModel", "TFOPTForCausalLM") else "opt_tf.heads"
+    own = {"module": module, "class_name": kind, "config": values, "registered_name": f"opt_zoo>{kind}"}
     return own | {"build_config": {"shapes_dict": {}}, "compile_config": {}}
 
 
