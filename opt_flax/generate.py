@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from opt_common.generation import Options, prompt
 
 from .cache import KVCache
-from .products import head
+from .products import for_one_token, head
 
 # Prompts and new tokens are padded to a multiple of so many columns, so that one program serves all lengths between.
 PROMPT_STEP, NEW_STEP = 32, 64
@@ -93,6 +93,8 @@ def _generate(
     is_eos = jnp.zeros(model.config.vocab_size, bool).at[limits.eos_token_ids].set(True)
     choose = partial(_choose, limits=limits, is_eos=is_eos, do_sample=do_sample, top_k=top_k, nucleus=nucleus)
 
+    stepper = for_one_token(model) if B == 1 else model
+
     def write(logits: Array, state: State, cache: KVCache) -> State:
         token = choose(logits, state.step, key=jax.random.fold_in(key, state.step))
         token = jnp.where(state.done, limits.pad_token_id, token)
@@ -104,7 +106,7 @@ def _generate(
 
     def advance(state: State) -> State:
         token = lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)  # [B, 1]
-        out = model(token, past_key_values=state.cache)
+        out = stepper(token, past_key_values=state.cache)
         return write(out.logits[:, -1], state, out.past_key_values)
 
     out = model.model(input_ids, mask, past_key_values=model.init_cache(B, T + room))

@@ -102,7 +102,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
 
         def put(spec: Spec, array: np.ndarray) -> None:
             given = sharding(spec.name) if callable(sharding) else sharding
-            array, placement = _turned(spec, array), _turned_sharding(spec, given)
+            array, placement = FLAX.oriented(spec, array), _oriented(spec, given)
             # waited for: a transfer holds the host's memory until it is done
             FLAX.parameter(model, spec).set_value(_put(array, wanted, placement).block_until_ready())
 
@@ -119,20 +119,16 @@ class FlaxOPTPreTrainedModel(nnx.Module):
         safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one."""
 
         def get(spec: Spec) -> np.ndarray:
-            return contiguous(_turned(spec, np.asarray(FLAX.parameter(self, spec)[...])))
+            return contiguous(FLAX.oriented(spec, np.asarray(FLAX.parameter(self, spec)[...])))
 
         first = next(table(self.config, self.architecture))
         dtype = FLAX.parameter(self, first).dtype.name
         save_pretrained(folder, self.config, self.architecture, dtype, get, max_shard_size)
 
 
-def _turned(spec: Spec, array: np.ndarray) -> np.ndarray:
-    return array.T if FLAX.transposed and spec.kind == "linear" else array
-
-
-def _turned_sharding(spec: Spec, sharding: Sharding | None) -> Sharding | None:
+def _oriented(spec: Spec, sharding: Sharding | None) -> Sharding | None:
     """The sharding of a parameter, from that of its tensor in the checkpoint."""
-    if not FLAX.transposed or spec.kind != "linear" or not isinstance(sharding, NamedSharding):
+    if not FLAX.transposes(spec) or not isinstance(sharding, NamedSharding):
         return sharding
     rows, columns, *_ = (*sharding.spec, None, None)
     return NamedSharding(sharding.mesh, PartitionSpec(columns, rows), memory_kind=sharding.memory_kind)

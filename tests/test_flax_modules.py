@@ -151,8 +151,8 @@ def test_kernels_are_flax_own(tiny, model):
     for spec in table(model.config):
         if spec.kind != "embedding":
             assert type(modules[spec.path]) is kinds[spec.kind], spec.path
-        found, wanted = FLAX.parameter(model, spec)[...], TORCH.parameter(theirs, spec).detach().numpy()
-        np.testing.assert_array_equal(found, wanted.astype("f").T if spec.kind == "linear" else wanted.astype("f"))
+        found, wanted = FLAX.parameter(model, spec)[...], TORCH.parameter(theirs, spec).detach().numpy().astype("f")
+        np.testing.assert_array_equal(found, wanted.T if spec.kind == "linear" else wanted)
     assert type(modules["model.decoder.embed_tokens"]) is nnx.Embed
     assert modules["model.decoder.layers.0.fc1"].kernel.shape == (64, 128)
 
