@@ -67,10 +67,9 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: 
     scores = torch.matmul(q * scaling, k.mT)
     if mask is None:
         mask = causal(q.shape[2], k.shape[2], q.device)
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(q.dtype).min)
-    else:
-        scores = scores + mask
+    if mask.dtype == torch.bool:  # added, as in transformers: filled in, padding would have other gradients
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+    scores = scores + mask
     weights = scores.softmax(dim=-1, dtype=max(q.dtype, torch.float32, key=lambda t: t.itemsize)).to(q.dtype)
     return torch.matmul(F.dropout(weights, dropout), v).transpose(1, 2), weights
 
@@ -216,11 +215,12 @@ def causal(T: int, S: int, device: torch.device) -> Tensor:
 
 
 def dense(segments: Tensor | None, past: int, T: int, device: torch.device) -> Tensor | None:
-    """The mask [B or 1, 1, T, S] of eager and sdpa: a token attends to the earlier slots of its own segment. None where
+    """The mask [B or 1, 1, T, S] of eager and sdpa: a token attends to the earlier slots of its own document. None where
     causality alone says it all.
 
-    segments: [B, S], the document of each slot, 0 for padding, which so attends to padding alone: no row of the mask
-    is empty, and nothing real sees it. None: all are one document.
+    segments: [B, S], the document of each slot, counted from 1; 0 is padding, which nothing attends to. As in
+    transformers, padding attends to the real tokens before it (here: of the latest document); where there are none, in
+    left padding, sdpa gives 0 and eager the mean over all slots. None: all are one document.
     """
     if segments is None and (past == 0 or T == 1):
         return None
@@ -228,7 +228,8 @@ def dense(segments: Tensor | None, past: int, T: int, device: torch.device) -> T
     earlier = slots[past:, None] >= slots
     if segments is None:
         return earlier[None, None]
-    return (earlier & (segments[:, past:, None] == segments[:, None, :]))[:, None]
+    documents = segments.cummax(dim=1).values[:, past:, None]  # they grow from left to right
+    return (earlier & (documents == segments[:, None]) & (segments != 0)[:, None])[:, None]
 
 
 def unpad(segments: Tensor, T: int, compacted: bool = True) -> Packing:

@@ -200,6 +200,7 @@ class OPTModel(OPTPreTrainedModel):
         self.decoder = OPTDecoder(self.config)
         self.apply(lambda module: init_weights(module, config))
 
+    @can_return_tuple
     @wraps(OPTDecoder.forward)
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         return self.decoder(*args, **kwargs)

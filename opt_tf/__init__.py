@@ -3,11 +3,11 @@
 import os
 import sys
 
-if (
-    _backend := sys.modules["keras"].config.backend()
-    if "keras" in sys.modules
-    else os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-) != "tensorflow":
+if "keras" in sys.modules:
+    _backend = sys.modules["keras"].config.backend()
+else:
+    _backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+if _backend != "tensorflow":
     raise ImportError(
         f"opt_tf runs on Keras with TensorFlow, and Keras is set to {_backend!r}: set KERAS_BACKEND=tensorflow in the "
         "environment before anything imports keras"
@@ -16,8 +16,14 @@ if (
 from opt_common.config import OPTConfig
 from opt_common.tokenizer import GPT2Tokenizer
 
+from . import outputs as outputs  # registers them
 from .cache import KVCache
-from .model import TFOPTForCausalLM, TFOPTForQuestionAnswering, TFOPTForSequenceClassification, TFOPTModel
+from .heads import TFOPTForQuestionAnswering, TFOPTForSequenceClassification
+from .model import TFOPTForCausalLM, TFOPTModel
+from .pretrained import register
+
+for _model in (TFOPTModel, TFOPTForCausalLM, TFOPTForSequenceClassification, TFOPTForQuestionAnswering):
+    register(_model)
 
 __all__ = [
     "GPT2Tokenizer",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import keras
 import numpy as np
@@ -13,12 +11,12 @@ import tensorflow as tf
 from keras import ops
 from tensorflow import Tensor
 
-from opt_common.generation import check_generate
-from opt_common.inputs import check_call, check_tokens
+from opt_common.generation import Options, prompt
 
 from .cache import KVCache
 
-# Prompts and new tokens take up a multiple of so many columns, or half of it: one program serves the lengths between.
+# Prompts and new tokens are padded to a multiple of so many columns, or half of it: one program serves the lengths
+# between.
 STEP = 64
 
 
@@ -26,53 +24,19 @@ def generate(
     self: Any,
     input_ids: Tensor | np.ndarray,
     attention_mask: Tensor | np.ndarray | None = None,
-    *,
-    max_new_tokens: int | None = None,
-    max_length: int | None = None,
-    min_new_tokens: int = 0,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = 50,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     """Continue each row of `input_ids` [B, T]; returns [B, T + new], the prompts included.
 
     attention_mask: [B, T], 0 for padding on either side. Default: everything that is not `pad_token_id`.
-    max_new_tokens, or max_length, which counts the prompt too: when to stop at the latest. Default: max_length=20.
-    min_new_tokens: no end of text before so many.
-    do_sample: draw from the probabilities after temperature, then the top_k likeliest (0: all), then the fewest tokens
-        that make up top_p; otherwise take the likeliest token. `seed` makes the draw repeatable.
-    eos_token_id: the end of a row, one id or several; the rest of the row is `pad_token_id`. Default: the config's.
+    options: see `opt_common.generation.Options`.
     Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
     """
     prompts = tf.convert_to_tensor(input_ids)
-    ids = prompts.numpy()
-    B, T = check_call(self.config, ids.shape, None, None if attention_mask is None else np.shape(attention_mask))
-    check_tokens(self.config, int(ids.min()), int(ids.max()))
-    if attention_mask is None and self.config.pad_token_id is not None:
-        attention_mask = ids != self.config.pad_token_id
-    mask = np.ones((B, T), bool) if attention_mask is None else np.asarray(attention_mask) != 0
-    counts = mask.sum(axis=1)
-    settings = check_generate(
-        self.config,
-        T,
-        int(counts.max()),
-        int(counts.min()),
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        min_new_tokens=min_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-    )
+    given = prompt(self.config, prompts, attention_mask, options)
+    ids, mask, settings = given.ids, given.mask, given.settings
     # All padding goes to the left: every row then ends in its last token, and more padding changes nothing.
-    order = np.argsort(mask, axis=1, kind="stable")[:, T - int(counts.max()) :]
+    order = np.argsort(mask, axis=1, kind="stable")[:, ids.shape[1] - int(mask.sum(axis=1).max()) :]
     ids, mask = (np.take_along_axis(x, order, axis=1).astype(np.int32) for x in (ids, mask))
     left = ((0, 0), (_columns(ids.shape[1]) - ids.shape[1], 0))
     tokens, length = _generate(
@@ -80,7 +44,7 @@ def generate(
         [tf.convert_to_tensor(weight.value) for weight in self.weights],
         tf.constant(np.pad(ids, left)),
         tf.constant(np.pad(mask, left)),
-        tf.constant(secrets.randbits(63) if seed is None else seed % 2**63, tf.int64),
+        tf.constant(settings.seed % 2**63, tf.int64),
         Limits(
             tf.constant(settings.max_new_tokens),
             tf.constant(settings.min_new_tokens),
@@ -90,9 +54,9 @@ def generate(
             tf.constant(settings.pad_token_id),
         ),
         room=_columns(settings.max_new_tokens),
-        do_sample=do_sample,
-        top_k=settings.top_k if do_sample else 0,
-        nucleus=do_sample and settings.top_p < 1,
+        do_sample=settings.do_sample,
+        top_k=settings.top_k if settings.do_sample else 0,
+        nucleus=settings.do_sample and settings.top_p < 1,
     )
     return tf.concat([prompts, tf.cast(tokens[:, : int(length)], prompts.dtype)], axis=1)
 

@@ -30,15 +30,14 @@ class Backend:
     def __call__(self, **arguments: Any) -> Any:
         with skip_what_it_lacks(self.framework):
             out = self.model(**self.tensors(arguments))
-        return type(out)(**{name: self.converted(name, value) for name, value in out.items()})
-
-    def converted(self, field: str, value: Any) -> Any:
-        """A field of an output in numpy; a cache as it is."""
-        if field == "loss":
-            return float(self.framework.numpy(value))
-        if field in ("hidden_states", "attentions"):
-            return tuple(map(self.as_float64, value))
-        return self.as_float64(value) if field.endswith("logits") else value
+        as_float64 = self.as_float64
+        convert = {
+            "loss": lambda loss: float(self.framework.numpy(loss)),
+            "past_key_values": lambda cache: cache,
+            "hidden_states": lambda tensors: tuple(map(as_float64, tensors)),
+            "attentions": lambda tensors: tuple(map(as_float64, tensors)),
+        }
+        return type(out)(**{name: convert.get(name, as_float64)(value) for name, value in out.items()})
 
     def generate(self, **arguments: Any) -> np.ndarray:
         with skip_what_it_lacks(self.framework):

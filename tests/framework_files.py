@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from opt_common.checkpoints.layouts.layout import Layout
 from opt_common.checkpoints.tensors import Entry, Source, numpy_dtype
 from opt_common.config import OPTConfig
 from opt_common.weights import table
@@ -33,15 +33,16 @@ def random_tensors(config: OPTConfig, dtype: str, architecture: str = "OPTForCau
 
 
 def write(
-    layout: ModuleType, folder: Path, arrays: Mapping[str, np.ndarray], config: OPTConfig | None, limit: int = 10**9
+    layout: Layout, folder: Path, arrays: Mapping[str, np.ndarray], config: OPTConfig | None, limit: int = 10**9
 ) -> Path:
     """The arrays, written into `folder`; the path it is read by."""
+    assert layout.write is not None
     told: list[int] = []
     sources = [Source(n, a.shape, a.dtype.name, lambda a=a: a) for n, a in arrays.items()]
     names = layout.write(folder, sources, config, limit, told.append)
     assert told == [a.nbytes for a in arrays.values()]
     assert set(names) <= {path.name for path in folder.iterdir()}
-    return folder / layout.MAIN[len(names) > 1]
+    return folder / layout.main[len(names) > 1]
 
 
 def same_bits(entries: Mapping[str, Entry], arrays: Mapping[str, np.ndarray]) -> None:

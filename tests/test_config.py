@@ -8,7 +8,7 @@ import json
 import pytest
 
 from opt_common.config import SIZES, OPTConfig
-from opt_common.weights import byte_count, parameter_count, table
+from opt_common.weights import HEADS, byte_count, parameter_count, table
 
 # size: parameters with a tied head, float16 bytes, tensors; the bytes of 6.7b to 66b are the Hub indexes' total_size
 PUBLISHED = {
@@ -48,6 +48,24 @@ HUB = {
     "prefix": "</s>", "torch_dtype": "float16", "transformers_version": "4.21.0.dev0", "use_cache": True,
     "vocab_size": 50272, "word_embed_proj_dim": 5120,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_axes_name_the_sizes_of_a_shape(architecture):
+    config = OPTConfig(vocab_size=7, hidden_size=12, word_embed_proj_dim=5, ffn_dim=9, num_hidden_layers=2,
+                       num_attention_heads=3, max_position_embeddings=11, num_labels=2,
+                       tie_word_embeddings=False)  # fmt: skip
+    sizes = {"vocab": 7, "embed": 5, "hidden": 12, "heads": 12, "ffn": 9, "labels": 2, None: 13}
+    axes = {}
+    for spec in table(config, architecture):
+        assert spec.shape == tuple(sizes[axis] for axis in spec.axes), spec
+        axes[spec.name.removeprefix("model.").replace("layers.1.", "layers.0.")] = spec.axes
+    layer = "decoder.layers.0."
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert axes[f"{layer}self_attn.{name}.weight"] == ("heads", "hidden")
+        assert axes[f"{layer}self_attn.{name}.bias"] == ("heads",)
+    assert axes[f"{layer}self_attn.out_proj.weight"] == ("hidden", "heads")
+    assert axes[f"{layer}self_attn.out_proj.bias"] == ("hidden",)
 
 
 def test_round_trip_keeps_unknown_keys(tmp_path):

@@ -26,16 +26,17 @@ from huggingface_hub.utils import filter_repo_objects
 from checkpoints import contents, random_checkpoint, tiny_config
 from opt_common.checkpoints import examine
 from opt_common.checkpoints.checkpoint import Checkpoint
+from opt_common.checkpoints.containers import safetensors as safetensors_file
 from opt_common.checkpoints.convert import convert, plan
 from opt_common.checkpoints.examine import diff
 from opt_common.checkpoints.layouts import LAYOUTS, WRITABLE
-from opt_common.checkpoints.layouts.names import from_flax, from_tf, to_flax, to_tf
+from opt_common.checkpoints.layouts.names import FLAX_NAMES, TF_NAMES
 from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.shards import name_shards, parse_size
 from opt_common.checkpoints.tensors import Entry, Source, contiguous
 from opt_common.config import SIZES, OPTConfig
 from opt_common.hub import TOKENIZER_FILES
-from opt_common.weights import table
+from opt_common.weights import FLAX, KERAS, table
 
 GOLDENS = Path(__file__).parent / "goldens" / "safetensors"
 BACKWARDS = [*WRITABLE][::-1]
@@ -227,24 +228,28 @@ def test_ctranslate2_from_what_we_write(tmp_path):
 
 
 def test_names():
+    def same(found, name, spec):
+        return found is not None and (found[0], found[1].kind, found[1].axes) == (name, spec.kind, spec.axes)
+
     for architecture in ("OPTForCausalLM", "OPTModel"):
         for spec in table(tiny_config("350m", layers=12, tie_word_embeddings=False), architecture):
-            stored, transposed = to_flax(spec.name)
-            assert transposed == (spec.kind == "linear")
-            assert from_flax(stored) == (spec.name, transposed)
+            stored, row = FLAX_NAMES.stored(spec.name)
+            assert FLAX.transposes(row) == KERAS.transposes(row) == (spec.kind == "linear")
+            assert same(FLAX_NAMES.hub(stored), spec.name, spec)
             if spec.path != "lm_head":
-                stored, transposed = to_tf(spec.name)
+                stored, _ = TF_NAMES.stored(spec.name)
                 for scope in ("", "tfopt_for_causal_lm/", "tfopt_for_causal_lm_1/", "tfopt_model/"):
                     full = spec.name if spec.name.startswith("model.") else f"model.{spec.name}"
-                    assert from_tf(scope + stored) == (full, transposed)
-    assert to_tf("model.decoder.layers.10.fc1.weight") == ("model/decoder/layers.10/fc1/kernel:0", True)
-    assert from_tf("x/model/decoder/embed_positions/weight:0") == ("model.decoder.embed_positions.weight", False)
+                    assert same(TF_NAMES.hub(scope + stored), full, spec)
+    assert TF_NAMES.stored("model.decoder.layers.10.fc1.weight")[0] == "model/decoder/layers.10/fc1/kernel:0"
+    old = TF_NAMES.hub("x/model/decoder/embed_positions/weight:0")
+    assert old and old[0] == "model.decoder.embed_positions.weight"
     for unknown in ("", "model.decoder.layers.0", "model.decoder.layers.01.fc1.kernel", "model.decoder.fc1.kernel",
                     "model.decoder.layers.-1.fc1.kernel", "model.decoder.layers.٣.fc1.kernel"):  # fmt: skip
-        assert from_flax(unknown) is None
-        assert from_tf(unknown.replace(".", "/")) is None
+        assert FLAX_NAMES.hub(unknown) is None
+        assert TF_NAMES.hub(unknown.replace(".", "/")) is None
         with pytest.raises(ValueError, match="transformers' Flax OPT has no such tensor"):
-            to_flax(unknown)
+            FLAX_NAMES.stored(unknown)
 
 
 def test_transposed_copies(rng):
@@ -435,7 +440,7 @@ def test_the_plan_is_what_comes(layout, size, width, shards, tmp_path):
     foreseen = plan(given, tmp_path / "new", layout, max_shard_size=shards)
     assert not (tmp_path / "new").exists()
     convert(given, tmp_path / "new", layout, max_shard_size=shards)
-    assert foreseen.exact == hasattr(LAYOUTS[layout], "plan")
+    assert foreseen.exact == (LAYOUTS[layout].plan is not None)
     if foreseen.exact:
         assert dict(foreseen.files) == {name: len(data) for name, data in contents(tmp_path / "new").items()}
     assert foreseen.seconds is not None and foreseen.seconds > 0
@@ -452,7 +457,7 @@ def sparse(folder: Path, size: str, shards: str) -> int:
     sources = [Source(s.name, s.shape, "float16", lambda: np.empty(0)) for s in table(config)]
     total, weight_map = 0, {}
     for name, shard in name_shards("model.safetensors", sources, parse_size(shards)).items():
-        head = LAYOUTS["safetensors"]._head(shard, "pt")
+        head = safetensors_file._head(shard, "pt")
         with open(folder / name, "wb") as file:
             file.write(head)
             file.truncate(len(head) + sum(t.nbytes for t in shard))
@@ -463,7 +468,7 @@ def sparse(folder: Path, size: str, shards: str) -> int:
 
 
 @pytest.mark.parametrize(("size", "nbytes"), [("66b", 131_439_403_008), ("175b", 349_208_936_448)])
-@pytest.mark.parametrize("layout", [name for name in WRITABLE if hasattr(LAYOUTS[name], "plan")])
+@pytest.mark.parametrize("layout", [name for name in WRITABLE if LAYOUTS[name].plan])
 def test_planning_the_largest(size, nbytes, layout, tmp_path):
     """From headers alone: files as large as the real ones, of holes."""
     assert sparse(tmp_path / "given", size, "10GB") == nbytes

@@ -14,6 +14,7 @@ import safetensors.numpy
 from framework_files import CONFIGS, GOLDENS, damaged, random_tensors, refused, same_bits, write
 from opt_common.checkpoints.containers.hdf5 import create_hdf5, imagine_hdf5, read_hdf5
 from opt_common.checkpoints.layouts import tf_h5
+from opt_common.checkpoints.layouts.tf_h5 import TF_H5
 
 SCOPE = "model/tfopt_for_causal_lm/model/decoder"
 
@@ -26,7 +27,7 @@ def golden(tmp_path) -> Path:
 
 @pytest.mark.parametrize("file", ["tf/tf_model.h5", "tf-sharded/tf_model.h5.index.json"])
 def test_reads_what_transformers_wrote(file):
-    files, entries = tf_h5.read(GOLDENS / file)
+    files, entries = TF_H5.read(GOLDENS / file)
     same_bits(entries, safetensors.numpy.load_file(GOLDENS / "torch" / "model.safetensors"))
     assert len(files) == (1 if file.startswith("tf/") else 3)
 
@@ -37,7 +38,7 @@ def test_the_names_of_2022(golden):
         decoder = file["model/tfopt_for_causal_lm/model/decoder"]
         decoder.move("embed_positions/embeddings:0", "embed_positions/weight:0")
         file["model"].move("tfopt_for_causal_lm", "tfopt_for_causal_lm_12")
-    _, entries = tf_h5.read(golden)
+    _, entries = TF_H5.read(golden)
     same_bits(entries, safetensors.numpy.load_file(GOLDENS / "torch" / "model.safetensors"))
 
 
@@ -62,7 +63,7 @@ def contents(path: Path) -> dict:
 @pytest.mark.parametrize("limit", [10**9, 3000])
 def test_writes_what_transformers_writes(tmp_path, limit):
     arrays = safetensors.numpy.load_file(GOLDENS / "torch" / "model.safetensors")
-    main = write(tf_h5, tmp_path, arrays, None, limit)
+    main = write(TF_H5, tmp_path, arrays, None, limit)
     if limit > 3000:
         assert contents(main) == contents(GOLDENS / "tf" / "tf_model.h5")
         return
@@ -81,14 +82,14 @@ def test_writes_what_transformers_writes(tmp_path, limit):
 @pytest.mark.parametrize("config", ["pre-norm", "350m", "no-bias", "removed-final-norm"])
 def test_back_and_forth(tmp_path, config, dtype, limit):
     arrays = random_tensors(CONFIGS[config], dtype)
-    _, entries = tf_h5.read(write(tf_h5, tmp_path, arrays, CONFIGS[config], limit))
+    _, entries = TF_H5.read(write(TF_H5, tmp_path, arrays, CONFIGS[config], limit))
     same_bits(entries, arrays)
 
 
 def test_many_names(tmp_path, monkeypatch):
     """Lists of names too long for one attribute are spread, as Keras does it."""
     monkeypatch.setattr(tf_h5, "_ATTRIBUTE", 1000)
-    with h5py.File(write(tf_h5, tmp_path, random_tensors(CONFIGS["pre-norm"], "float16"), None)) as file:
+    with h5py.File(write(TF_H5, tmp_path, random_tensors(CONFIGS["pre-norm"], "float16"), None)) as file:
         attributes = dict(file["model"].attrs)
         names = [name for i in range(len(attributes)) for name in attributes[f"weight_names{i}"]]
         assert len(attributes) > 1 and len(names) == 11 * 16 + 4
@@ -117,7 +118,7 @@ def test_a_file_in_memory(tmp_path, rng):
 
 def test_bare_model(tmp_path):
     """TFOPTModel's files have the same names."""
-    _, entries = tf_h5.read(write(tf_h5, tmp_path, random_tensors(CONFIGS["350m"], "float16", "OPTModel"), None))
+    _, entries = TF_H5.read(write(TF_H5, tmp_path, random_tensors(CONFIGS["350m"], "float16", "OPTModel"), None))
     same_bits(entries, random_tensors(CONFIGS["350m"], "float16"))
 
 
@@ -126,14 +127,14 @@ def test_bare_model(tmp_path):
 )
 def test_what_tensorflow_cannot_hold(tmp_path, config, dtype, part):
     with pytest.raises(ValueError, match=part):
-        write(tf_h5, tmp_path, random_tensors(CONFIGS[config], dtype), None)
+        write(TF_H5, tmp_path, random_tensors(CONFIGS[config], dtype), None)
     assert not list(tmp_path.iterdir())
 
 
 def test_unknown_names_are_kept_for_the_check(golden):
     with h5py.File(golden, "a") as file:
         file["model/optimizer/iter:0"] = np.int64(3)
-    assert "model/optimizer/iter:0" in tf_h5.read(golden)[1]
+    assert "model/optimizer/iter:0" in TF_H5.read(golden)[1]
 
 
 def remake(path: Path, **how) -> None:
@@ -183,33 +184,33 @@ def hostile(kind: str, path: Path) -> None:
 )
 def test_hostile_datasets(golden, kind):
     hostile(kind, golden)
-    refused(lambda: tf_h5.read(golden), golden, "embed_tokens/weight:0")
+    refused(lambda: TF_H5.read(golden), golden, "embed_tokens/weight:0")
 
 
 def test_hostile_groups(golden):
     with h5py.File(golden, "a") as file:
         file[f"{SCOPE}/embed_tokens/again"] = file["model"]  # a loop
-    refused(lambda: tf_h5.read(golden), golden, "under another name too")
+    refused(lambda: TF_H5.read(golden), golden, "under another name too")
     shutil.copy(GOLDENS / "tf" / "tf_model.h5", golden)
     with h5py.File(golden, "a") as file:
         file["model/twice"] = file[f"{SCOPE}/embed_tokens/weight:0"]
-    refused(lambda: tf_h5.read(golden), golden, "under another name too")
+    refused(lambda: TF_H5.read(golden), golden, "under another name too")
     shutil.copy(GOLDENS / "tf" / "tf_model.h5", golden)
     with h5py.File(golden, "a") as file:
         file["/".join("d" * 40)] = np.ones(2, np.float32)
-    refused(lambda: tf_h5.read(golden), golden, "16 groups deep")
+    refused(lambda: TF_H5.read(golden), golden, "16 groups deep")
     shutil.copy(GOLDENS / "tf" / "tf_model.h5", golden)
     with h5py.File(golden, "a") as file:
         file["model/other_scope/model/decoder/embed_tokens/weight:0"] = np.ones((24, 4), np.float32)
-    refused(lambda: tf_h5.read(golden), golden, "model.decoder.embed_tokens.weight twice")
+    refused(lambda: TF_H5.read(golden), golden, "model.decoder.embed_tokens.weight twice")
 
 
 def test_an_offset_past_the_end(golden):
     """The table's own bytes cut off: found from the headers, before anything is read."""
     golden.write_bytes(golden.read_bytes()[:-16])
-    refused(lambda: tf_h5.read(golden), golden, "")
+    refused(lambda: TF_H5.read(golden), golden, "")
     golden.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    refused(lambda: tf_h5.read(golden), golden, "HDF5")
+    refused(lambda: TF_H5.read(golden), golden, "HDF5")
 
 
 def test_index(tmp_path):
@@ -219,10 +220,10 @@ def test_index(tmp_path):
     name = next(iter(index["weight_map"]))
     index["weight_map"][name] = "tf_model-00003-of-00003.h5"
     main.write_text(json.dumps(index))
-    refused(lambda: tf_h5.read(main), tmp_path, "embed_positions")
+    refused(lambda: TF_H5.read(main), tmp_path, "embed_positions")
     index["weight_map"][name.replace("causal_lm/", "causal_lm_1/")] = index["weight_map"][name]
     main.write_text(json.dumps(index))
-    refused(lambda: tf_h5.read(main), main, "twice")
+    refused(lambda: TF_H5.read(main), main, "twice")
 
 
 @pytest.mark.parametrize("seeds", range(4))

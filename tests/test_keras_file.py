@@ -20,12 +20,14 @@ from framework_files import CONFIGS, random_tensors, refused, same_bits, write
 from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
 from opt_common.checkpoints.examine import diff
-from opt_common.checkpoints.layouts import keras_file, keras_hub, tf_h5
+from opt_common.checkpoints.layouts.keras_file import KERAS_FILE
+from opt_common.checkpoints.layouts.keras_hub import KERAS_HUB
+from opt_common.checkpoints.layouts.tf_h5 import TF_H5
 from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.tensors import Source
 from opt_common.config import OPTConfig
 from opt_common.weights import KERAS, table
-from opt_tf import TFOPTForCausalLM, TFOPTModel
+from opt_tf import TFOPTForCausalLM, TFOPTForQuestionAnswering, TFOPTForSequenceClassification, TFOPTModel
 
 KINDS = CONFIGS | {"no-affine": dataclasses.replace(CONFIGS["pre-norm"], layer_norm_elementwise_affine=False)}
 
@@ -44,7 +46,7 @@ def test_reads_what_keras_wrote(tmp_path, kind, dtype):
     folder, arrays = hub_folder(tmp_path / "hub", KINDS[kind], dtype)
     model = TFOPTForCausalLM.from_pretrained(folder, dtype=dtype)
     model.save(tmp_path / "anything.keras")
-    files, entries = keras_file.read(tmp_path / "anything.keras")
+    files, entries = KERAS_FILE.read(tmp_path / "anything.keras")
     assert files == [tmp_path / "anything.keras"]
     transposed = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     assert entries.keys() == arrays.keys()
@@ -52,7 +54,7 @@ def test_reads_what_keras_wrote(tmp_path, kind, dtype):
         assert (entry.shape, entry.dtype) == (arrays[name].shape, dtype)
         for array in (entry.read(), entry.map()):
             assert np.ascontiguousarray(array).tobytes() == transposed[name].tobytes(), name
-    assert keras_file.config(tmp_path / "anything.keras", {}) == OPTConfig.from_pretrained(folder)
+    assert KERAS_FILE.config(tmp_path / "anything.keras", {}) == OPTConfig.from_pretrained(folder)
     assert list(diff(tmp_path / "anything.keras", folder)) == []
 
 
@@ -61,7 +63,7 @@ def test_reads_a_bare_model_and_a_trained_one(tmp_path, rng):
     config = CONFIGS["350m"]
     bare = TFOPTModel(config)
     bare.save(tmp_path / "bare.keras")
-    _, entries = keras_file.read(tmp_path / "bare.keras")
+    _, entries = KERAS_FILE.read(tmp_path / "bare.keras")
     for spec in table(config, "OPTModel"):
         array = KERAS.parameter(bare, spec).numpy()
         np.testing.assert_array_equal(
@@ -117,21 +119,36 @@ def test_writes_what_keras_writes(tmp_path, kind, dtype):
 def test_writes_a_bare_model(tmp_path):
     config = CONFIGS["350m"]
     arrays = random_tensors(config, "float32", "OPTModel")
-    main = write(keras_file, tmp_path, arrays, config)
+    main = write(KERAS_FILE, tmp_path, arrays, config)
     again = keras.saving.load_model(main)
     assert type(again) is TFOPTModel
     for spec in table(config, "OPTModel"):
         array = KERAS.parameter(again, spec).numpy()
         np.testing.assert_array_equal(array.T if spec.kind == "linear" else array, arrays[spec.name])
-    same_bits(keras_file.read(main)[1], {f"model.{name}": array for name, array in arrays.items()})
+    same_bits(KERAS_FILE.read(main)[1], {f"model.{name}": array for name, array in arrays.items()})
+
+
+@pytest.mark.parametrize("kind", [TFOPTForSequenceClassification, TFOPTForQuestionAnswering])
+def test_writes_a_head(tmp_path, kind):
+    config = CONFIGS["pre-norm"]
+    arrays = random_tensors(config, "float32", kind.architecture)
+    main = write(keras_file, tmp_path, arrays, config)
+    again = keras.saving.load_model(main)
+    again.save(tmp_path / "theirs.keras")
+    ours, theirs = stored(main)[1], stored(tmp_path / "theirs.keras")[1]
+    assert {key: ours[key] for key in ("module", "class_name")} == {
+        "module": kind.__module__,
+        "class_name": kind.__name__,
+    }
+    assert ours == theirs
 
 
 def test_more_than_32_bits_can_count(tmp_path, monkeypatch):
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
     arrays = random_tensors(CONFIGS["pre-norm"], "float16")
-    main = write(keras_file, tmp_path, arrays, CONFIGS["pre-norm"])
+    main = write(KERAS_FILE, tmp_path, arrays, CONFIGS["pre-norm"])
     assert main.read_bytes()[22:26] == b"\xff" * 4
-    same_bits(keras_file.read(main)[1], arrays)
+    same_bits(KERAS_FILE.read(main)[1], arrays)
     assert len(stored(main)[0]) == len(arrays)
     keras.saving.load_model(main)
 
@@ -153,7 +170,7 @@ def test_takes_neither_keras_nor_tensorflow(tmp_path):
 
 def test_its_config_is_its_own(tmp_path):
     """One that lies beside the file is another's; without one it is read too."""
-    main = write(keras_file, tmp_path, random_tensors(CONFIGS["350m"], "float16"), CONFIGS["350m"])
+    main = write(KERAS_FILE, tmp_path, random_tensors(CONFIGS["350m"], "float16"), CONFIGS["350m"])
     assert Checkpoint(tmp_path).layout == Checkpoint(main).layout == "keras"
     convert(main, tmp_path / "a")
     CONFIGS["pre-norm"].save_pretrained(tmp_path)
@@ -163,7 +180,7 @@ def test_its_config_is_its_own(tmp_path):
 
 @pytest.fixture
 def main(tmp_path) -> Path:
-    return write(keras_file, tmp_path, random_tensors(CONFIGS["pre-norm"], "float16"), CONFIGS["pre-norm"])
+    return write(KERAS_FILE, tmp_path, random_tensors(CONFIGS["pre-norm"], "float16"), CONFIGS["pre-norm"])
 
 
 def remade(main: Path, records: dict[str, bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
@@ -200,7 +217,7 @@ def changed(main: Path, change) -> bytes:
 )
 def test_hostile_config(main, change, part):
     remade(main, {"config.json": changed(main, change)})
-    refused(lambda: keras_file.config(main, {}), main, part)
+    refused(lambda: KERAS_FILE.config(main, {}), main, part)
 
 
 def test_nothing_is_imported_or_called(main):
@@ -211,7 +228,7 @@ def test_nothing_is_imported_or_called(main):
         values["config"]["dtype"] = {"module": "os", "class_name": "system", "config": {"command": "false"}}
 
     remade(main, {"config.json": changed(main, evil)})
-    assert keras_file.config(main, {}).hidden_size == 8
+    assert KERAS_FILE.config(main, {}).hidden_size == 8
 
 
 def test_other_records_are_not_read(main, tmp_path):
@@ -223,13 +240,13 @@ def test_other_records_are_not_read(main, tmp_path):
 @pytest.mark.parametrize("name", ["model.weights.h5", "config.json"])
 def test_missing_record(main, name):
     remade(main, {name: None})
-    read = keras_file.read if name == "model.weights.h5" else lambda path: keras_file.config(path, {})
+    read = KERAS_FILE.read if name == "model.weights.h5" else lambda path: KERAS_FILE.config(path, {})
     refused(lambda: read(main), main, f"no record {name}")
 
 
 def test_bombs(main):
     remade(main, {"assets/zeros": bytes(10**7)}, zipfile.ZIP_DEFLATED)
-    refused(lambda: keras_file.read(main), main, "is compressed or encrypted")
+    refused(lambda: KERAS_FILE.read(main), main, "is compressed or encrypted")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100, 0.5, 0.99, -1])
@@ -243,9 +260,9 @@ def test_damaged_records(main):
     with zipfile.ZipFile(main) as archive:
         config = archive.read("config.json")
     remade(main, {"config.json": b'{"config": 1, "config": 2}'})
-    refused(lambda: keras_file.config(main, {}), main, "config.json: not readable as JSON: key 'config' appears twice")
+    refused(lambda: KERAS_FILE.config(main, {}), main, "config.json: not readable as JSON: key 'config' appears twice")
     remade(main, {"config.json": config, "model.weights.h5": b"no HDF5"})
-    refused(lambda: keras_file.read(main), main, "not readable as HDF5 weights")
+    refused(lambda: KERAS_FILE.read(main), main, "not readable as HDF5 weights")
 
 
 def test_links_out_of_the_file(main, tmp_path):
@@ -264,13 +281,13 @@ def test_links_out_of_the_file(main, tmp_path):
         with h5py.File(path, "a") as file:
             make(file)
         remade(main, {"model.weights.h5": path.read_bytes()})
-        refused(lambda: keras_file.read(main), main, name)
+        refused(lambda: KERAS_FILE.read(main), main, name)
 
 
 def test_two_records_of_one_name(main):
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(main, "a") as archive:
         archive.writestr("config.json", "{}")
-    refused(lambda: keras_file.read(main), main, "'config.json': appears twice")
+    refused(lambda: KERAS_FILE.read(main), main, "'config.json': appears twice")
 
 
 def test_strange_tensors(main, tmp_path):
@@ -286,15 +303,15 @@ def test_strange_tensors(main, tmp_path):
 
     unknown = "layers/tfopt_model/decoder/layers/opt_decoder_layer/fc1/vars/2"
     add(unknown)
-    assert unknown in keras_file.read(main)[1]
+    assert unknown in KERAS_FILE.read(main)[1]
     with pytest.raises(ValueError, match=f"{unknown}: unexpected"):
         convert(main, tmp_path / "new")
     add("decoder/embed_tokens/vars/0")
-    refused(lambda: keras_file.read(main), main, "model.decoder.embed_tokens.weight twice")
+    refused(lambda: KERAS_FILE.read(main), main, "model.decoder.embed_tokens.weight twice")
 
 
 def test_a_file_of_weights_alone_is_no_preset(tmp_path):
     """`model.save_weights` names things alike; neither of the layouts that HDF5 files have here is it."""
     TFOPTForCausalLM(CONFIGS["pre-norm"]).save_weights(tmp_path / "model.weights.h5")
-    assert not keras_hub.holds(tmp_path / "model.weights.h5")
-    assert not tf_h5.holds(tmp_path / "model.weights.h5")
+    assert not KERAS_HUB.holds(tmp_path / "model.weights.h5")
+    assert not TF_H5.holds(tmp_path / "model.weights.h5")

@@ -18,7 +18,10 @@ from framework_files import CONFIGS, GOLDENS, random_tensors, refused, same_bits
 from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
 from opt_common.checkpoints.examine import diff
-from opt_common.checkpoints.layouts import keras_hub, safetensors, tf_h5
+from opt_common.checkpoints.layouts import keras_hub
+from opt_common.checkpoints.layouts.keras_hub import KERAS_HUB
+from opt_common.checkpoints.layouts.safetensors import SAFETENSORS
+from opt_common.checkpoints.layouts.tf_h5 import TF_H5
 from opt_common.config import OPTConfig
 from opt_common.hub import DEMO, fetch
 from opt_common.reference import forward
@@ -37,15 +40,15 @@ def without_lost_rows(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def test_reads_what_keras_hub_wrote():
     """Its config, its weights (by the logits that keras-hub computed with them), its tokenizer."""
     main = GOLDEN / "model.weights.h5"
-    files, entries = keras_hub.read(main)
-    config = keras_hub.config(main, {})
+    files, entries = KERAS_HUB.read(main)
+    config = KERAS_HUB.config(main, {})
     assert files == [main] and len(entries) == 2 + 2 * 16 + 2
     assert (config.num_hidden_layers, config.hidden_size, config.ffn_dim, config.num_attention_heads) == (2, 8, 16, 2)
     assert not entries[POSITIONS].read()[:2].any() and entries[POSITIONS].shape == (10, 8)
     expected = np.load(GOLDEN / "outputs.npz")
     logits, _ = forward(config, lambda name: entries[name].read() if name in entries else None, expected["ids"])
     assert np.abs(logits - expected["logits"]).max() <= 2e-5 * np.abs(logits).max()
-    files = keras_hub.companions(main)
+    files = KERAS_HUB.companions(main)
     assert json.loads(files["vocab.json"])["ab"] == 23 and files["merges.txt"] == b"#version: 0.2\na b\n"
 
 
@@ -53,7 +56,7 @@ def test_recognized():
     assert Checkpoint(GOLDEN).layout == "keras-hub"
     assert Checkpoint(GOLDEN / "model.weights.h5").layout == "keras-hub"
     assert Checkpoint(GOLDENS / "tf" / "tf_model.h5").layout == "tf-h5"
-    assert not tf_h5.holds(GOLDEN / "model.weights.h5") and not keras_hub.holds(GOLDENS / "tf" / "tf_model.h5")
+    assert not TF_H5.holds(GOLDEN / "model.weights.h5") and not KERAS_HUB.holds(GOLDENS / "tf" / "tf_model.h5")
 
 
 def test_there_and_back_again(tmp_path):
@@ -64,7 +67,7 @@ def test_there_and_back_again(tmp_path):
     assert not (tmp_path / "hub" / "tokenizer.json").exists()  # keras-hub's own, which is no tokenizer of the Hub's
     with pytest.warns(UserWarning, match=LOST):
         convert(tmp_path / "hub", tmp_path / "back", to="keras-hub")
-    for name in keras_hub.ASSETS[:1]:
+    for name in KERAS_HUB.assets[:1]:
         assert (tmp_path / "back" / name).read_bytes() == (GOLDEN / name).read_bytes()
     ours, theirs = ({}, {})
     for folder, found in ((tmp_path / "back", ours), (GOLDEN, theirs)):
@@ -87,18 +90,18 @@ def test_from_the_hub(tmp_path):
         dataclasses.replace(CONFIGS["pre-norm"], unknown={"prefix": "</s>"}, dtype="float16"),
     )
     hub.mkdir()
-    write(tf_h5, hub, random_tensors(config, "float16"), config)
+    write(TF_H5, hub, random_tensors(config, "float16"), config)
     config.save_pretrained(hub)
     demo = fetch(DEMO, ())
     for name in ("vocab.json", "merges.txt", "generation_config.json"):
         shutil.copy(demo / name, hub)
     with pytest.warns(UserWarning, match=LOST):
         convert(hub, tmp_path / "preset", to="keras-hub")
-    assert keras_hub.config(tmp_path / "preset" / "model.weights.h5", {}) == OPTConfig.from_pretrained(hub)
+    assert KERAS_HUB.config(tmp_path / "preset" / "model.weights.h5", {}) == OPTConfig.from_pretrained(hub)
     assets = tmp_path / "preset" / "assets" / "tokenizer"
     assert (assets / "merges.txt").read_bytes() == (demo / "merges.txt").read_bytes()
     assert (assets / "vocabulary.json").read_bytes() == (demo / "vocab.json").read_bytes()
-    files = keras_hub.companions(tmp_path / "preset" / "model.weights.h5")
+    files = KERAS_HUB.companions(tmp_path / "preset" / "model.weights.h5")
     assert files["merges.txt"] == (demo / "merges.txt").read_bytes()
 
 
@@ -106,8 +109,8 @@ def test_a_tokenizer_in_one_file(tmp_path):
     """As transformers 5 saves it."""
     model = {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
-    main = write(keras_hub, tmp_path, random_tensors(CONFIGS["pre-norm"], "float32"), CONFIGS["pre-norm"])
-    assert keras_hub.companions(main)["merges.txt"] == b"#version: 0.2\na b\n"
+    main = write(KERAS_HUB, tmp_path, random_tensors(CONFIGS["pre-norm"], "float32"), CONFIGS["pre-norm"])
+    assert KERAS_HUB.companions(main)["merges.txt"] == b"#version: 0.2\na b\n"
     assert json.loads((tmp_path / "tokenizer.json").read_text())["registered_name"] == "keras_hub>OPTTokenizer"
 
 
@@ -124,7 +127,7 @@ def test_a_tokenizer_in_one_file(tmp_path):
 def test_a_tokenizer_that_is_no_bpe(tmp_path, model, part):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
     arrays = random_tensors(CONFIGS["pre-norm"], "float32")
-    refused(lambda: write(keras_hub, tmp_path, arrays, CONFIGS["pre-norm"]), tmp_path / "tokenizer.json", part)
+    refused(lambda: write(KERAS_HUB, tmp_path, arrays, CONFIGS["pre-norm"]), tmp_path / "tokenizer.json", part)
 
 
 LIVE = """
@@ -165,7 +168,7 @@ def test_keras_hub_loads_what_we_write(tmp_path):
     arrays = {name: array.astype("bfloat16") for name, array in random_tensors(config, "float16").items()}
     hub = tmp_path / "hub"
     hub.mkdir()
-    write(safetensors, hub, arrays, config)
+    write(SAFETENSORS, hub, arrays, config)
     config.save_pretrained(hub)
     for name in ("vocabulary.json", "merges.txt"):
         shutil.copy(GOLDEN / "assets" / "tokenizer" / name, hub / name.replace("vocabulary", "vocab"))
@@ -189,9 +192,9 @@ def test_keras_hub_loads_what_we_write(tmp_path):
 def test_back_and_forth(tmp_path, dtype, limit):
     config = CONFIGS["pre-norm"]
     arrays = random_tensors(config, dtype)
-    main = write(keras_hub, tmp_path, arrays, config, limit)
-    same_bits(keras_hub.read(main)[1], without_lost_rows(arrays))
-    assert dataclasses.replace(keras_hub.config(main, {}), unknown={}, dtype=None) == config
+    main = write(KERAS_HUB, tmp_path, arrays, config, limit)
+    same_bits(KERAS_HUB.read(main)[1], without_lost_rows(arrays))
+    assert dataclasses.replace(KERAS_HUB.config(main, {}), unknown={}, dtype=None) == config
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def test_back_and_forth(tmp_path, dtype, limit):
 )
 def test_what_keras_hub_cannot_hold(tmp_path, name, reason):
     with pytest.raises(ValueError, match=reason):
-        write(keras_hub, tmp_path, random_tensors(CONFIGS[name], "float16"), CONFIGS[name])
+        write(KERAS_HUB, tmp_path, random_tensors(CONFIGS[name], "float16"), CONFIGS[name])
     assert not list(tmp_path.iterdir())
 
 
@@ -223,7 +226,7 @@ def test_what_keras_hub_cannot_hold(tmp_path, name, reason):
 def test_hostile_config(tmp_path, change, part):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads((GOLDEN / "config.json").read_text()) | change))
-    refused(lambda: keras_hub.config(tmp_path / "model.weights.h5", {}), path, part)
+    refused(lambda: KERAS_HUB.config(tmp_path / "model.weights.h5", {}), path, part)
 
 
 @pytest.mark.parametrize(
@@ -240,20 +243,20 @@ def test_hostile_index(tmp_path, files, error, part):
     path = tmp_path / "model.weights.json"
     path.write_text(json.dumps({"weight_map": {"/layers/layer_normalization/vars": files}}))
     with pytest.raises(error, match=part) as caught:
-        keras_hub.read(path)
+        KERAS_HUB.read(path)
     assert str(path) in str(caught.value)
 
 
 def test_the_same_tensor_in_two_shards(tmp_path):
-    main = write(keras_hub, tmp_path, random_tensors(CONFIGS["pre-norm"], "float16"), CONFIGS["pre-norm"], 2000)
+    main = write(KERAS_HUB, tmp_path, random_tensors(CONFIGS["pre-norm"], "float16"), CONFIGS["pre-norm"], 2000)
     shutil.copy(tmp_path / "model_00000.weights.h5", tmp_path / "model_00001.weights.h5")
-    refused(lambda: keras_hub.read(main), tmp_path, "which model_00000.weights.h5 holds too")
+    refused(lambda: KERAS_HUB.read(main), tmp_path, "which model_00000.weights.h5 holds too")
 
 
 def test_no_weight_map(tmp_path):
     path = tmp_path / "model.weights.json"
     path.write_text("{}")
-    refused(lambda: keras_hub.read(path), path, "weight_map")
+    refused(lambda: KERAS_HUB.read(path), path, "weight_map")
 
 
 def test_variables_of_another_shape(tmp_path):
@@ -264,6 +267,6 @@ def test_variables_of_another_shape(tmp_path):
         del file[kernel]
         file[kernel] = np.ones((2, 3, 4, 5), np.float32)
         file["layers/transformer_decoder/_self_attention_layer/key_dense/vars/2"] = np.ones(3, np.float32)
-    entries = keras_hub.read(path)[1]
+    entries = KERAS_HUB.read(path)[1]
     assert entries["model.decoder.layers.0.self_attn.k_proj.weight"].shape == (2, 3, 4, 5)
     assert "layers/transformer_decoder/_self_attention_layer/key_dense/vars/2" in entries

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from conftest import CONFIGS, SMALL, make_reference
-from opt_common.checkpoints.layouts import metaseq, state_dict
+from opt_common.checkpoints.layouts.metaseq import METASEQ
+from opt_common.checkpoints.layouts.torch import STATE_DICT
 from opt_common.checkpoints.tensors import Source, numpy_dtype
 from opt_common.config import OPTConfig
 
@@ -139,7 +140,7 @@ def fabricate(state: State, config: str, folder: Path, fused: bool, parts: int, 
 
 
 def agree(main: Path, wanted: State) -> None:
-    files, entries = metaseq.read(main)
+    files, entries = METASEQ.read(main)
     assert entries.keys() == wanted.keys()
     for name, entry in entries.items():
         assert (entry.shape, entry.dtype) == (tuple(wanted[name].shape), "float16"), name
@@ -159,14 +160,14 @@ def test_reads_every_form(fused, config, parts, world, hub, tmp_path):
     if config == "350m" and parts > 1:
         parts = 1  # it never was model parallel: project_in_dim is not sliced
     folder = fabricate(hub[config], config, tmp_path, fused, parts, world)
-    main = metaseq.find(folder)
+    main = METASEQ.find(folder)
     assert main is not None
-    assert all(metaseq.find(path) == main for path in folder.iterdir())
+    assert all(METASEQ.find(path) == main for path in folder.iterdir())
     agree(main, hub[config])
-    files, entries = metaseq.read(main)
+    files, entries = METASEQ.read(main)
     assert set(files) == set(folder.iterdir())
     wanted = OPTConfig(**{k: v for k, v in (SMALL | CONFIGS[config]).items() if k != "init_std"}, dtype="float16")
-    assert metaseq.config(main, entries) == wanted
+    assert METASEQ.config(main, entries) == wanted
 
 
 def test_the_order_is_keys_values_queries(tmp_path):
@@ -176,7 +177,7 @@ def test_the_order_is_keys_values_queries(tmp_path):
         bias = torch.tensor(rows, dtype=torch.float32)
         model = {"decoder.layers.0.self_attn.qkv_proj.bias": bias}
         torch.save({"model": model}, tmp_path / f"reshard-model_part-{part}.pt")
-    entries = metaseq.read(tmp_path / "reshard-model_part-0.pt")[1]
+    entries = METASEQ.read(tmp_path / "reshard-model_part-0.pt")[1]
     read = {name.split(".")[-2]: entry.read().tolist() for name, entry in entries.items()}
     assert read == {"k_proj": [10, 11, 12, 13], "v_proj": [20, 21, 22, 23], "q_proj": [30, 31, 32, 33]}
 
@@ -194,7 +195,7 @@ def test_a_stored_head(parts, kind, hub, tmp_path):
         if kind == "shared":
             part[head] = part["decoder.embed_tokens.weight"]
         saved({"model": part}, "pre-norm", tmp_path / (f"reshard-model_part-{p}.pt" if parts else "reshard.pt"))
-    main = metaseq.find(tmp_path)
+    main = METASEQ.find(tmp_path)
     assert main is not None
     wanted = state | ({"lm_head.weight": whole["decoder.embed_tokens.weight"]} if kind == "equal" else {})
     agree(main, wanted)
@@ -217,18 +218,18 @@ def test_omegaconf_without_omegaconf(hub, tmp_path, monkeypatch):
     torch.save({"model": meta_names(hub["pre-norm"], True), "cfg": cfg}, tmp_path / "consolidated.pt")
     for name in ("omegaconf", "omegaconf.dictconfig"):
         monkeypatch.delitem(sys.modules, name)
-    main = metaseq.find(tmp_path)
+    main = METASEQ.find(tmp_path)
     assert main == tmp_path / "consolidated.pt"
-    assert metaseq.config(main, metaseq.read(main)[1]).num_attention_heads == 4
+    assert METASEQ.config(main, METASEQ.read(main)[1]).num_attention_heads == 4
 
 
 def test_configs_of_shapes(hub, tmp_path):
     """Without arguments: the published sizes are known by their shapes, any other is asked for."""
     torch.save({"model": meta_names(hub["pre-norm"], True)}, tmp_path / "restored.pt")
     main = tmp_path / "restored.pt"
-    entries = metaseq.read(main)[1]
+    entries = METASEQ.read(main)[1]
     with pytest.raises(ValueError, match=r"restored.pt: the number of heads cannot be told: 3 layers of width 64"):
-        metaseq.config(main, entries)
+        METASEQ.config(main, entries)
     shaped = {name: types.SimpleNamespace(shape=entry.shape, dtype="float16") for name, entry in entries.items()}
     for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b", "175b"):
         wanted = OPTConfig.from_size(size, dtype="float16")
@@ -241,21 +242,21 @@ def test_configs_of_shapes(hub, tmp_path):
         fake |= {n: shaped[n] for n in ("decoder.layers.0.fc1.bias", "decoder.layers.0.final_layer_norm.weight")}
         if wanted.has_final_layer_norm:
             fake["decoder.final_layer_norm.weight"] = shaped["decoder.final_layer_norm.weight"]
-        assert metaseq.config(main, fake) == wanted  # type: ignore[arg-type]
+        assert METASEQ.config(main, fake) == wanted  # type: ignore[arg-type]
     del shaped["decoder.layers.0.fc1.weight"]
     with pytest.raises(ValueError, match=r"restored.pt: decoder.layers.0.fc1.weight: found none"):
-        metaseq.config(main, shaped)  # type: ignore[arg-type]
+        METASEQ.config(main, shaped)  # type: ignore[arg-type]
 
 
 def test_a_final_norm_that_was_removed(hub, tmp_path):
     state = meta_names(hub["removed-final-norm"], True)
     main = saved({"model": state}, "removed-final-norm", tmp_path / "restored.pt")
-    config = metaseq.config(main, metaseq.read(main)[1])
+    config = METASEQ.config(main, METASEQ.read(main)[1])
     assert (config.do_layer_norm_before, config.has_final_layer_norm) == (True, False)
     heads = argparse.Namespace(decoder_attention_heads=4)
     main = saved({"model": state, "cfg": {"model": heads}}, "removed-final-norm", tmp_path / "restored.pt")
     with pytest.raises(ValueError, match="whether norms come before or after cannot be told"):
-        metaseq.config(main, metaseq.read(main)[1])
+        METASEQ.config(main, METASEQ.read(main)[1])
 
 
 def test_one_tensor_at_a_time(tmp_path):
@@ -266,9 +267,9 @@ def test_one_tensor_at_a_time(tmp_path):
     for p, part in enumerate(sliced(whole, 4)):
         for s, shard in enumerate(flattened(part, 3)):
             torch.save(shard, tmp_path / f"checkpoint_last-model_part-{p}-shard{s}.pt")
-    main = metaseq.find(tmp_path)
+    main = METASEQ.find(tmp_path)
     assert main is not None
-    entries = metaseq.read(main)[1]
+    entries = METASEQ.read(main)[1]
     tracemalloc.start()
     for entry in entries.values():
         entry.read()
@@ -314,9 +315,9 @@ def test_what_is_written(config, hub, tmp_path):
     state = hub[config]
     opt = OPTConfig(**{k: v for k, v in (SMALL | CONFIGS[config]).items() if k != "init_std"}, dtype="float16")
     told: list[int] = []
-    assert metaseq.write(tmp_path, sources(state), opt, 1000, told.append) == ["restored.pt"]
+    assert METASEQ.write(tmp_path, sources(state), opt, 1000, told.append) == ["restored.pt"]
     assert sum(told) == sum(t.nbytes for t in state.values())
-    assert metaseq.plan(sources(state), opt, 1000) == [("restored.pt", (tmp_path / "restored.pt").stat().st_size)]
+    assert METASEQ.plan(sources(state), opt, 1000) == [("restored.pt", (tmp_path / "restored.pt").stat().st_size)]
     judged = by_transformers_rules(tmp_path / "restored.pt")
     wanted = {name: t for name, t in state.items() if name != "lm_head.weight"}
     assert judged.keys() == wanted.keys()
@@ -326,10 +327,10 @@ def test_what_is_written(config, hub, tmp_path):
     fused = "decoder.layers.0.self_attn.qkv_proj.weight" in raw["model"]
     assert fused == (config != "350m")
     assert raw["cfg"]["model"]["decoder_attention_heads"] == 4
-    main = metaseq.find(tmp_path)
+    main = METASEQ.find(tmp_path)
     assert main is not None
     agree(main, state)
-    again = metaseq.config(main, metaseq.read(main)[1])
+    again = METASEQ.config(main, METASEQ.read(main)[1])
     assert again == OPTConfig(**{**vars(opt), "tie_word_embeddings": True})
 
 
@@ -340,17 +341,17 @@ def test_a_state_dict(hub, tmp_path):
     opt = OPTConfig(**{k: v for k, v in SMALL.items() if k != "init_std"})
     model = OPTForCausalLM(opt)
     torch.save(model.state_dict(), tmp_path / "any name.pt")
-    files, entries = state_dict.read(tmp_path / "any name.pt")
+    files, entries = STATE_DICT.read(tmp_path / "any name.pt")
     assert files == [tmp_path / "any name.pt"]
     for name, t in model.state_dict().items():
         assert entries[name].read().tobytes() == t.numpy().tobytes()
     given = [Source(name, e.shape, e.dtype, e.read) for name, e in entries.items()]
-    assert state_dict.write(tmp_path, given, None, 1, lambda _: None) == ["model.pt"]
-    assert state_dict.plan(given, None, 1) == [("model.pt", (tmp_path / "model.pt").stat().st_size)]
+    assert STATE_DICT.write(tmp_path, given, None, 1, lambda _: None) == ["model.pt"]
+    assert STATE_DICT.plan(given, None, 1) == [("model.pt", (tmp_path / "model.pt").stat().st_size)]
     read = torch.load(tmp_path / "model.pt", weights_only=True)
     assert all(torch.equal(read[name], t) for name, t in model.state_dict().items())
     model.load_state_dict(read)
-    assert metaseq.find(tmp_path) is None
+    assert METASEQ.find(tmp_path) is None
 
 
 # --- what is wrong ---
@@ -447,15 +448,15 @@ WRONG = {
 def test_what_is_wrong_is_named(change, hub, tmp_path):
     broken(change, hub, tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=WRONG[change]) as error:
-        main = metaseq.find(tmp_path)
+        main = METASEQ.find(tmp_path)
         assert main is not None
-        metaseq.read(main)
+        METASEQ.read(main)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_parts_that_differ_are_told_when_read(hub, tmp_path):
     broken("replicated", hub, tmp_path)
-    entries = metaseq.read(tmp_path / "reshard-model_part-0.pt")[1]
+    entries = METASEQ.read(tmp_path / "reshard-model_part-0.pt")[1]
     entries["decoder.layers.0.final_layer_norm.bias"].read()
     with pytest.raises(
         ValueError, match=r"layers.1.final_layer_norm.bias: differs between model parallel parts 0 and 1"
@@ -468,11 +469,11 @@ def test_several_in_a_folder(hub, tmp_path):
     saved({"model": state}, "pre-norm", tmp_path / "reshard.pt")
     torch.save({"a": torch.zeros(3)}, tmp_path / "another.pt")
     (tmp_path / "not torch's.pt").write_text("hello")
-    assert metaseq.find(tmp_path) == tmp_path / "reshard.pt"
+    assert METASEQ.find(tmp_path) == tmp_path / "reshard.pt"
     saved({"model": state}, "pre-norm", tmp_path / "restored.pt")
     with pytest.raises(ValueError, match="found several metaseq checkpoints: reshard.pt, restored.pt; name one"):
-        metaseq.find(tmp_path)
-    assert metaseq.find(tmp_path / "restored.pt") == tmp_path / "restored.pt"
+        METASEQ.find(tmp_path)
+    assert METASEQ.find(tmp_path / "restored.pt") == tmp_path / "restored.pt"
 
 
 class Call:
@@ -488,9 +489,9 @@ def test_a_config_that_calls(where, hub, tmp_path):
     hidden = argparse.Namespace(model=argparse.Namespace(decoder_attention_heads=4, hook=Call(tmp_path / "called")))
     main = saved({"model": meta_names(hub["pre-norm"], True), where: hidden}, "pre-norm", tmp_path / "restored.pt")
     with pytest.raises(ValueError, match="restored.pt: .* names 'posix.system'"):
-        metaseq.find(tmp_path)
+        METASEQ.find(tmp_path)
     with pytest.raises(ValueError, match="restored.pt: .* names 'posix.system'"):
-        metaseq.read(main)
+        METASEQ.read(main)
     assert not (tmp_path / "called").exists()
 
 
@@ -508,4 +509,4 @@ def test_a_config_of_wrong_types(hub, tmp_path):
         state = {"model": meta_names(hub["pre-norm"], True), "cfg": {"model": space}}
         main = saved(state, "pre-norm", tmp_path / "restored.pt")
         with pytest.raises(ValueError, match=message):
-            metaseq.config(main, metaseq.read(main)[1])
+            METASEQ.config(main, METASEQ.read(main)[1])

@@ -31,7 +31,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from opt_common.checkpoints.containers import unpickle
-from opt_common.checkpoints.layouts import torch_bin
+from opt_common.checkpoints.layouts.torch import TORCH
 from opt_common.checkpoints.tensors import Source, numpy_dtype
 
 BIN = "pytorch_model.bin"
@@ -79,7 +79,7 @@ def test_reads_what_torch_writes(zipped, protocol, kind, tmp_path):
         state._metadata = OrderedDict({"": {"version": 1}})  # as state_dict() leaves it
     torch.save(state, tmp_path / BIN, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     judge = torch.load(tmp_path / BIN, weights_only=protocol == 2)  # the judge's own restricted reader knows only 2
-    files, entries = torch_bin.read(tmp_path / BIN)
+    files, entries = TORCH.read(tmp_path / BIN)
     assert files == [tmp_path / BIN]
     assert list(entries) == list(judge)
     for name, entry in entries.items():
@@ -98,8 +98,8 @@ def test_reads_without_torch(tmp_path):
         import sys
         sys.modules["torch"] = None
         from pathlib import Path
-        from opt_common.checkpoints.layouts import torch_bin
-        print(len([entry.read() for entry in torch_bin.read(Path({str(tmp_path / BIN)!r}))[1].values()]))
+        from opt_common.checkpoints.layouts.torch import TORCH
+        print(len([entry.read() for entry in TORCH.read(Path({str(tmp_path / BIN)!r}))[1].values()]))
     """
     ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
     assert ran.stdout.strip() == str(len(everything())), ran.stderr
@@ -108,7 +108,7 @@ def test_reads_without_torch(tmp_path):
 def test_reads_one_tensor_at_a_time(tmp_path):
     torch.save({f"t{i}": torch.zeros(500_000) for i in range(10)}, tmp_path / BIN)
     tracemalloc.start()
-    for entry in torch_bin.read(tmp_path / BIN)[1].values():
+    for entry in TORCH.read(tmp_path / BIN)[1].values():
         entry.read()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -132,9 +132,9 @@ def test_torch_reads_what_is_written(limit, large, tmp_path, rng, monkeypatch):
     arrays |= {"none": np.zeros((0, 3), np.float32), "one": np.array(2.5, np.float32)}
     arrays["transposed"] = rng.normal(size=(5, 9)).T
     told: list[int] = []
-    names = torch_bin.write(tmp_path, sources(arrays), None, limit, told.append)
+    names = TORCH.write(tmp_path, sources(arrays), None, limit, told.append)
     assert told == [a.nbytes for a in arrays.values()]
-    planned = torch_bin.plan(sources(arrays), None, limit)
+    planned = TORCH.plan(sources(arrays), None, limit)
     assert dict(planned) == {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert len(names) == (1 if limit == 10**9 else len(planned) - 1)
     for mmap in (True, False):
@@ -147,15 +147,15 @@ def test_torch_reads_what_is_written(limit, large, tmp_path, rng, monkeypatch):
             assert read[name].shape == array.shape
             assert bits(read[name]) == array.tobytes(), name
             assert not mmap or array.size == 0 or read[name].data_ptr() % 64 == 0
-    main = tmp_path / (names[0] if len(names) == 1 else torch_bin.MAIN[1])
-    for name, entry in torch_bin.read(main)[1].items():
+    main = tmp_path / (names[0] if len(names) == 1 else TORCH.main[1])
+    for name, entry in TORCH.read(main)[1].items():
         assert entry.read().tobytes() == arrays[name].tobytes()
 
 
 def test_a_source_that_breaks_its_promise_is_named(tmp_path):
     wrong = [Source("a.weight", (2, 3), "float32", lambda: np.zeros((3, 2), np.float32))]
     with pytest.raises(ValueError, match=r"a.weight: found float32\[3, 2\], wanted float32\[2, 3\]"):
-        torch_bin.write(tmp_path, wrong, None, 100, lambda _: None)
+        TORCH.write(tmp_path, wrong, None, 100, lambda _: None)
 
 
 @pytest.mark.parametrize("limit", [10**9, 60_000])
@@ -166,7 +166,7 @@ def test_transformers_loads_what_is_written(config, limit, tiny, tmp_path):
     state = {name: t.detach().half().numpy() for name, t in reference.state_dict().items()}
     if config != "untied":
         del state["lm_head.weight"]
-    names = torch_bin.write(tmp_path, sources(state), None, limit, lambda _: None)
+    names = TORCH.write(tmp_path, sources(state), None, limit, lambda _: None)
     assert (len(names) > 1) == (limit == 60_000)
     loaded, info = transformers.OPTForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float16, use_safetensors=False, output_loading_info=True
@@ -334,14 +334,14 @@ def test_tensors_that_do_not_fit(case, tmp_path):
     content, message = BAD_TENSORS[case]
     path = zip_file(tmp_path / "model.bin", content, data_0=bytes(40))
     with pytest.raises(ValueError, match=message) as error:
-        torch_bin.read(path)
+        TORCH.read(path)
     assert str(error.value).startswith(f"{path}: ")
 
 
 def test_the_good_tensor_among_them(tmp_path):
     numbers = np.arange(10, dtype=np.float32).tobytes()
     path = zip_file(tmp_path / "model.bin", tensor_pickle(2, (2, 4), (4, 1)), data_0=numbers, version=b"3")
-    assert torch_bin.read(path)[1]["w"].read().tolist() == [[2, 3, 4, 5], [6, 7, 8, 9]]
+    assert TORCH.read(path)[1]["w"].read().tolist() == [[2, 3, 4, 5], [6, 7, 8, 9]]
     assert torch.load(path, weights_only=True)["w"].tolist() == [[2, 3, 4, 5], [6, 7, 8, 9]]
 
 
@@ -417,14 +417,14 @@ def test_damaged_files(case, tmp_path):
     torch.save({"w": torch.arange(1000.0)}, path)
     damage(path)
     with pytest.raises(ValueError, match=message) as error:
-        torch_bin.read(path)
+        TORCH.read(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
 def test_a_file_cut_after_it_was_opened(tmp_path):
     path = tmp_path / BIN
     torch.save({"w": torch.arange(1000.0)}, path)
-    entry = torch_bin.read(path)[1]["w"]
+    entry = TORCH.read(path)[1]["w"]
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match="pytorch_model.bin: ends at 2000 bytes"):
         entry.read()
@@ -483,7 +483,7 @@ def seeds() -> list[bytes]:
             made.append(buffer.getvalue())
     with tempfile.TemporaryDirectory() as folder:
         arrays = {"a": np.arange(12, dtype=np.float32)}
-        torch_bin.write(Path(folder), sources(arrays), None, 10**9, lambda _: None)
+        TORCH.write(Path(folder), sources(arrays), None, 10**9, lambda _: None)
         made.append((Path(folder) / BIN).read_bytes())
     return made
 

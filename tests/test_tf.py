@@ -15,8 +15,10 @@ opt_tf = pytest.importorskip("opt_tf")
 import keras  # noqa: E402  after opt_tf has chosen its backend
 
 from opt_common.config import OPTConfig  # noqa: E402
+from opt_common.weights import KERAS, table  # noqa: E402
 from opt_tf import TFOPTForCausalLM, TFOPTModel  # noqa: E402
-from opt_tf.cache import place  # noqa: E402
+from opt_tf.attention import Collector, choose  # noqa: E402
+from opt_tf.cache import CacheWriter  # noqa: E402
 from opt_tf.generate import Limits, _generate  # noqa: E402
 
 SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
@@ -85,11 +87,11 @@ def test_graph_and_xla_give_what_eager_gives(tiny, ids):
 def test_gradients(tiny, rng, length, monkeypatch):
     """As PyTorch's here, which are held against transformers'."""
     torch = pytest.importorskip("torch")
-    from opt_common.weights import KERAS, TORCH, table
+    from opt_common.weights import TORCH
     from opt_pt import OPTForCausalLM
 
     folder, _ = tiny("350m")
-    monkeypatch.setattr("opt_tf.cache.FEWEST", 16)
+    monkeypatch.setattr("opt_tf.attention.FEWEST", 16)
     ids = rng.integers(3, 96, (2, length))
     ids[0, :3] = 1
     mask = (ids != 1).astype(int)
@@ -110,9 +112,9 @@ def test_gradients(tiny, rng, length, monkeypatch):
 def test_blocks_of_tokens(ids, rng):
     """Each block of a long call sees the slots up to its last token: what one block of all would give."""
     config = OPTConfig(**(SMALL | {"max_position_embeddings": 512}))
-    sizes = [tuple(mask.shape[2:]) for mask in place(config, 1, 300, None, None, None)[1]]
+    sizes = [tuple(mask.shape[2:]) for mask in choose(None, 0, 1, 300).masks]
     assert sizes == [(75, 75), (75, 150), (75, 225), (75, 300)]
-    assert [m.shape[2] for m in place(config, 1, 100, None, None, None)[1]] == [64, 36]
+    assert [m.shape[2] for m in choose(None, 0, 1, 100).masks] == [64, 36]
     model = TFOPTForCausalLM(config, initializer=keras.initializers.RandomNormal(stddev=0.3, seed=0), dtype="float64")
     ids, mask = rng.integers(3, 96, (2, 300)), np.ones((2, 300), int)
     mask[0, :90] = mask[1, 280:] = 0
@@ -130,6 +132,130 @@ def test_blocks_of_tokens(ids, rng):
     assert found.attentions[1].shape == (2, 4, 300, 310)
     uncached = model(ids, mask, output_attentions=True)
     np.testing.assert_allclose(uncached.attentions[1], found.attentions[1][..., :300], rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def drawn() -> TFOPTModel:
+    """A model whose weights are large enough to tell mistakes by."""
+    initializer = keras.initializers.RandomNormal(stddev=0.3, seed=keras.random.SeedGenerator(0))
+    return TFOPTModel(OPTConfig(**(SMALL | {"num_hidden_layers": 3})), initializer, dtype="float64")
+
+
+def same(found, wanted) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-10)
+
+
+CAUSAL = np.tril(np.ones((12, 12), bool))[None, None]
+PADDED = np.array([[0] * 4 + [1] * 8, [1] * 12])
+MASKS = {
+    "none": (None, None),
+    "bool": (PADDED, CAUSAL & (PADDED == 1)[:, None, None]),
+    "additive": (PADDED, np.where(CAUSAL & (PADDED == 1)[:, None, None], 0, np.finfo("float64").min)),
+    "infinite": (None, np.where(CAUSAL, 0, -np.inf)),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("case", MASKS)
+def test_a_layer_called_by_hand(case, compiled, drawn, ids):
+    """Layers and attentions take what transformers' take, and return what the decoder gets from them."""
+    padding, mask = MASKS[case]
+    wanted = drawn(ids, padding, output_hidden_states=True, output_attentions=True)
+    real = np.ones((2, 12), bool) if padding is None else padding == 1
+    given = None if mask is None else tf.constant(mask)
+    for i, layer in enumerate(drawn.decoder.layers[: 1 if compiled else 2]):
+        before, after = wanted.hidden_states[i], wanted.hidden_states[i + 1].numpy()
+
+        def run(x, layer=layer):
+            return layer(x, attention_mask=given, position_ids=tf.range(12)[None], use_cache=False)
+
+        found = (tf.function(run, jit_compile=True) if compiled else run)(before)
+        same(found.numpy()[real], after[real])
+        normed = layer.self_attn_layer_norm(before)
+        out, none = layer.self_attn(hidden_states=normed, attention_mask=given)
+        assert none is None
+        middle = before + out
+        ffn = layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(middle))))
+        same((middle + ffn).numpy()[real], after[real])
+        out, weights = layer.self_attn(hidden_states=normed, attention_mask=given, output_attentions=True)
+        rows = np.where(real[:, None, :, None], 1, 0)
+        same(weights * rows, wanted.attentions[i] * rows)
+        attentions = Collector()
+        same(layer(before, given, attentions=attentions), found)
+        same(attentions[0], weights)
+
+
+def test_a_mask_of_another_rank_is_refused(drawn):
+    with pytest.raises(ValueError, match=r"attention_mask: found shape \[2, 12\], wanted \[batch or 1, 1"):
+        drawn.decoder.layers[0](tf.zeros((2, 12, 64), tf.float64), attention_mask=tf.ones((2, 12)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_layer_called_by_hand_writes_the_cache(masked, drawn, ids):
+    past = drawn(ids[:, :7], past_key_values=drawn.init_cache(2, 20)).past_key_values
+    wanted = drawn(ids[:, 7:], past_key_values=past, output_hidden_states=True)
+    writer = CacheWriter(past)
+    mask = tf.constant(CAUSAL[:, :, 7:]) if masked else None
+    for i, layer in enumerate(drawn.decoder.layers):
+        found = layer(wanted.hidden_states[i], mask, past_key_values=writer)
+        if i + 1 < len(drawn.decoder.layers):
+            same(found, wanted.hidden_states[i + 1])
+    cache = writer.advance(5, wanted.past_key_values.segments)
+    assert int(cache.length) == int(wanted.past_key_values.length) == 12
+    for ours, theirs in zip(cache.k + cache.v, wanted.past_key_values.k + wanted.past_key_values.v, strict=True):
+        same(ours, theirs)
+
+
+def test_a_replaced_activation_counts(drawn, ids):
+    usual = drawn(ids).last_hidden_state.numpy()
+    drawn.decoder.layers[1].activation_fn = tf.zeros_like
+    found = drawn(ids).last_hidden_state.numpy()
+    assert np.abs(found - usual).max() > 0.1
+    drawn.decoder.layers[1].activation_fn = tf.nn.relu
+    same(drawn(ids).last_hidden_state, usual)
+    for variable in drawn.decoder.layers[1].fc1.weights:
+        variable.assign(tf.zeros_like(variable.value))
+    same(drawn(ids).last_hidden_state, found)
+
+
+def test_what_users_read(drawn):
+    config, layer = drawn.config, drawn.decoder.layers[1]
+    attention = layer.self_attn
+    assert (attention.layer_idx, attention.is_causal, attention.config) == (1, True, config)
+    assert (attention.embed_dim, attention.num_heads, attention.head_dim, attention.scaling) == (64, 4, 16, 0.25)
+    assert (layer.embed_dim, layer.do_layer_norm_before) == (64, True)
+
+
+def test_variables_are_called_as_in_the_checkpoint():
+    model = TFOPTForCausalLM(OPTConfig(**SMALL, word_embed_proj_dim=32, tie_word_embeddings=False))
+    for spec in table(model.config):
+        variable = KERAS.parameter(model, spec)
+        prefix = "" if spec.path.startswith("model.") else f"{model.name}/"
+        assert variable.path == f"{prefix}{re.sub(r'(?<!layers)[.]', '/', spec.path)}/{variable.name}"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_padding_takes_no_gradient(compiled, ids):
+    """From its own look-up; not even where it is not masked."""
+    model = TFOPTForCausalLM(OPTConfig(**SMALL, tie_word_embeddings=False))
+    ids[:, 3:6] = 1
+
+    def run(ids):
+        with tf.GradientTape() as tape:
+            loss = model(ids, tf.ones_like(ids), labels=ids).loss
+        return tf.convert_to_tensor(tape.gradient(loss, model.model.decoder.embed_tokens.embeddings.value))
+
+    found = (tf.function(run, jit_compile=True) if compiled else run)(tf.constant(ids)).numpy()
+    assert not found[1].any()
+    others = np.unique(ids[:, :-1])[1:]
+    assert (np.abs(found[others]).max(axis=1) > 0).all()
+
+
+def test_arguments_in_a_dictionary(drawn, ids):
+    found = drawn({"input_ids": ids, "attention_mask": PADDED}, output_hidden_states=True)
+    wanted = drawn(ids, attention_mask=PADDED, output_hidden_states=True)
+    for ours, theirs in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from packaging.requirements import Requirement
 
-from .weights import Layout
+from .weights import Naming
 
 GROUP = "opt_zoo.frameworks"
 
@@ -36,7 +36,7 @@ class Framework:
     prefix: ClassVar[str]
     tensors: ClassVar[str]
     ids: ClassVar[str]
-    naming: ClassVar[Layout]
+    naming: ClassVar[Naming]
 
     def __init__(self, key: str, package: str, distribution: Distribution) -> None:
         self.key, self.package, self.distribution = key, package, distribution

@@ -1,22 +1,24 @@
 """The one table of OPT's tensors, as a function of the config.
 
-Every framework's load, save, parameter count and shape check walk this table. Module paths are the checkpoint's in
-every framework, so there is nothing to map but the last name of a parameter and whether a matrix is stored [in, out].
-
-    V vocabulary   E embedding width   H hidden   F feed-forward   P positions + 2
+Loading, saving, counting parameters, checking shapes and sharding all walk this table, in every framework. Module paths
+are the checkpoint's everywhere, so a framework differs only in the last part of a name and in the orientation of its
+matrices: see `Naming`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any, Literal
+
+import numpy as np
 
 from .config import OPTConfig
 
 Kind = Literal["embedding", "linear", "bias", "norm", "norm_bias"]
+Axis = Literal["vocab", "embed", "hidden", "heads", "ffn", "labels"]
 # The models, by transformers' names, and the module of each that comes after the decoder.
 HEADS = {
     "OPTModel": None,
@@ -28,16 +30,18 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Spec:
-    """One tensor: the path of its module, what it is, and its shape in a checkpoint (matrices [out, in])."""
+    """One tensor: the path of its module, what it is, its shape in a checkpoint (matrices [out, in]), and the name of
+    each axis, None for positions."""
 
     path: str
     kind: Kind
     shape: tuple[int, ...]
+    axes: tuple[Axis | None, ...]
 
     @property
     def name(self) -> str:
         """Its name in a Hub checkpoint, e.g. `model.decoder.layers.0.fc1.weight`."""
-        return f"{self.path}.{'bias' if self.kind in ('bias', 'norm_bias') else 'weight'}"
+        return TORCH.name(self)
 
     @property
     def size(self) -> int:
@@ -45,7 +49,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Naming:
     """What a framework calls the parameters of a module, and whether its matrices are [in, out]."""
 
     embedding: str
@@ -55,16 +59,28 @@ class Layout:
     norm_bias: str
     transposed: bool
 
+    def name(self, spec: Spec) -> str:
+        """The parameter's full name, joined by dots."""
+        return f"{spec.path}.{getattr(self, spec.kind)}"
+
     def parameter(self, model: Any, spec: Spec) -> Any:
         """The framework's parameter for `spec`, found by walking `spec.path` from `model`."""
         parts = spec.path.split(".")
-        module = functools.reduce(lambda m, p: m[int(p)] if p.isdigit() else getattr(m, p), parts, model)
+        module = reduce(lambda m, p: m[int(p)] if p.isdigit() else getattr(m, p), parts, model)
         return getattr(module, getattr(self, spec.kind))
 
+    def transposes(self, spec: Spec) -> bool:
+        """Whether the framework stores this tensor transposed."""
+        return self.transposed and spec.kind == "linear"
 
-TORCH = Layout("weight", "weight", "bias", "weight", "bias", transposed=False)
-KERAS = Layout("embeddings", "kernel", "bias", "gamma", "beta", transposed=True)
-FLAX = Layout("embedding", "kernel", "bias", "scale", "bias", transposed=False)
+    def oriented(self, spec: Spec, array: np.ndarray) -> np.ndarray:
+        """A view of the checkpoint's array in the framework's orientation, or the other way round."""
+        return array.T if self.transposes(spec) else array
+
+
+TORCH = Naming("weight", "weight", "bias", "weight", "bias", transposed=False)
+KERAS = Naming("embeddings", "kernel", "bias", "gamma", "beta", transposed=True)
+FLAX = Naming("embedding", "kernel", "bias", "scale", "bias", transposed=True)
 
 
 def table(config: OPTConfig, architecture: str = "OPTForCausalLM") -> Iterator[Spec]:
@@ -72,31 +88,31 @@ def table(config: OPTConfig, architecture: str = "OPTForCausalLM") -> Iterator[S
     OPTModel's names do not begin with "model."."""
     if architecture not in HEADS:
         raise ValueError(f"architecture: found {architecture!r}, wanted one of {', '.join(HEADS)}")
-    c, d = config, "decoder" if architecture == "OPTModel" else "model.decoder"
-    V, E, H, F = c.vocab_size, c.embed_dim, c.hidden_size, c.ffn_dim
+    c, d, row = config, "decoder" if architecture == "OPTModel" else "model.decoder", partial(_row, config)
 
-    def linear(path: str, out: int, into: int) -> Iterator[Spec]:
-        yield Spec(path, "linear", (out, into))
+    def linear(path: str, out: Axis, into: Axis) -> Iterator[Spec]:
+        yield row(path, "linear", out, into)
         if c.enable_bias:
-            yield Spec(path, "bias", (out,))
+            yield row(path, "bias", out)
 
     def norm(path: str) -> Iterator[Spec]:
         if c.layer_norm_elementwise_affine:
-            yield Spec(path, "norm", (H,))
-            yield Spec(path, "norm_bias", (H,))
+            yield row(path, "norm", "hidden")
+            yield row(path, "norm_bias", "hidden")
 
-    yield Spec(f"{d}.embed_tokens", "embedding", (V, E))
-    yield Spec(f"{d}.embed_positions", "embedding", (c.max_position_embeddings + 2, H))
+    yield row(f"{d}.embed_tokens", "embedding", "vocab", "embed")
+    yield row(f"{d}.embed_positions", "embedding", None, "hidden")
     if c.projects_embeddings:
-        yield Spec(f"{d}.project_in", "linear", (H, E))
-        yield Spec(f"{d}.project_out", "linear", (E, H))
+        yield row(f"{d}.project_in", "linear", "hidden", "embed")
+        yield row(f"{d}.project_out", "linear", "embed", "hidden")
     for i in range(c.num_hidden_layers):
         layer = f"{d}.layers.{i}"
-        for projection in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            yield from linear(f"{layer}.self_attn.{projection}", H, H)
+        for projection in ("k_proj", "v_proj", "q_proj"):
+            yield from linear(f"{layer}.self_attn.{projection}", "heads", "hidden")
+        yield from linear(f"{layer}.self_attn.out_proj", "hidden", "heads")
         yield from norm(f"{layer}.self_attn_layer_norm")
-        yield from linear(f"{layer}.fc1", F, H)
-        yield from linear(f"{layer}.fc2", H, F)
+        yield from linear(f"{layer}.fc1", "ffn", "hidden")
+        yield from linear(f"{layer}.fc2", "hidden", "ffn")
         yield from norm(f"{layer}.final_layer_norm")
     if c.has_final_layer_norm:
         yield from norm(f"{d}.final_layer_norm")
@@ -105,14 +121,26 @@ def table(config: OPTConfig, architecture: str = "OPTForCausalLM") -> Iterator[S
 
 def head(config: OPTConfig, architecture: str) -> Iterator[Spec]:
     """The tensors that come after the decoder."""
-    E = config.embed_dim
     if architecture == "OPTForCausalLM" and not config.tie_word_embeddings:
-        yield Spec("lm_head", "linear", (config.vocab_size, E))
+        yield _row(config, "lm_head", "linear", "vocab", "embed")
     if architecture == "OPTForSequenceClassification":
-        yield Spec("score", "linear", (config.num_labels, E))
-    if architecture == "OPTForQuestionAnswering":
-        yield Spec("qa_outputs", "linear", (2, E))
-        yield Spec("qa_outputs", "bias", (2,))
+        yield _row(config, "score", "linear", "labels", "embed")
+    if architecture == "OPTForQuestionAnswering":  # where an answer starts and ends
+        yield Spec("qa_outputs", "linear", (2, config.embed_dim), ("labels", "embed"))
+        yield Spec("qa_outputs", "bias", (2,), ("labels",))
+
+
+def _row(config: OPTConfig, path: str, kind: Kind, *axes: Axis | None) -> Spec:
+    sizes = {
+        "vocab": config.vocab_size,
+        "embed": config.embed_dim,
+        "hidden": config.hidden_size,
+        "heads": config.hidden_size,  # of all heads together
+        "ffn": config.ffn_dim,
+        "labels": config.num_labels,
+        None: config.max_position_embeddings + 2,
+    }
+    return Spec(path, kind, tuple(sizes[axis] for axis in axes), axes)
 
 
 def parameter_count(config: OPTConfig) -> int:

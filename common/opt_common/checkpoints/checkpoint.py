@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from ..files import abridged, read_json
-from .layouts import LAYOUTS, layout_module
+from .layouts import LAYOUTS, layout_named
 from .save import finish_interrupted_save
 from .tensors import Entry, numpy_dtype
 
 # What a folder is opened by.
-FILES = tuple(dict.fromkeys(name for module in LAYOUTS.values() for name in module.MAIN))
+FILES = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.main))
 
 
 class Checkpoint(Mapping[str, Entry]):
@@ -80,20 +80,20 @@ def recognize(path: Path, layout: str | None = None) -> dict[str, Path]:
     finish_interrupted_save(path)
     found: dict[str, Path] = {}
     for name in chosen:
-        module = layout_module(name)
-        if hasattr(module, "find"):
-            main = module.find(path)
+        kind = layout_named(name)
+        if kind.find:
+            main = kind.find(path)
             mains = [main] if main else []
         elif path.is_file():
-            mains = [path] if any(path.name.endswith(_ending(main)) for main in module.MAIN) else []
+            mains = [path] if any(path.name.endswith(_ending(main)) for main in kind.main) else []
         else:
-            mains = [path / main for main in module.MAIN if (path / main).is_file()]
-        if mains and (main := _newest(mains)) and getattr(module, "holds", lambda main: True)(main):
+            mains = [path / main for main in kind.main if (path / main).is_file()]
+        if mains and kind.holds(main := _newest(mains)):
             found[name] = main
     if found:
         return found
     wanted = f"weights of layout {layout}" if layout else "weights"
-    names = ", ".join(layout_module(layout).MAIN if layout else FILES)
+    names = ", ".join(layout_named(layout).main if layout else FILES)
     there = abridged(sorted(p.name for p in path.iterdir())) if path.is_dir() else "a file" if path.exists() else ""
     raise FileNotFoundError(f"{path}: no {wanted}; wanted one of {names}; found: {there or 'nothing'}")
 

@@ -17,7 +17,7 @@ from ..config import DTYPES, OPTConfig
 from ..hub import COMPANIONS
 from ..progress import byte_bar
 from ..weights import table
-from .layouts import HEADED, WRITABLE, layout_module
+from .layouts import HEADED, LAYOUTS, WRITABLE, layout_named
 from .open import open_checkpoint
 from .save import save_checkpoint
 from .shards import MAX_SHARD_SIZE, parse_size
@@ -91,10 +91,11 @@ def plan(
 ) -> Plan:
     """What `convert` with the same arguments would write, from the headers alone. Raises as it does."""
     job, limit = _prepare(source, target, to, dtype, layout), parse_size(max_shard_size)
-    module = layout_module(to)
-    exact = hasattr(module, "plan")
-    total = sum(s.nbytes for s in job.sources)
-    files = module.plan(job.sources, job.config, limit) if exact else [(module.MAIN[0], total)]
+    written = layout_named(to)
+    if written.plan:
+        files = written.plan(job.sources, job.config, limit)
+    else:
+        files = [(written.main[0], sum(s.nbytes for s in job.sources))]
     files += [(name, len(text.encode() if isinstance(text, str) else text)) for name, text in job.texts.items()]
 
     there = Path(target).absolute()
@@ -103,7 +104,7 @@ def plan(
     read, write = _read_rate(job.files), _write_rate(there)
     out, into = sum(size for _, size in files), sum(file.stat().st_size for file in job.files)
     seconds = None if write is None else into / read + out / write
-    return Plan(files, exact, job.memory, seconds, read, write, shutil.disk_usage(there).free)
+    return Plan(files, written.plan is not None, job.memory, seconds, read, write, shutil.disk_usage(there).free)
 
 
 def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None, layout: str | None) -> _Job:
@@ -113,13 +114,13 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
         raise ValueError(f"layout: found {to!r}, wanted one of {', '.join(WRITABLE)} to write")
     opened = open_checkpoint(source, layout, companions=True)
     checkpoint, folder = opened.checkpoint, opened.checkpoint.folder
+    read, written = LAYOUTS[checkpoint.layout], LAYOUTS[to]
     if Path(target).resolve() == folder.resolve():
         raise ValueError(f"{target}: is the source too; wanted another folder")
     if opened.architecture != "OPTForCausalLM" and to not in HEADED:
         raise ValueError(f"{checkpoint.path}: is an {opened.architecture}; wanted one of {', '.join(HEADED)} to write")
     config = dataclasses.replace(opened.config, tie_word_embeddings=opened.tied, dtype=dtype or checkpoint.dtype)
-    if hasattr(layout_module(to), "check"):
-        layout_module(to).check(config)
+    written.check(config)
     entries = [(spec, checkpoint[opened.names[spec.name]]) for spec in table(config, opened.architecture)]
     sources = [
         Source(spec.name, spec.shape, dtype or entry.dtype, lambda n=spec.name, e=entry: _cast(n, e, dtype))
@@ -127,13 +128,12 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
     ]
     texts: dict[str, str | bytes] = {"config.json": config.to_json()}
     texts |= {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
-    module = layout_module(checkpoint.layout)
-    if hasattr(module, "companions"):
+    if read.companions:
         texts.pop("tokenizer.json", None)
-        texts |= module.companions(checkpoint.main)
-    lost = {m.LOST for m in (module, layout_module(to)) if hasattr(m, "LOST") and to != checkpoint.layout}
-    for sentence in lost:
-        warnings.warn(sentence, stacklevel=3)
+        texts |= read.companions(checkpoint.main)
+    if read is not written:
+        for lost in {text for text in (read.lost, written.lost) if text}:
+            warnings.warn(lost, stacklevel=3)
     memory = 2 * max(t.nbytes for t in [*sources, *(entry for _, entry in entries)])
     return _Job(checkpoint.path.name, checkpoint.files, config, sources, texts, memory)
 

@@ -12,7 +12,7 @@ from ..files import read_json
 from ..hub import COMPANIONS, DEMO, fetch
 from .checkpoint import Checkpoint
 from .fit import match, stored_architecture
-from .layouts import LAYOUTS, layout_module
+from .layouts import LAYOUTS, layout_named
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def find_checkpoint(
         path = fetch_checkpoint(str(path_or_name), layout, companions, **hub)
         prefer = True  # the cache may hold other layouts, fetched earlier
     checkpoint = Checkpoint(path, layout, prefer)
-    own = getattr(LAYOUTS[checkpoint.layout], "config", lambda main, tensors: None)(checkpoint.main, checkpoint)
+    own = LAYOUTS[checkpoint.layout].config(checkpoint.main, checkpoint)
     if own is not None:
         return checkpoint, own
     config = checkpoint.folder / "config.json"
@@ -74,15 +74,15 @@ def fetch_checkpoint(name: str, layout: str | None = None, companions: bool = Fa
 
     Fetches the preferred layout of the repository, or `layout`, and no other. Raises as `fetch`.
     """
-    modules = [layout_module(layout)] if layout else list(LAYOUTS.values())
-    indexes = [index for module in modules for index in module.MAIN[1:]]
-    assets = [asset for module in modules for asset in getattr(module, "ASSETS", ())]
+    layouts = [layout_named(layout)] if layout else list(LAYOUTS.values())
+    indexes = [index for each in layouts for index in each.main[1:]]
+    assets = [asset for each in layouts for asset in each.assets]
     folder = fetch(name, ["config.json", *indexes, *((*COMPANIONS, *assets) if companions else ())], **hub)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json; wanted a folder or repository of an OPT")
     if name == DEMO:
         return folder
-    for (main, *index), beside in {module.MAIN: getattr(module, "BESIDE", ()) for module in modules}.items():
+    for (main, *index), beside in {each.main: each.beside for each in layouts}.items():
         there = [file for file in index if (folder / file).is_file()]
         shards = sorted(set(_shards(folder / there[0]))) if there else [main]
         folder = fetch(name, ["config.json", *there, *shards, *beside], **hub)

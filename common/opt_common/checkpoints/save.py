@@ -14,14 +14,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..config import OPTConfig
-from .layouts import LAYOUTS, WRITABLE, layout_module
+from .layouts import LAYOUTS, WRITABLE, layout_named
 from .shards import MAX_SHARD_SIZE, parse_size
 from .tensors import Source
 
 _FILES_LIST = ".files.json"
 # The names of the Hub's own layouts, which a save may clear away; a `model.pt` may be anything of the user's.
-_HUB = [module for module in LAYOUTS.values() if any(name.endswith(".index.json") for name in module.MAIN)]
-_CLEARED = re.compile("|".join([*(re.escape(name) for m in _HUB for name in m.MAIN), *(m.SHARD for m in _HUB)]))
+_CLEARED = re.compile("|".join(
+    pattern for layout in LAYOUTS.values() if layout.shards for pattern in (layout.shards, *map(re.escape, layout.main))
+))  # fmt: skip
 
 
 def save_checkpoint(
@@ -43,8 +44,8 @@ def save_checkpoint(
     Raises OSError if the disk is full, or if another process saves into `folder`.
     """
     limit, folder = parse_size(max_shard_size), Path(folder).resolve()
-    module = layout_module(layout)
-    if layout not in WRITABLE:
+    write = layout_named(layout).write
+    if write is None:
         raise ValueError(f"layout: {layout} can only be read, wanted one of {', '.join(WRITABLE)}")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: is a file, wanted a folder to save into")
@@ -66,7 +67,7 @@ def save_checkpoint(
         try:
             for name, text in texts.items():
                 (staged / name).write_bytes(text.encode() if isinstance(text, str) else text)
-            names = module.write(staged, list(tensors), config, limit, progress)
+            names = write(staged, list(tensors), config, limit, progress)
             if over:
                 (staged / _FILES_LIST).write_text(json.dumps(sorted(p.name for p in staged.iterdir())))
             for path in staged.rglob("*"):

@@ -92,7 +92,7 @@ class Source:
         return array
 
 
-def turned(entry: Entry) -> Entry:
+def transposed(entry: Entry) -> Entry:
     """A matrix that its file stores [in, out], as [out, in]."""
     return Entry(entry.shape[::-1], entry.dtype, entry.file, lambda: entry.read().T, lambda: entry.map().T)
 
@@ -102,9 +102,9 @@ def rearranged(entry: Entry, shape: tuple[int, ...], change: Callable[[np.ndarra
     return Entry(shape, entry.dtype, entry.file, lambda: change(entry.read()), lambda: change(entry.map()))
 
 
-def renamed(tensor: Source, name: str, transposed: bool) -> Source:
+def renamed(tensor: Source, name: str, turned: bool) -> Source:
     """A tensor as a layout calls and stores it."""
-    if transposed:
+    if turned:
         return Source(name, tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
     return Source(name, tensor.shape, tensor.dtype, tensor.read)
 

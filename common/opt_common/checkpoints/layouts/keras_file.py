@@ -8,78 +8,65 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ...config import OPTConfig
 from ...files import parse_json
-from ...weights import HEADS, is_head
+from ...weights import HEADS, KERAS, Spec
 from ..containers.hdf5 import create_hdf5, read_hdf5
 from ..containers.zips import Records
-from ..tensors import Entry, Source, renamed, turned
+from ..tensors import Entry, Source
+from .layout import Layout, Progress
+from .names import Names
 
-MAIN = ("model.keras",)
-SHARD = r"(?!)"
-
+_FILE = "model.keras"
 _WEIGHTS, _CONFIG = "model.weights.h5", "config.json"
 _CONFIG_BYTES = 1 << 20
 _CLASSES = {f"opt_zoo>TF{architecture}": architecture for architecture in HEADS}
+_FIRST = "layers/opt_decoder_layer/"
 _SEED = "/vars/seed"  # of dropout
-# Keras counts the layers of a list, from a first without a number.
-_PLACE = re.compile(
-    r"(?:layers/tfopt_model/)?decoder/(?:layers/opt_decoder_layer(?:_([1-9]\d{0,3}))?/)?([a-z_/0-9]+)/vars/([01])",
-    re.ASCII,
-)
-_IN_LAYER = (
-    *(f"self_attn/{name}_proj" for name in "kvq"),
-    "self_attn/out_proj",
-    "self_attn_layer_norm",
-    "fc1",
-    "fc2",
-    "final_layer_norm",
-)
-_IN_DECODER = ("embed_tokens", "embed_positions", "project_in", "project_out", "final_layer_norm")
-_HEAD = "layers/linear/vars/"
 _ALIGNED = 64  # numbers lie in the file as they lie in the HDF5 file, which aligns them to eight bytes
 
 
-def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
+@cache
+def _names(architecture: str) -> Names:
+    """Keras' names of a model's variables. It names the layers of a list by their class, and numbers them from the
+    second on; the variables of a layer it numbers."""
+    head = HEADS[architecture]
+    root = "" if head is None else "layers/tfopt_model/"
+
+    def name(spec: Spec) -> str | None:
+        variable = f"vars/{int(spec.kind in ('bias', 'norm_bias'))}"
+        if spec.path in HEADS.values():
+            return f"layers/linear/{variable}" if spec.path == head else None
+        path = spec.path.removeprefix("model.").replace(".", "/")
+        return f"{root}{path.replace('layers/0/', _FIRST)}/{variable}"
+
+    def normalize(stored: str) -> str:
+        return root + stored if stored.startswith("decoder/") else stored
+
+    return Names("opt_tf", KERAS, name, _FIRST, "layers/opt_decoder_layer_{}/", normalize)
+
+
+def _read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
     start, size = _locate(main, _WEIGHTS)
-    head = HEADS[_architecture(main, _own_config(main))]
-    entries: dict[str, Entry] = {}
-    for stored, entry in read_hdf5(main, start, size).items():
-        # what a compiled model was trained with is no part of the model
-        if stored.startswith("optimizer/") or stored.endswith(_SEED):
-            continue
-        # an unknown name is left as it is, for the check against the config to tell
-        name = _hub_name(stored, head) or stored
-        if name in entries:
-            raise ValueError(f"{main}: holds {name} twice, once as {stored}")
-        matrix = name != stored and len(entry.shape) == 2 and ".embed_" not in name
-        entries[name] = turned(entry) if matrix else entry
-    return [main], entries
+    names = _names(_architecture(main, _own_config(main)))
+    # what a compiled model was trained with is no part of the model
+    stored = {
+        name: entry
+        for name, entry in read_hdf5(main, start, size).items()
+        if not name.startswith("optimizer/") and not name.endswith(_SEED)
+    }
+    return [main], names.to_hub(main, stored)
 
 
-def _hub_name(stored: str, head: str | None) -> str | None:
-    if head and stored in (f"{_HEAD}0", f"{_HEAD}1"):
-        return f"{head}.{'bias' if stored.endswith('1') else 'weight'}"
-    found = _PLACE.fullmatch(stored)
-    if found is None:
-        return None
-    number, place, variable = found.groups()
-    in_layer = "/opt_decoder_layer" in stored
-    if place not in (_IN_LAYER if in_layer else _IN_DECODER):
-        return None
-    path = f"layers.{number or 0}.{place.replace('/', '.')}" if in_layer else place
-    return f"model.decoder.{path}.{'bias' if variable == '1' else 'weight'}"
-
-
-def config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig:
+def _config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig:
     """The config in the file's own config.json; one beside it says nothing of this model."""
     values = _own_config(main)
     _architecture(main, values)
@@ -121,8 +108,8 @@ def _locate(main: Path, name: str) -> tuple[int, int]:
         raise ValueError(f"{main}: not readable as a Keras file: {error}") from error
 
 
-def write(
-    folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
+def _write(
+    folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Progress
 ) -> list[str]:
     """One file, whatever `limit`."""
     if config is None:
@@ -132,13 +119,13 @@ def write(
     # a field of the header that is there to be long: zip's own 64-bit numbers follow it
     padding = -(30 + len(_WEIGHTS) + 4 + 20) % _ALIGNED
     head.extra = struct.pack("<2sH", b"OZ", padding) + bytes(padding)
-    path, begin = folder / MAIN[0], len(head.FileHeader(zip64=True))
+    path, begin = folder / _FILE, len(head.FileHeader(zip64=True))
     modules = {t.name.split(".")[0] for t in tensors}
     heads = [architecture for architecture, head in HEADS.items() if head in modules]
-    kind = f"TF{heads[0] if heads else 'OPTForCausalLM' if 'model' in modules else 'OPTModel'}"
+    architecture = heads[0] if heads else "OPTForCausalLM" if "model" in modules else "OPTModel"
     with create_hdf5(path, begin) as file:
         for t in tensors:
-            stored = _as_keras(t, "" if kind == "TFOPTModel" else "layers/tfopt_model/")
+            stored = _names(architecture).to_stored(t)
             dataset = file.create_dataset(stored.name, data=stored.array())
             if t.dtype == "bfloat16":
                 dataset.attrs["dtype"] = "bfloat16"  # HDF5 has no such type; Keras marks it so
@@ -156,25 +143,12 @@ def write(
         with zipfile.ZipFile(file, "w") as archive:
             archive.infolist().append(head)
             archive.writestr(zipfile.ZipInfo("metadata.json"), json.dumps({"keras_version": _VERSION}))
-            archive.writestr(zipfile.ZipInfo(_CONFIG), json.dumps(_serialized(kind, config, tensors[0].dtype)))
-    return [MAIN[0]]
+            serialized = _serialized(f"TF{architecture}", config, tensors[0].dtype)
+            archive.writestr(zipfile.ZipInfo(_CONFIG), json.dumps(serialized))
+    return [_FILE]
 
 
 _VERSION = "3.12.0"  # the oldest Keras that opt_tf takes; the files of later ones are the same
-
-
-def _as_keras(tensor: Source, prefix: str) -> Source:
-    """A tensor as Keras calls and stores it."""
-    if is_head(tensor.name):
-        weight = tensor.name.endswith("weight")
-        return renamed(tensor, f"{_HEAD}{0 if weight else 1}", weight)
-    path, _, leaf = tensor.name.removeprefix("model.").removeprefix("decoder.").rpartition(".")
-    place = path.replace(".", "/")
-    if path.startswith("layers."):
-        _, number, place = path.split(".", 2)
-        place = f"layers/opt_decoder_layer{'' if number == '0' else f'_{number}'}/{place.replace('.', '/')}"
-    matrix = len(tensor.shape) == 2 and not path.startswith("embed_")
-    return renamed(tensor, f"{prefix}decoder/{place}/vars/{0 if leaf == 'weight' else 1}", matrix)
 
 
 def _serialized(kind: str, config: OPTConfig, dtype: str) -> dict[str, Any]:
@@ -186,6 +160,12 @@ def _serialized(kind: str, config: OPTConfig, dtype: str) -> dict[str, Any]:
         "TFOPTForSequenceClassification": "tfopt_for_sequence_classification",
         "TFOPTForQuestionAnswering": "tfopt_for_question_answering",
     }[kind]
-    values = {"name": name, "trainable": True, "dtype": policy, "config": dataclasses.asdict(config)}
-    own = {"module": "opt_tf.model", "class_name": kind, "config": values, "registered_name": f"opt_zoo>{kind}"}
+    fields = dataclasses.asdict(config)
+    del fields["_attn_implementation"]  # opt_tf has one, and no file names it
+    values = {"name": name, "trainable": True, "dtype": policy, "config": fields}
+    module = "opt_tf.model" if kind in ("TFOPTModel", "TFOPTForCausalLM") else "opt_tf.heads"
+    own = {"module": module, "class_name": kind, "config": values, "registered_name": f"opt_zoo>{kind}"}
     return own | {"build_config": {"shapes_dict": {}}, "compile_config": {}}
+
+
+KERAS_FILE = Layout(main=(_FILE,), read=_read, write=_write, config=_config, headed=True)

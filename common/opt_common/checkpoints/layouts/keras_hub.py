@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +18,65 @@ import numpy as np
 
 from ...config import OPTConfig
 from ...files import read_json
+from ...weights import KERAS, Axis, Spec
 from ..containers.hdf5 import create_hdf5, read_hdf5
 from ..shards import shard_files, split
-from ..tensors import Entry, Source, contiguous, rearranged, turned
+from ..tensors import Entry, Source, rearranged
+from .layout import Layout, Progress
+from .names import Names
 
-MAIN = ("model.weights.h5", "model.weights.json")
-SHARD = r"model_\d+\.weights\.h5"
-LOST = (
+_FILE, _INDEX = "model.weights.h5", "model.weights.json"
+_LOST = (
     "model.decoder.embed_positions.weight: rows 0 and 1, which only padding looks at, are not in a keras-hub preset; "
     "they are zeros when it is read"
 )
-ASSETS = ("assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt")
-
+_ASSETS = ("assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt")
 _VERSION = b"#version: 0.2\n"
 
-_LAYER = {
-    "self_attention_layer/key_dense": "self_attn.k_proj",
-    "self_attention_layer/value_dense": "self_attn.v_proj",
-    "self_attention_layer/query_dense": "self_attn.q_proj",
-    "self_attention_layer/output_dense": "self_attn.out_proj",
-    "self_attention_layer_norm": "self_attn_layer_norm",
-    "feedforward_intermediate_dense": "fc1",
-    "feedforward_output_dense": "fc2",
-    "feedforward_layer_norm": "final_layer_norm",
+# What keras-hub calls OPT's modules.
+_IN_LAYER = {
+    "self_attn.k_proj": "self_attention_layer/key_dense",
+    "self_attn.v_proj": "self_attention_layer/value_dense",
+    "self_attn.q_proj": "self_attention_layer/query_dense",
+    "self_attn.out_proj": "self_attention_layer/output_dense",
+    "self_attn_layer_norm": "self_attention_layer_norm",
+    "fc1": "feedforward_intermediate_dense",
+    "fc2": "feedforward_output_dense",
+    "final_layer_norm": "feedforward_layer_norm",
 }
-_DECODER = {
-    "token_and_position_embedding/token_embedding": "embed_tokens",
-    "token_and_position_embedding/position_embedding": "embed_positions",
-    "layer_normalization": "final_layer_norm",
+_IN_DECODER = {
+    "embed_tokens": "token_and_position_embedding/token_embedding",
+    "embed_positions": "token_and_position_embedding/position_embedding",
+    "final_layer_norm": "layer_normalization",
 }
-_ROOTS = r"_?(?:layers|layer_checkpoint_dependencies)"  # the latter in files of Keras 2.13
-_PLACE = re.compile(rf"{_ROOTS}/(?:transformer_decoder(?:_(0|[1-9]\d{{0,3}}))?/)?(.+)/vars/([01])", re.ASCII)
+_FIRST = "layers/transformer_decoder/"
 
 
-def holds(main: Path) -> bool:
+def _name(spec: Spec) -> str | None:
+    path = spec.path.removeprefix("model.").removeprefix("decoder.")
+    within = path.removeprefix("layers.0.")
+    module = (_IN_DECODER if within == path else _IN_LAYER).get(within)
+    root = "layers/" if within == path else _FIRST
+    return module and f"{root}{module}/vars/{int(spec.kind in ('bias', 'norm_bias'))}"
+
+
+def _normalize(stored: str) -> str:
+    """Without the underscores of private attributes; Keras 2.13 calls the layers otherwise."""
+    return re.sub(r"(^|/)_", r"\1", stored).replace("layer_checkpoint_dependencies/", "layers/", 1)
+
+
+_NAMES = Names("keras-hub's OPT", KERAS, _name, _FIRST, "layers/transformer_decoder_{}/", _normalize)
+
+
+def _holds(main: Path) -> bool:
     """Whether an HDF5 file, or an index, is a preset's rather than TensorFlow's of transformers."""
     if main.suffix == ".json":
         weight_map = read_json(main).get("weight_map")
         return isinstance(weight_map, dict) and any(name.endswith("/vars") for name in weight_map)
-    return any(_hub_name(name) for name in read_hdf5(main))
+    return any(_NAMES.hub(name) for name in read_hdf5(main))
 
 
-def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
+def _read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
     if main.suffix != ".json":
         return [main], _entries(main)
     weight_map = read_json(main).get("weight_map")
@@ -77,46 +94,33 @@ def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
 
 
 def _entries(path: Path) -> dict[str, Entry]:
-    entries: dict[str, Entry] = {}
-    for stored, entry in read_hdf5(path).items():
-        # an unknown name is left as it is, for the check against the config to tell
-        name = _hub_name(stored) or stored
-        if name in entries:
-            raise ValueError(f"{path}: holds {name} twice, once as {stored}")
-        entries[name] = entry if name == stored else _as_hub(name, entry)
-    return entries
+    return _NAMES.to_hub(path, {name: _joined(name, entry) for name, entry in read_hdf5(path).items()})
 
 
-def _hub_name(stored: str) -> str | None:
-    found = _PLACE.fullmatch(stored)
+def _joined(stored: str, entry: Entry) -> Entry:
+    """A variable of Keras's with the axes of the Hub's tensor, not yet transposed. One of an unexpected number of axes
+    is left to the check."""
+    found, shape = _NAMES.hub(stored), entry.shape
     if found is None:
-        return None
-    number, place, variable = found.groups()
-    place = "/".join(part.removeprefix("_") for part in place.split("/"))
-    layer = "/transformer_decoder" in stored
-    module = _LAYER.get(place) if layer else _DECODER.get(place)
-    if module is None or (module.startswith("embed") and variable == "1"):
-        return None
-    path = f"model.decoder.layers.{number or 0}.{module}" if layer else f"model.decoder.{module}"
-    return f"{path}.{'weight' if variable == '0' else 'bias'}"
-
-
-def _as_hub(name: str, entry: Entry) -> Entry:
-    """A variable of Keras's as the Hub's tensor; one of an unexpected number of axes is left to the check."""
-    shape = entry.shape
-    if "embed_positions" in name and len(shape) == 2:
+        return entry
+    _, spec = found
+    if spec.path.endswith("embed_positions") and len(shape) == 2:
         first = (2, shape[1])
         return rearranged(entry, (shape[0] + 2, shape[1]), lambda a: np.concatenate([np.zeros(first, a.dtype), a]))
-    if len(shape) == 3:
-        a, b, c = shape
-        flat = (a * b, c) if "out_proj" in name else (a, b * c)
-        return turned(rearranged(entry, flat, lambda a: a.reshape(flat)))
-    if len(shape) == 2 and name.endswith("bias"):
-        return rearranged(entry, (shape[0] * shape[1],), lambda a: a.reshape(-1))
-    return turned(entry) if len(shape) == 2 and "embed" not in name else entry
+    axes = _axes(spec)
+    if "heads" in axes and len(shape) == len(axes) + 1:
+        at = axes.index("heads")
+        joined = (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
+        return rearranged(entry, joined, lambda a: a.reshape(joined))
+    return entry
 
 
-def config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig:
+def _axes(spec: Spec) -> tuple[Axis | None, ...]:
+    """A tensor's axes in Keras's order."""
+    return spec.axes[::-1] if KERAS.transposes(spec) else spec.axes
+
+
+def _config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig:
     """The config in keras-hub's config.json. Presets written here keep the Hub's keys in it too."""
     path = main.with_name("config.json")
     values = read_json(path)
@@ -143,9 +147,9 @@ _FIELDS = {
 _BACKBONE = ("module", "class_name", "config", "registered_name")
 
 
-def companions(main: Path) -> dict[str, bytes]:
+def _companions(main: Path) -> dict[str, bytes]:
     """The tokenizer's files of the preset, by their names on the Hub; its tokenizer.json is none of the Hub's."""
-    vocab, merges = (main.parent / name for name in ASSETS)
+    vocab, merges = (main.parent / name for name in _ASSETS)
     if not (vocab.is_file() and merges.is_file()):
         return {}
     pairs = merges.read_bytes()
@@ -153,20 +157,20 @@ def companions(main: Path) -> dict[str, bytes]:
     return {"vocab.json": vocab.read_bytes(), "merges.txt": version + pairs}
 
 
-def check(config: OPTConfig) -> None:
+def _check(config: OPTConfig) -> None:
     wrong = _unlike(config)
     if wrong:
         raise ValueError(f"keras-hub's OPT cannot be this model, for it {' and '.join(wrong)}")
 
 
-def write(
-    folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
+def _write(
+    folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Progress
 ) -> list[str]:
     if config is None:
         raise ValueError("keras-hub: wanted a config to write a preset")
-    check(config)
+    _check(config)
     stored = [_as_keras(t, config) for t in tensors]
-    shards, names, given = split(stored, limit), [MAIN[0]], iter(tensors)
+    shards, names, given = split(stored, limit), [_FILE], iter(tensors)
     if len(shards) > 1:
         names = [f"model_{i:05}.weights.h5" for i in range(len(shards))]
     weight_map: dict[str, list[str]] = {}
@@ -180,7 +184,7 @@ def write(
                 at = weight_map.setdefault("/" + t.name.rpartition("/")[0], [])
                 at += [name] if name not in at else []
     if len(shards) > 1:
-        _dump(folder / MAIN[1], {"metadata": {"total_size": sum(t.nbytes for t in stored)}, "weight_map": weight_map})
+        _dump(folder / _INDEX, {"metadata": {"total_size": sum(t.nbytes for t in stored)}, "weight_map": weight_map})
     backbone = {theirs: getattr(config, field) for theirs, field in _FIELDS.items()}
     policy = config.dtype or tensors[0].dtype
     own = _object("models.opt.opt_backbone", "OPTBackbone", "opt_backbone", policy, backbone)
@@ -204,38 +208,17 @@ def _unlike(config: OPTConfig) -> list[str]:
     return [reason for reason, true in reasons.items() if true]
 
 
-_PLACES = {module: place for place, module in _DECODER.items()} | {
-    # Keras names what is in a layer by its attributes, and keras-hub's are private
-    f"layers.{module}": f"transformer_decoder/_{place}"
-    for place, module in _LAYER.items()
-}
-
-
 def _as_keras(tensor: Source, config: OPTConfig) -> Source:
     """A tensor as Keras calls and stores it."""
-    path, _, leaf = tensor.name.removeprefix("model.").removeprefix("decoder.").rpartition(".")
-    number = re.match(r"layers\.(\d+)\.", path)
-    place = _PLACES[re.sub(r"^layers\.\d+", "layers", path)]
-    if number and number[1] != "0":
-        place = place.replace("/", f"_{number[1]}/", 1)
-    H, N = config.hidden_size, config.num_attention_heads
-    heads, shape = (N, H // N), tensor.shape
-    if re.search(r"\.[kvq]_proj$", path):
-        shape = (H, *heads) if leaf == "weight" else heads
-    elif path.endswith("out_proj") and leaf == "weight":
-        shape = (*heads, H)
-    elif path == "embed_positions":
-        shape = (shape[0] - 2, H)
-    elif len(shape) == 2 and path != "embed_tokens":
-        shape = shape[::-1]
-
-    def read() -> np.ndarray:
-        array = tensor.array()
-        if path == "embed_positions":
-            return array[2:]
-        return contiguous(array.T if array.ndim == 2 and path != "embed_tokens" else array).reshape(shape)
-
-    return Source(f"layers/{place}/vars/{0 if leaf == 'weight' else 1}", shape, tensor.dtype, read)
+    stored, (_, spec) = _NAMES.to_stored(tensor), _NAMES.stored(tensor.name)
+    # Keras names what is in a layer by its attributes, and keras-hub's are private
+    name = re.sub(r"^(layers/transformer_decoder(?:_\d+)?/)", r"\1_", stored.name)
+    if spec.path.endswith("embed_positions"):
+        return Source(name, (stored.shape[0] - 2, stored.shape[1]), stored.dtype, lambda: stored.array()[2:])
+    heads = (config.num_attention_heads, config.head_dim)
+    sizes = [heads if axis == "heads" else (n,) for axis, n in zip(_axes(spec), stored.shape, strict=True)]
+    shape = tuple(n for size in sizes for n in size)
+    return Source(name, shape, stored.dtype, lambda: stored.array().reshape(shape))
 
 
 def _object(module: str, kind: str, name: str, dtype: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +238,7 @@ def _write_tokenizer(folder: Path) -> None:
         files = _of_one_file(fast)
     else:
         return
-    for name, data in zip(ASSETS, files, strict=True):
+    for name, data in zip(_ASSETS, files, strict=True):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     values = {"config_file": "tokenizer.json", "sequence_length": None, "add_prefix_space": False}
@@ -277,3 +260,16 @@ def _of_one_file(fast: Path) -> list[bytes]:
 
 def _dump(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+KERAS_HUB = Layout(
+    main=(_FILE, _INDEX),
+    holds=_holds,
+    read=_read,
+    write=_write,
+    config=_config,
+    companions=_companions,
+    assets=_ASSETS,
+    lost=_LOST,
+    check=_check,
+)

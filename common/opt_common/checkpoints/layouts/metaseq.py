@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from ...config import DTYPES, SIZES, OPTConfig
+from ..containers import torch_file
+from ..containers.torch_file import Stacked, is_name
 from ..containers.unpickle import Named, Tensor, load
 from ..tensors import Entry, Source, numpy_dtype
-from . import torch_bin
-from .torch_bin import Stacked, is_name
+from .layout import Layout, Progress
+from .names import holds_metaseq, row_of
 
-MAIN = ("restored.pt",)
-SHARD = r".*-model_part-\d+(-shard\d+)?\.pt|.*-shard\d+\.pt"
-
+_FILE = "restored.pt"
 _NAME = re.compile(r"(?P<stem>.*?)(?:-model_part-(?P<part>\d+))?(?:-shard(?P<shard>\d+))?\.pt")
 # What a tensor is called on the Hub, where that differs; the layers' norms are final_layer_norm in both.
 _HUB = {
@@ -37,12 +37,15 @@ _HUB = {
     "decoder.project_out_dim.weight": "decoder.project_out.weight",
     "decoder.output_projection.weight": "lm_head.weight",
 }
-# Along which axis model parallel slices a tensor; what is not here lies whole in every part.
-_AXES = [
-    (re.compile(r"decoder\.(embed_tokens|output_projection)\.weight"), 0),
-    (re.compile(r"decoder\.layers\.\d+\.(fc1|self_attn\.(qkv|q|k|v)_proj)\.(weight|bias)"), 0),
-    (re.compile(r"decoder\.layers\.\d+\.(fc2|self_attn\.out_proj)\.weight"), 1),
-]
+# The axes that model parallel slices; a tensor without one lies whole in every part.
+_PARALLEL = ("vocab", "heads", "ffn")
+_ATTENTION = ("k_proj", "v_proj", "q_proj")  # in this order in one matrix
+
+
+def _axis(name: str) -> int | None:
+    """The axis along which model parallel slices the tensor that metaseq calls `name`."""
+    spec = row_of(_HUB.get(name, name).replace(".qkv_proj.", ".q_proj."))
+    return next((i for i, axis in enumerate(spec.axes if spec else ()) if axis in _PARALLEL), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +96,7 @@ def _cut(rows: list[Tensor], start: int, stop: int, shape: tuple[int, ...]) -> _
     return _Block(shape, rows[0].dtype, pieces)
 
 
-def find(path: Path) -> Path | None:
+def _find(path: Path) -> Path | None:
     """The file that `read` takes, of a folder or of a set of files that `path` is one of; None if it is no metaseq
     checkpoint. Raises ValueError if a folder holds several, or such a file is damaged."""
     if path.suffix == ".keras":  # a zip file too, of another kind
@@ -106,21 +109,10 @@ def find(path: Path) -> Path | None:
         stem = found["stem"] + "-" * bool(found["part"] or found["shard"]) if found else name
         if stem not in first or _numbers(name) < _numbers(first[stem]):
             first[stem] = name
-    mains = [folder / name for name in first.values() if _is_metaseq(folder / name)]
+    mains = [folder / name for name in first.values() if holds_metaseq(folder / name)]
     if len(mains) > 1:
         raise ValueError(f"{folder}: found several metaseq checkpoints: {', '.join(p.name for p in mains)}; name one")
     return min(_files(mains[0]).items())[1] if mains else None
-
-
-def _is_metaseq(path: Path) -> bool:
-    with open(path, "rb") as file:
-        if file.read(4)[:2] not in (b"PK", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"):
-            return False
-    tree = load(path)
-    model = tree.get("model") if isinstance(tree, dict) else None
-    return isinstance(model, dict) and any(
-        isinstance(name, str) and (name.startswith("decoder.") or "flat_param_" in name) for name in model
-    )
 
 
 def _numbers(name: str) -> tuple[int, int]:
@@ -147,7 +139,7 @@ def _files(main: Path) -> dict[tuple[int, int], Path]:
     return files
 
 
-def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
+def _read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
     files = _files(main)
     parts = [
         _part([path for (p, _), path in sorted(files.items()) if p == part])
@@ -176,7 +168,7 @@ def _same_place(a: _Block, b: _Block) -> bool:
 
 def _entries(main: Path, name: str, blocks: list[_Block]) -> dict[str, Entry]:
     """The tensors of the Hub that one of metaseq's, of which each part has a block, holds."""
-    axis = next((axis for pattern, axis in _AXES if pattern.fullmatch(name)), None)
+    axis = _axis(name)
     first = blocks[0]
     for number, block in enumerate(blocks):
         there, wanted = list(block.shape), list(first.shape)
@@ -193,7 +185,7 @@ def _entries(main: Path, name: str, blocks: list[_Block]) -> dict[str, Entry]:
     if uneven:
         raise ValueError(f"{main}: {name}: found {uneven[0].shape[0]} rows, wanted as many keys, values and queries")
     entries = {}
-    for i, projection in enumerate(("k_proj", "v_proj", "q_proj")):
+    for i, projection in enumerate(_ATTENTION):
         thirds = [block.rows(block.shape[0] // 3 * i, block.shape[0] // 3 * (i + 1)) for block in blocks]
         entries[name.replace("qkv_proj", projection)] = _joined(thirds, 0)
     return entries
@@ -302,7 +294,7 @@ def _unflattened(
     return blocks | whole  # what is left are buffers, alike in all shards
 
 
-def config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig | None:
+def _config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig | None:
     """The config of a checkpoint that has no config.json: from the shapes, and what metaseq was called with where that
     was saved; None if it has one. Raises ValueError if they do not tell."""
     if (main.parent / "config.json").is_file():
@@ -379,17 +371,17 @@ def _plain(value: Any) -> Any:
     return state["_val"] if isinstance(state, dict) and "_val" in state else value
 
 
-def write(
-    folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
+def _write(
+    folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Progress
 ) -> list[str]:
     """One file, whatever `limit`. Keys, values and queries are read right after one another."""
-    torch_bin.save(folder / MAIN[0], _tree(tensors, config), advance)
-    return [MAIN[0]]
+    torch_file.write(folder / _FILE, _tree(tensors, config), advance)
+    return [_FILE]
 
 
-def plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> list[tuple[str, int]]:
+def _plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> list[tuple[str, int]]:
     """The file that `write` would make, and its bytes."""
-    return [(MAIN[0], torch_bin.size(_tree(tensors, config)))]
+    return [(_FILE, torch_file.size(_tree(tensors, config)))]
 
 
 def _tree(tensors: Sequence[Source], config: OPTConfig | None) -> dict[str, Any]:
@@ -400,7 +392,7 @@ def _tree(tensors: Sequence[Source], config: OPTConfig | None) -> dict[str, Any]
     model: dict[str, Any] = {"decoder.version": np.array([3.0], np.float32)}
     for name, t in given.items():
         if joined and ".k_proj." in name:
-            parts = [given[name.replace("k_proj", projection)] for projection in ("k_proj", "v_proj", "q_proj")]
+            parts = [given[name.replace("k_proj", projection)] for projection in _ATTENTION]
             model[name.replace("k_proj", "qkv_proj")] = Stacked(parts)
         elif not (joined and (".v_proj." in name or ".q_proj." in name)):
             model[names.get(name, name)] = t
@@ -432,3 +424,6 @@ def _tree(tensors: Sequence[Source], config: OPTConfig | None) -> dict[str, Any]
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
         "optimizer_history": [{"num_updates": 0, "lr_scheduler_state": {"best": None}}],
     }
+
+
+METASEQ = Layout(main=(_FILE,), find=_find, read=_read, write=_write, plan=_plan, config=_config)

@@ -7,8 +7,7 @@ program had made and says nothing. A shard has the names without scope at its ro
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -17,18 +16,16 @@ import numpy as np
 from ...config import OPTConfig
 from ...files import read_json
 from ..containers.hdf5 import create_hdf5, imagine_hdf5, read_hdf5
-from ..shards import plan_sharded, read_sharded, split, write_sharded
-from ..tensors import Entry, Source, renamed, turned
-from .names import from_tf, to_tf
+from ..shards import plan_sharded, split, write_sharded
+from ..tensors import Source
+from .layout import Layout, Progress, reader
+from .names import TF_H5_NAMES, TF_SCOPE
 
-MAIN = ("tf_model.h5", "tf_model.h5.index.json")
-SHARD = r"tf_model-\d+-of-\d+\.h5"
-
-_SCOPE = "tfopt_for_causal_lm"
+_FILE = "tf_model.h5"
 _ATTRIBUTE = 64512  # bytes of names that TensorFlow's Keras puts in one attribute; HDF5 has room for 64 KiB
 
 
-def holds(main: Path) -> bool:
+def _holds(main: Path) -> bool:
     """Whether an HDF5 file, or an index, is TensorFlow's rather than a preset's of keras-hub."""
     if main.suffix == ".json":
         weight_map = read_json(main).get("weight_map")
@@ -36,25 +33,8 @@ def holds(main: Path) -> bool:
     return not any(name.startswith(("layers/", "_layer_checkpoint_dependencies/")) for name in read_hdf5(main))
 
 
-def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
-    if main.name.endswith(".index.json"):
-        return read_sharded(main, _entries, lambda name: (from_tf(name) or (name,))[0])
-    return [main], _entries(main)
-
-
-def _entries(path: Path) -> dict[str, Entry]:
-    entries: dict[str, Entry] = {}
-    for stored, entry in read_hdf5(path).items():
-        # an unknown name is left as it is, for the check against the config to tell
-        name, transposed = from_tf(re.sub(r"^model/(?=[^/]+/model/)", "", stored)) or (stored, False)
-        if name in entries:
-            raise ValueError(f"{path}: holds {name} twice, once as {stored}")
-        entries[name] = turned(entry) if transposed else entry
-    return entries
-
-
-def write(
-    folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
+def _write(
+    folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Progress
 ) -> list[str]:
     stored = _stored(tensors)
     whole = len(split(stored, limit)) == 1
@@ -69,10 +49,10 @@ def write(
                 block = None  # before the next tensor is read
                 advance(tensor.nbytes)
 
-    return write_sharded(folder, MAIN[0], stored, limit, one, _in_index)
+    return write_sharded(folder, _FILE, stored, limit, one, _in_index)
 
 
-def plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> list[tuple[str, int]]:
+def _plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> list[tuple[str, int]]:
     """The files that `write` would make, and their bytes."""
     stored = _stored(tensors)
     whole = len(split(stored, limit)) == 1
@@ -83,18 +63,18 @@ def plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> lis
                 dataset[(0,) * len(tensor.shape)] = 0  # HDF5 takes the place of all at the first write
         return memory.size
 
-    return plan_sharded(MAIN[0], stored, limit, size, _in_index)
+    return plan_sharded(_FILE, stored, limit, size, _in_index)
 
 
 def _stored(tensors: Sequence[Source]) -> list[Source]:
     for t in tensors:
         if t.dtype == "bfloat16":
             raise ValueError(f"{t.name}: is bfloat16, which HDF5 has no type for and TensorFlow does not read from it")
-    return [renamed(t, *to_tf(t.name)) for t in tensors]
+    return [TF_H5_NAMES.to_stored(t) for t in tensors]
 
 
 def _in_index(name: str) -> str:
-    return f"{_SCOPE}/{name}"
+    return TF_SCOPE + name
 
 
 def _build(file: h5py.File, tensors: list[Source], whole: bool) -> Iterator[tuple[h5py.Dataset, Source]]:
@@ -117,3 +97,13 @@ def _attribute(group: h5py.Group, name: str, values: list[str]) -> None:
     pieces = np.array_split(array, -(-array.nbytes // _ATTRIBUTE) or 1)
     for i, piece in enumerate(pieces):
         group.attrs[name if len(pieces) == 1 else f"{name}{i}"] = piece
+
+
+TF_H5 = Layout(
+    main=(_FILE, f"{_FILE}.index.json"),
+    shards=r"tf_model-\d+-of-\d+\.h5",
+    read=reader(read_hdf5, TF_H5_NAMES),
+    write=_write,
+    plan=_plan,
+    holds=_holds,
+)

@@ -1,4 +1,4 @@
-"""The Hub's `pytorch_model.bin`, or shards with `pytorch_model.bin.index.json`. Neither takes PyTorch."""
+"""Files of `torch.save`, read and written without PyTorch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from ...config import OPTConfig
-from ..containers.unpickle import STORAGES, Tensor, load
-from ..shards import plan_sharded, read_sharded, write_sharded
 from ..tensors import Entry, Source, numpy_dtype
+from .unpickle import STORAGES, Tensor, load
 
-MAIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-SHARD = r"pytorch_model-\d+-of-\d+\.bin"
+_ROOT = "archive/"
+_DATA = f"{_ROOT}data/"
+_SMALL = {f"{_ROOT}byteorder": b"little", f"{_ROOT}version": b"3\n"}
+_ALIGNED = 64  # as PyTorch aligns numbers, so that they can be used out of a map of the file
+_STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
 
 
-def read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
-    return read_sharded(main, entries) if main.name.endswith(".index.json") else ([main], entries(main))
-
-
-def entries(path: Path) -> dict[str, Entry]:
-    """The tensors of a file that holds a state_dict."""
+def read(path: Path) -> dict[str, Entry]:
+    """The tensors of a file that holds a state_dict; headers only."""
     tensors = load(path)
     if not isinstance(tensors, dict) or not all(is_name(name) for name in tensors):
         raise ValueError(f"{path}: found {type(tensors).__name__}, wanted a state_dict: names and tensors")
@@ -39,20 +36,6 @@ def entries(path: Path) -> dict[str, Entry]:
 def is_name(name: Any) -> bool:
     """Whether it can be what a tensor is called: an error may print it."""
     return isinstance(name, str) and name.isprintable() and len(name) <= 200
-
-
-def write(
-    folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Callable[[int], None]
-) -> list[str]:
-    def one(path: Path, shard: list[Source]) -> None:
-        save(path, {t.name: t for t in shard}, advance)
-
-    return write_sharded(folder, MAIN[0], tensors, limit, one)
-
-
-def plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> list[tuple[str, int]]:
-    """The files that `write` would make, and their bytes."""
-    return plan_sharded(MAIN[0], tensors, limit, lambda shard: size({t.name: t for t in shard}))
 
 
 @dataclass(frozen=True)
@@ -73,7 +56,7 @@ class Stacked:
 Written = Source | Stacked | np.ndarray
 
 
-def save(path: Path, tree: Any, advance: Callable[[int], None]) -> None:
+def write(path: Path, tree: Any, advance: Callable[[int], None]) -> None:
     """What `torch.save(tree, path)` writes, for dicts, lists, strings, numbers and tensors: Source or Stacked, read one
     part at a time, in order, or a small array. `advance` is told the bytes of each Source."""
     content, tensors = _pickle(tree)
@@ -98,7 +81,7 @@ def save(path: Path, tree: Any, advance: Callable[[int], None]) -> None:
 
 
 def size(tree: Any) -> int:
-    """The bytes of the file that `save` makes."""
+    """The bytes of the file that `write` makes."""
     content, tensors = _pickle(tree)
     at, directory, count = 0, 0, 0
     for name, padding, nbytes, wide in _records(content, tensors):
@@ -109,13 +92,6 @@ def size(tree: Any) -> int:
     limit = zipfile.ZIP64_LIMIT
     large = count > zipfile.ZIP_FILECOUNT_LIMIT or at > limit or directory > limit
     return at + directory + 22 + 76 * large
-
-
-_ROOT = "archive/"
-_DATA = f"{_ROOT}data/"
-_SMALL = {f"{_ROOT}byteorder": b"little", f"{_ROOT}version": b"3\n"}
-_ALIGNED = 64  # as PyTorch aligns numbers, so that they can be used out of a map of the file
-_STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
 
 
 def _records(content: bytes, tensors: Sequence[Written]) -> Iterator[tuple[str, bytes, int, bool]]:
