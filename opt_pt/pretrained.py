@@ -181,7 +181,8 @@ class OPTPreTrainedModel(nn.Module):
 
     def disable_input_require_grads(self) -> None:
         """Undo `enable_input_require_grads`."""
-        self._require_grads_hook.remove()
+        if hook := self.__dict__.pop("_require_grads_hook", None):
+            hook.remove()
 
     def can_generate(self) -> bool:
         """Whether it has `generate`."""

@@ -316,9 +316,7 @@ class OPTConfig:
         """
         hub = {key: options.pop(key) for key in list(options) if key in FETCH_OPTIONS}
         path = fetch(path_or_name, ["config.json"], **hub) / "config.json"
-        config = cls.from_dict(read_json(path), source=str(path), **options)
-        config.name_or_path = str(path_or_name)
-        return config
+        return cls.from_dict(read_json(path), source=str(path), **options)
 
     def changed(self, **changes: Any) -> OPTConfig:
         """A copy with keys of a `config.json` changed: `num_labels`, `id2label`, `dropout` ..."""
