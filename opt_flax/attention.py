@@ -1,8 +1,8 @@
-"""The ways to attend, with one signature, and the rule that chooses between them.
+"""The ways to attend, and what each token may see.
 
-q [B, T, N, D]; k, v [N·B, S, D]; view: what each query may see; drop: drops some of the weights. Result [B, T, N, D],
-and the weights [B, N, T, S] from the one that has them. Heads are outermost in k and v, so that what is split by heads
-over several devices stays so: an axis that holds rows and heads, rows first, could only be gathered.
+q [N·B, T, D]; k, v [N·B, S, D]; mask: what each query may see, a View. Result [B, T, N, D], and the weights
+[B, N, T, S] from the one that has them. Heads are outermost, so that what is sharded by heads over several devices
+stays so: an axis that holds rows and heads, rows first, could only be gathered.
 
 B batch   T new tokens   S slots   N heads   D head width
 """
@@ -14,17 +14,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array, lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
+
+from .layers import dropout
+from .products import default_device
 
 IMPLEMENTATIONS = ("eager", "sdpa", "cudnn")
 
 
 class Alignment(NamedTuple):
-    """The columns of a padded batch in another order: the real tokens of each row first, for cuDNN, which takes padding
-    as a length.
+    """A padded batch with the real tokens of each row first, as cuDNN takes it: padding is a length.
 
-    order: [B, T], the column that comes to stand at each place; back: [B, T], the place that each column went to.
+    order: [B, T], the column whose token comes to each place; back: [B, T], the place where each column went.
     lengths: [B] int32, the real tokens of each row.
     """
 
@@ -33,39 +36,70 @@ class Alignment(NamedTuple):
     lengths: Array
 
 
-View = Array | Alignment | None  # a mask [B or 1, 1, T, S]; None: all earlier tokens of the call and its own
-Drop = Callable[[Array], Array]
-Attend = Callable[[Array, Array, Array, View, Drop], tuple[Array, Array | None]]
+# A mask [B or 1, 1, T, S], boolean (true: attends) or additive (0: attends); None: all earlier slots and its own
+View = ArrayLike | Alignment | None
+Way = Callable[[Array, Array, Array, View, int, float, Callable[[Array], Array]], tuple[Array, Array | None]]
 
 
-def eager(q: Array, k: Array, v: Array, view: View, drop: Drop) -> tuple[Array, Array]:
-    """Written out, for XLA and for those who want the weights [B, N, T, S]. Scores and softmax are float32 in half
-    precision too."""
-    assert not isinstance(view, Alignment)
-    B, T, N, D = q.shape
-    if view is None:
-        slots = jnp.arange(T)
-        view = (slots[:, None] >= slots)[None, None]
+def attend(
+    module: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: View,
+    output_attentions: bool = False,
+    rngs: nnx.Rngs | None = None,
+) -> tuple[Array, Array | None]:
+    """Attend by the implementation that the config of `module`, an attention, names; by the eager formula if the
+    weights are wanted."""
+    name, drops = module.config._attn_implementation, rngs is not None and module.dropout > 0
+    way = choose_way(
+        name,
+        default_device(),
+        q.dtype,
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        masked=not (mask is None or isinstance(mask, Alignment)),
+        drops=drops,
+        weights=output_attentions,
+    )
+    out, weights = way(q, k, v, mask, module.num_heads, module.scaling, lambda w: dropout(w, module.dropout, rngs))
+    return out, weights if output_attentions or name == "eager" else None
+
+
+def eager(
+    q: Array, k: Array, v: Array, mask: View, heads: int, scaling: float, drop: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """The formula written out, which gives the weights [B, N, T, S]. Scores and softmax are float32 in half precision
+    too."""
+    assert not isinstance(mask, Alignment)
+    N, B, (T, S) = heads, q.shape[0] // heads, (q.shape[1], k.shape[1])
+    mask = causal(T, S) if mask is None else jnp.asarray(mask)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    # The query is scaled, not the scores, as OPT was trained: in half precision it is not the same. The factor stays
+    # The query is scaled, not the scores, as OPT was trained: in half precision that differs. The factor stays
     # float32: rounded to bfloat16, the 80^-½ of 2.7b is off by 0.2 %, for every query alike.
-    q = heads_first((q.astype(wide) * D**-0.5).astype(q.dtype))
-    scores = jnp.einsum("xtd,xsd->xts", q, k, preferred_element_type=wide).reshape(N, B, T, -1)
-    weights = jax.nn.softmax(jnp.where(view.swapaxes(0, 1), scores, jnp.finfo(wide).min), axis=-1).astype(q.dtype)
-    out = jnp.einsum("xts,xsd->xtd", drop(weights).reshape(N * B, T, -1), v)
-    return out.reshape(N, B, T, D).transpose(1, 2, 0, 3), weights.swapaxes(0, 1)
+    q = (q.astype(wide) * scaling).astype(q.dtype)
+    scores = jnp.einsum("xtd,xsd->xts", q, k, preferred_element_type=wide).reshape(N, B, T, S)
+    mask = mask.swapaxes(0, 1)
+    scores = jnp.where(mask, scores, jnp.finfo(wide).min) if mask.dtype == bool else scores + mask.astype(wide)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = jnp.einsum("xts,xsd->xtd", drop(weights).reshape(N * B, T, S), v)
+    return out.reshape(N, B, T, -1).transpose(1, 2, 0, 3), weights.swapaxes(0, 1)
 
 
-def cudnn(q: Array, k: Array, v: Array, view: View, drop: Drop) -> tuple[Array, None]:
-    """cuDNN's flash attention; it scales the scores while they are still float32, and drops nothing."""
+def cudnn(
+    q: Array, k: Array, v: Array, mask: View, heads: int, scaling: float, drop: Callable[[Array], Array]
+) -> tuple[Array, None]:
+    """cuDNN's flash attention; it scales the scores while they are still float32, and has no dropout."""
     how: dict[str, Any] = {"is_causal": True}
-    if isinstance(view, Alignment):
-        how |= {"query_seq_lengths": view.lengths, "key_value_seq_lengths": view.lengths}
-    elif view is not None:
-        how = {"mask": view}
-    B, _, N, D = q.shape
-    k, v = (y.reshape(N, B, -1, D).transpose(1, 2, 0, 3) for y in (k, v))
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **how), None
+    if isinstance(mask, Alignment):
+        how |= {"query_seq_lengths": mask.lengths, "key_value_seq_lengths": mask.lengths}
+    elif mask is not None:
+        mask = jnp.asarray(mask)
+        how = {"mask": mask} if mask.dtype == bool else {"bias": mask.astype(q.dtype)}
+    q, k, v = (heads_last(x, heads) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, scale=scaling, implementation="cudnn", **how), None
 
 
 def check_implementation(name: str) -> None:
@@ -74,13 +108,13 @@ def check_implementation(name: str) -> None:
         raise ValueError(f"attn_implementation: found {name!r}, wanted one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def choose(
+def choose_way(
     name: str, device: Any, dtype: DTypeLike, T: int, S: int, D: int, masked: bool, drops: bool, weights: bool
-) -> Attend:
-    """The way that an implementation attends in a call: T queries to S slots, D wide, on a jax.Device.
+) -> Way:
+    """How an implementation attends in a call: T queries to S slots, D wide, on a jax.Device.
 
-    masked: a mask says what is seen, not causality and lengths alone. drops: attention weights are dropped.
-    weights: somebody wants them. "sdpa" takes cuDNN wherever it can run and there is more than one query.
+    masked: a mask says what is seen, not causality and lengths alone. drops: attention weights are dropped. weights:
+    they are returned. "sdpa" takes cuDNN wherever it can run and there is more than one query.
     Raises ValueError where "cudnn" is asked for and cannot run: nothing else is run in its place.
     """
     if name == "eager" or weights:
@@ -102,16 +136,62 @@ def refusal(device: Any, dtype: DTypeLike, T: int, S: int, D: int, masked: bool,
     if D % 8 or D > 128:  # gradients of wider heads need a newer GPU than the forward pass
         return f"heads are {D} wide, not a multiple of 8 up to 128"
     if masked and T > 1 and (T % 2 or S % 2):  # one query is a step of `generate`, which has no gradients
-        return f"a mask of {T} x {S} is not even, as gradients want it; pad by a column"
+        return f"a mask of {T} x {S} is not even, which gradients need; pad by a column"
     if drops:
         return "it drops no attention weights; set attention_dropout to 0"
     return None
 
 
-def default_device() -> Any:
-    """Where jax computes what is not bound to a device; what is traced is not."""
-    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen or jax.devices()[0]
+def choose(
+    decoder: Any,
+    segments: Array | None,
+    past: int | Array,
+    x: Array,
+    output_attentions: bool,
+    packed: bool,
+    rngs: nnx.Rngs | None,
+) -> View:
+    """What each of the new tokens x [B, T, H] may see, in the form that the decoder's implementation takes.
+
+    segments: [B, S], the document of each slot; None: all are one document. past: how many slots come before the new
+    tokens; a Python 0 if there is no past, or an empty one. packed: whether a row can hold several documents.
+    """
+    config, T = decoder.config, x.shape[1]
+    fresh = isinstance(past, int)
+    S = T if segments is None or fresh else segments.shape[1]
+    drops = rngs is not None and config.attention_dropout > 0
+    way = choose_way(
+        config._attn_implementation,
+        default_device(),
+        x.dtype,
+        T,
+        S,
+        config.head_dim,
+        masked=packed or not fresh,
+        drops=drops,
+        weights=output_attentions,
+    )
+    if segments is None:
+        return None
+    if way is cudnn and fresh and not packed:
+        return align(segments[:, :T] > 0)
+    return dense(segments[:, :S], past, T)
+
+
+def compact(x: Array, view: View) -> Array:
+    """x [B, T, H] as the layers take it: with the real tokens of each row first where the view says so."""
+    return reorder(x, view.order) if isinstance(view, Alignment) else x
+
+
+def restore(x: Array, view: View) -> Array:
+    """The inverse of `compact`."""
+    return reorder(x, view.back) if isinstance(view, Alignment) else x
+
+
+def causal(T: int, S: int) -> Array:
+    """[1, 1, T, S]: the last T of S tokens see every earlier one and themselves."""
+    slots = jnp.arange(S)
+    return (slots[S - T :, None] >= slots)[None, None]
 
 
 def dense(segments: Array, past: int | Array, T: int) -> Array:
@@ -119,25 +199,31 @@ def dense(segments: Array, past: int | Array, T: int) -> Array:
 
     segments: [B, S], the document of each slot, 0 for padding, which so attends to padding alone: no row of the mask
     is empty, and nothing real sees it. past: how many slots come before the T new tokens. It can be traced, so all
-    slots are in the mask: those behind the new tokens are nobody's past.
+    slots are in the mask; nothing sees those behind the new tokens.
     """
     slots = jnp.arange(segments.shape[1])
     new = lax.dynamic_slice_in_dim(segments, past, T, axis=1)
-    causal = (past + slots[:T])[:, None] >= slots
-    return (causal & (new[:, :, None] == segments[:, None, :]))[:, None]
+    earlier = (past + slots[:T])[:, None] >= slots
+    return (earlier & (new[:, :, None] == segments[:, None, :]))[:, None]
 
 
 def align(real: Array) -> Alignment:
-    """Where the real tokens of a batch, [B, T] boolean, go and come from. A row without any keeps one of its padding:
-    a softmax over nothing is NaN."""
+    """The alignment of a batch whose real tokens are [B, T] boolean. A row without any keeps one of its padding: a
+    softmax over nothing is NaN."""
     order = jnp.argsort(~real, axis=1, stable=True)
     lengths = jnp.maximum(real.sum(axis=1, dtype=jnp.int32), 1)
     return Alignment(order, jnp.argsort(order, axis=1), lengths)
 
 
-def heads_first(x: Array) -> Array:
-    """[B, T, N, D] as [N·B, T, D]."""
-    return x.transpose(2, 0, 1, 3).reshape(-1, x.shape[1], x.shape[3])
+def heads_first(x: Array, heads: int) -> Array:
+    """[B, T, N·D] as [N·B, T, D]."""
+    B, T, _ = x.shape
+    return x.reshape(B, T, heads, -1).transpose(2, 0, 1, 3).reshape(heads * B, T, -1)
+
+
+def heads_last(x: Array, heads: int) -> Array:
+    """[N·B, T, D] as [B, T, N, D]."""
+    return x.reshape(heads, -1, *x.shape[1:]).transpose(1, 2, 0, 3)
 
 
 def reorder(x: Array, columns: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The key-value cache, and where the tokens of a call stand: their positions and which slots each may look at.
+"""The key-value cache: a value, and what writes to it during a call.
 
 B batch   T new tokens   S slots   N heads   D head width
 """
@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from opt_common.config import OPTConfig
-from opt_common.inputs import check_positions
+
+from .attention import Alignment, View, reorder
 
 
 class KVCache(NamedTuple):
@@ -41,6 +41,10 @@ class KVCache(NamedTuple):
         return cls(k, v, length, jnp.zeros((batch, slots), jnp.int32))
 
     @property
+    def rows(self) -> int:
+        return self.segments.shape[0]
+
+    @property
     def slots(self) -> int:
         return self.segments.shape[1]
 
@@ -49,63 +53,47 @@ class KVCache(NamedTuple):
         """Whether no slot is taken; False where that is not known yet."""
         return not isinstance(self.length, Tracer) and int(self.length) == 0
 
-    def update(self, layer: int, k: Array, v: Array) -> KVCache:
-        """With the new keys and values [N·B, T, D] of a layer behind the past ones.
-        `length` moves on once a call, when all layers are done."""
-        k = lax.dynamic_update_slice_in_dim(self.k[layer], k, self.length, axis=1)
-        v = lax.dynamic_update_slice_in_dim(self.v[layer], v, self.length, axis=1)
-        return self._replace(
-            k=(*self.k[:layer], k, *self.k[layer + 1 :]),
-            v=(*self.v[:layer], v, *self.v[layer + 1 :]),
+
+class Writer:
+    """What the layers of one call write their keys and values to. `cache` is the value so far: the cache of the call
+    with the keys and values of the layers that have run."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+
+    def update(self, k: Array, v: Array, layer_idx: int | None, view: View = None) -> tuple[Array, Array]:
+        """Write the new keys and values [N·B, T, D] of a layer behind the past ones; return all that `view` is about:
+        [N·B, T, D] if there are none in the past, else [N·B, S, D].
+        `length` moves on once a call, when all layers are done: `advance`."""
+        if layer_idx is None:
+            raise ValueError("layer_idx: found None, wanted the number of the layer in the cache")
+        cache, new = self.cache, (k, v)
+        if isinstance(view, Alignment):  # in the cache each token has the slot of its column
+            back = jnp.tile(view.back, (len(k) // len(view.back), 1))
+            new = reorder(k, back), reorder(v, back)
+        all_k, all_v = (
+            lax.dynamic_update_slice_in_dim(past[layer_idx], x, cache.length, axis=1)
+            for past, x in zip((cache.k, cache.v), new, strict=True)
         )
+        self.cache = cache._replace(
+            k=(*cache.k[:layer_idx], all_k, *cache.k[layer_idx + 1 :]),
+            v=(*cache.v[:layer_idx], all_v, *cache.v[layer_idx + 1 :]),
+        )
+        if cache.is_empty:
+            return k, v
+        assert not isinstance(view, Alignment)
+        if view is not None:
+            S = jnp.shape(view)[-1]
+        elif isinstance(cache.length, Tracer):
+            raise ValueError("attention_mask: found None and a traced past_key_values, wanted a mask of its slots")
+        else:
+            S = int(cache.length) + k.shape[1]
+        return all_k[:, :S], all_v[:, :S]
 
-
-def place(
-    config: OPTConfig,
-    B: int,
-    T: int,
-    attention_mask: ArrayLike | None,
-    position_ids: ArrayLike | None,
-    cache: KVCache | None,
-) -> tuple[Array, Array]:
-    """Positions [B or 1, T] of the new tokens (padding is -1), and the segments [B, S]: the document of each slot,
-    counted from 1, and 0 for padding, or for a slot not taken yet.
-
-    With `position_ids`, a document begins at each position 0 and wherever the position does not grow.
-    """
-    past, S = (0, T) if cache is None else (cache.length, cache.slots)
-    slots = jnp.arange(S, dtype=jnp.int32)
-    empty = cache is None or cache.is_empty
-    if attention_mask is None and position_ids is None and empty:
-        check_positions(config, T - 1, "input_ids")
-        return slots[None, :T], jnp.broadcast_to(slots < T, (B, S)).astype(jnp.int32)
-
-    before = jnp.zeros((B, S), jnp.int32) if cache is None else cache.segments
-    real = jnp.ones((B, S), jnp.int32)
-    if attention_mask is not None:
-        # under jit `length` is not a number to check against; a mask as wide as the cache then serves every step
-        rows, columns = jnp.shape(attention_mask)
-        if rows != B or not T <= columns <= S:
-            raise ValueError(f"attention_mask: found shape {[rows, columns]}, wanted [{B}, {T} to {S}]")
-        real = jnp.pad((jnp.asarray(attention_mask) != 0).astype(jnp.int32), ((0, 0), (0, S - columns)))
-
-    old = jnp.where(slots < past, real * before, 0)
-    new = lax.dynamic_slice_in_dim(real, past, T, axis=1)
-    current = jnp.maximum(old.max(axis=1, keepdims=True), 1)
-    if position_ids is None:
-        numbers = new * current
-        seen = (old == current).sum(axis=1, keepdims=True, dtype=jnp.int32)
-        positions = (seen + new.cumsum(axis=1, dtype=jnp.int32)) * new - 1
-    else:
-        positions = jnp.broadcast_to(jnp.asarray(position_ids, jnp.int32), (B, T))
-        fell = (positions[:, 1:] <= positions[:, :-1]) & (new[:, 1:] & new[:, :-1]).astype(bool)
-        starts = (positions == 0).at[:, 1:].max(fell)
-        numbers = new * (current + starts.cumsum(axis=1, dtype=jnp.int32))
-    if isinstance(positions, Tracer):
-        # a full cache cannot raise here, and the new tokens would slide back over the past: let them find no position
-        positions = jnp.where(past + T <= S, positions, config.max_position_embeddings)
-    else:
-        name = "input_ids" if position_ids is None else "position_ids"
-        known = np.asarray(positions)  # numpy: under jit, what jax computes from a number is traced
-        check_positions(config, int(known.max()), name, int(known.min()))
-    return positions, lax.dynamic_update_slice_in_dim(old, numbers, past, axis=1)
+    def advance(self, tokens: int, segments: Array | None) -> KVCache:
+        """The cache with the new tokens of a call counted as past, and the documents [B, S] of all slots; None: the
+        new tokens are the first, and all one document."""
+        cache = self.cache
+        if segments is None:
+            segments = jnp.broadcast_to(jnp.arange(cache.slots) < tokens, cache.segments.shape).astype(jnp.int32)
+        return cache._replace(length=cache.length + tokens, segments=segments)

@@ -1,11 +1,9 @@
-"""Text from a model: prefill, choose, then {step, choose} with the cache, all of it one compiled program."""
+"""Text from a model: prefill, choose, then {step, choose} with the cache, all in one compiled program."""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,69 +11,32 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from opt_common.generation import check_generate
-from opt_common.inputs import check_call, check_tokens
+from opt_common.generation import Options, prompt
 
 from .cache import KVCache
+from .products import for_one_token, head
 
-# Prompts and new tokens take up a multiple of so many columns: one program serves all the lengths between.
+# Prompts and new tokens are padded to a multiple of so many columns, so that one program serves all lengths between.
 PROMPT_STEP, NEW_STEP = 32, 64
 
 
 def generate(
-    self: Any,
-    input_ids: ArrayLike,
-    attention_mask: ArrayLike | None = None,
-    *,
-    max_new_tokens: int | None = None,
-    max_length: int | None = None,
-    min_new_tokens: int = 0,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = 50,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
+    self: Any, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **options: Unpack[Options]
 ) -> Array:
     """Continue each row of `input_ids` [B, T]; returns [B, T + new], the prompts included.
 
-    attention_mask: [B, T], 0 for padding on either side. Default: everything that is not `pad_token_id`.
-    max_new_tokens, or max_length, which counts the prompt too: when to stop at the latest. Default: max_length=20.
-    min_new_tokens: no end of text before so many.
-    do_sample: draw from the probabilities after temperature, then the top_k likeliest (0: all), then the fewest tokens
-        that make up top_p; otherwise take the likeliest token. `seed` makes the draw repeatable.
-    eos_token_id: the end of a row, one id or several; the rest of the row is `pad_token_id`. Default: the config's.
+    attention_mask: [B, T], 0 for padding on either side. Default: everything that is not the config's `pad_token_id`.
+    options: see `opt_common.generation.Options`.
     Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
     """
-    ids = np.asarray(input_ids)
-    B, T = check_call(self.config, ids.shape, None, None if attention_mask is None else np.shape(attention_mask))
-    check_tokens(self.config, int(ids.min()), int(ids.max()))
-    if attention_mask is None and self.config.pad_token_id is not None:
-        attention_mask = ids != self.config.pad_token_id
-    mask = np.ones((B, T), bool) if attention_mask is None else np.asarray(attention_mask) != 0
-    counts = mask.sum(axis=1)
-    settings = check_generate(
-        self.config,
-        T,
-        int(counts.max()),
-        int(counts.min()),
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        min_new_tokens=min_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-    )
-    left = ((0, 0), (-T % PROMPT_STEP, 0))
+    given = prompt(self.config, input_ids, attention_mask, options)
+    ids, settings = given.ids, given.settings
+    left = ((0, 0), (-ids.shape[1] % PROMPT_STEP, 0))
     tokens, length = _generate(
         self,
         np.pad(ids, left, constant_values=settings.pad_token_id).astype(np.int32),
-        np.pad(mask, left),
-        jax.random.key(secrets.randbits(32) if seed is None else seed),
+        np.pad(given.mask, left),
+        jax.random.key(settings.seed),
         Limits(
             settings.max_new_tokens,
             settings.min_new_tokens,
@@ -85,16 +46,16 @@ def generate(
             settings.pad_token_id,
         ),
         room=settings.max_new_tokens + -settings.max_new_tokens % NEW_STEP,
-        do_sample=do_sample,
-        top_k=settings.top_k if do_sample else 0,
-        nucleus=do_sample and settings.top_p < 1,
+        do_sample=settings.do_sample,
+        top_k=settings.top_k if settings.do_sample else 0,
+        nucleus=settings.do_sample and settings.top_p < 1,
     )
     # numpy: for jax every length would be one more program
     return jnp.asarray(np.concatenate([ids, np.asarray(tokens)[:, : int(length)].astype(ids.dtype)], axis=1))
 
 
 class Limits(NamedTuple):
-    """The settings that are numbers in the compiled program; another value takes no other program."""
+    """The settings that are arguments of the compiled program: another value needs no other program."""
 
     max_new_tokens: ArrayLike
     min_new_tokens: ArrayLike
@@ -105,8 +66,8 @@ class Limits(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the loop carries: tokens [B, room], of which `step` are chosen, which rows are done [B], and the cache of
-    all but the last."""
+    """What the loop carries: tokens [B, room], of which `step` are chosen; which rows are done [B]; and the cache of
+    all tokens but the last."""
 
     step: Array
     tokens: Array
@@ -132,6 +93,8 @@ def _generate(
     is_eos = jnp.zeros(model.config.vocab_size, bool).at[limits.eos_token_ids].set(True)
     choose = partial(_choose, limits=limits, is_eos=is_eos, do_sample=do_sample, top_k=top_k, nucleus=nucleus)
 
+    stepper = for_one_token(model) if B == 1 else model
+
     def write(logits: Array, state: State, cache: KVCache) -> State:
         token = choose(logits, state.step, key=jax.random.fold_in(key, state.step))
         token = jnp.where(state.done, limits.pad_token_id, token)
@@ -143,12 +106,12 @@ def _generate(
 
     def advance(state: State) -> State:
         token = lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)  # [B, 1]
-        out = model(token, past_key_values=state.cache)
+        out = stepper(token, past_key_values=state.cache)
         return write(out.logits[:, -1], state, out.past_key_values)
 
     out = model.model(input_ids, mask, past_key_values=model.init_cache(B, T + room))
     last = T - 1 - mask[:, ::-1].argmax(axis=1)  # the rightmost real token of each row
-    logits = model.head(out.last_hidden_state[jnp.arange(B), last])  # [B, V]
+    logits = head(model, out.last_hidden_state[jnp.arange(B), last])  # [B, V]
     blank = jnp.full((B, room), limits.pad_token_id, jnp.int32)
     state = State(jnp.zeros((), jnp.int32), blank, jnp.zeros(B, bool), out.past_key_values)
     state = lax.while_loop(unfinished, advance, write(logits, state, out.past_key_values))

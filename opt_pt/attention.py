@@ -212,8 +212,8 @@ def causal(T: int, S: int, device: torch.device) -> Tensor:
 
 
 def dense(segments: Tensor | None, past: int, T: int, device: torch.device) -> Tensor | None:
-    """The mask [B or 1, 1, T, S] of eager and sdpa: a token attends to the earlier slots of its own document. None where
-    causality alone says it all.
+    """The mask [B or 1, 1, T, S] of eager and sdpa: a token attends to the earlier slots of its own document. None
+    where causality alone says it all.
 
     segments: [B, S], the document of each slot, counted from 1; 0 is padding, which nothing attends to. As in
     transformers, padding attends to the real tokens before it (here: of the latest document); where there are none, in

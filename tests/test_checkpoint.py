@@ -21,7 +21,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from backends import Backend, relative_error, skip_what_it_lacks
+from backends import Backend, relative_error
 from conftest import CONFIGS, make_reference, save_reference
 from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
@@ -29,7 +29,6 @@ from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.shards import parse_size
 from opt_common.checkpoints.tensors import Source, map_bytes
 from opt_common.config import OPTConfig
-from opt_common.frameworks import registered
 
 STATE = "model.safetensors"
 
@@ -97,9 +96,11 @@ def test_layouts(framework, layout, plain, tmp_path, rng):
         assert saved[name].tobytes() == array.tobytes(), name
 
 
-def test_all_write_the_same_bytes(plain, tmp_path):
+def test_the_three_write_the_same_bytes(plain, tmp_path):
+    from opt_common.frameworks import FRAMEWORKS
+
     written = {}
-    for key, framework in registered().items():
+    for key, framework in FRAMEWORKS.items():
         if framework.missing is None:
             Backend(key, plain, dtype="bfloat16").model.save_pretrained(tmp_path / key, max_shard_size="100KB")
             written[key] = {path.name: path.read_bytes() for path in (tmp_path / key).iterdir()}
@@ -121,16 +122,19 @@ def test_transformers_loads_what_we_save(framework, config, shards, tiny, tmp_pa
 
 def test_bare_model(framework, tiny, tmp_path, rng):
     """OPTModel reads a checkpoint with a head and writes one without; a CausalLM reads that."""
+    from opt_common.frameworks import FRAMEWORKS
+
     folder, reference = tiny("350m")
-    described = registered()[framework]
-    with skip_what_it_lacks(described):
-        model = described.model_class("OPTModel").from_pretrained(folder)
+    package = __import__(FRAMEWORKS[framework].package)
+    model = getattr(package, FRAMEWORKS[framework].prefix + "OPTModel").from_pretrained(folder)
     ids = rng.integers(3, 96, (2, 8))
-    out = model(described.tensor(ids)).last_hidden_state
+    out = model(FRAMEWORKS[framework].tensor(ids)).last_hidden_state
     with torch.no_grad():
         wanted = reference.model(torch.tensor(ids)).last_hidden_state.numpy()
         logits = reference(torch.tensor(ids)).logits.numpy()
-    assert relative_error(described.numpy(out), wanted) <= 2e-5
+    from opt_common.frameworks import to_numpy
+
+    assert relative_error(to_numpy(out), wanted) <= 2e-5
     model.save_pretrained(tmp_path)
     assert all(name.startswith("decoder.") for name in tensors(tmp_path))
     assert relative_error(Backend(framework, tmp_path)(input_ids=ids).logits, logits) <= 2e-5
@@ -206,7 +210,7 @@ BROKEN = {
     "cut": ("safetensors", lambda f: cut(f / STATE, 9000), ValueError, f"{STATE}: not a readable safetensors"),
     "empty": ("safetensors", lambda f: cut(f / STATE, 0), ValueError, f"{STATE}: not a readable safetensors"),
     "html": ("safetensors", lambda f: (f / STATE).write_text("<html>" * 99), ValueError, f"{STATE}: not a readable"),
-    "lost shard": ("sharded", lambda f: first_shard(f).unlink(), FileNotFoundError, "names shards .*: model-00001-of-"),
+    "lost shard": ("sharded", lambda f: first_shard(f).unlink(), FileNotFoundError, "missing shards: model-00001-of-"),
     "outside": ("sharded", lambda f: rewrite_index(f, x="../a.safetensors"), ValueError, "outside the folder: '../a"),
     "absolute": ("sharded", lambda f: rewrite_index(f, x="/etc/passwd"), ValueError, "outside the folder: '/etc"),
     "ghost": ("sharded", lambda f: rewrite_index(f, x=first_shard(f).name), ValueError, "shards do not hold: x"),
@@ -411,7 +415,7 @@ def test_convert(plain, tmp_path):
     with pytest.raises(ValueError, match=r"model.decoder.layers.0.fc1.bias: 1 of 128 numbers overflow float16"):
         convert(tmp_path / "wide", tmp_path / "narrow", dtype="float16")
     assert not (tmp_path / "narrow").exists()
-    with pytest.raises(ValueError, match="is the source too"):
+    with pytest.raises(ValueError, match="is also the source"):
         convert(tmp_path / "wide", tmp_path / "wide")
 
 
@@ -517,9 +521,9 @@ INDEXES = {
     "in a folder": ('{"weight_map": {"a": "b/c.safetensors"}}', "names files outside the folder: 'b/c.safetensors'"),
     "nothing": ('{"weight_map": {"a": ""}}', "names files outside the folder: ''"),
     "itself": ('{"weight_map": {"a": "."}}', "names files outside the folder: '.'"),
-    "a null": ('{"weight_map": {"a": "\\u0000"}}', "names shards that are not there"),
-    "half a character": ('{"weight_map": {"a": "\\ud800"}}', "names shards that are not there"),
-    "missing": ('{"weight_map": {"a": "b.safetensors"}}', "names shards that are not there: b.safetensors"),
+    "a null": ('{"weight_map": {"a": "\\u0000"}}', "names missing shards"),
+    "half a character": ('{"weight_map": {"a": "\\ud800"}}', "names missing shards"),
+    "missing": ('{"weight_map": {"a": "b.safetensors"}}', "names missing shards: b.safetensors"),
     "twice": ('{"weight_map": {"a": "b", "a": "c"}}', "key 'a' appears twice"),
     "numbers": ('{"weight_map": {"a": 1}}', "wanted an object of tensor names"),
     "a list": ('{"weight_map": ["a"]}', "wanted an object of tensor names"),

@@ -16,7 +16,7 @@ nnx = pytest.importorskip("flax.nnx")
 import jax.numpy as jnp  # noqa: E402
 
 from opt_common.config import OPTConfig  # noqa: E402
-from opt_flax import FlaxOPTForCausalLM, FlaxOPTModel, attention  # noqa: E402
+from opt_flax import FlaxOPTForCausalLM, FlaxOPTModel, attention, products  # noqa: E402
 from opt_flax.generate import _generate  # noqa: E402
 
 SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
@@ -91,7 +91,7 @@ def test_gradients(tiny, ids):
             leaf = grads
             for part in spec.path.split("."):
                 leaf = leaf[int(part)] if part.isdigit() else leaf[part]
-            found = np.asarray(leaf[getattr(FLAX, spec.kind)][...])
+            found = FLAX.oriented(spec, np.asarray(leaf[getattr(FLAX, spec.kind)][...]))
             wanted = TORCH.parameter(theirs, spec).grad.numpy()
             np.testing.assert_allclose(found, wanted, rtol=1e-8, atol=1e-12)
 
@@ -152,10 +152,10 @@ def test_attention_implementations(tiny, ids):
     for choose in (model.set_attn_implementation, lambda name: new(attn_implementation=name)):
         with pytest.raises(ValueError, match=wanted):
             choose("fast")
-    assert model.model.decoder.attn_implementation == "sdpa", "a refused choice changes nothing"
+    assert model.model.decoder.config._attn_implementation == "sdpa", "a refused choice changes nothing"
 
 
-GPU = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H100")
+GPU = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H100", memory_stats=lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ GPU = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H10
 def test_the_rule(changes, why):
     """cuDNN where it can run: "sdpa" takes it, or the formula; "cudnn" takes it, or says why not."""
     call = {"device": GPU, "dtype": jnp.float16, "T": 8, "S": 8, "D": 64, "masked": False, "drops": False} | changes
-    choose = partial(attention.choose, **call)
+    choose = partial(attention.choose_way, **call)
     assert choose("eager", weights=False) is choose("cudnn", weights=True) is attention.eager
     if why is None:
         assert choose("cudnn", weights=False) is attention.cudnn
@@ -208,11 +208,12 @@ def without_gpu(monkeypatch):
 
     def answer(q, k, v, *, implementation, **how):
         assert implementation == "cudnn"
-        calls.append(sorted(how))
+        calls.append(sorted(how.keys() - {"scale"}))
         return real(q, k, v, implementation="xla", **how)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
-    monkeypatch.setattr("opt_flax.model.default_device", lambda: GPU)
+    for module in ("attention", "products"):
+        monkeypatch.setattr(f"opt_flax.{module}.default_device", lambda: GPU)
     return calls
 
 
@@ -301,7 +302,7 @@ ids = np.random.default_rng(0).integers(3, 96, (2, 12))
 wanted = FlaxOPTForCausalLM.from_pretrained(sys.argv[1])
 found = FlaxOPTForCausalLM.from_pretrained(sys.argv[1], sharding=sharding)
 layer = found.model.decoder.layers[0]
-for kernel, part in ((layer.fc1.kernel, (8, 64)), (layer.fc2.kernel, (64, 8))):
+for kernel, part in ((layer.fc1.kernel, (64, 8)), (layer.fc2.kernel, (8, 64))):
     shards = kernel[...].addressable_shards
     assert len({s.device for s in shards}) == 8 and {s.data.shape for s in shards} == {part}, shards
 a, b = (np.asarray(jax.jit(lambda m: m(ids).logits)(m)) for m in (found, wanted))
@@ -343,5 +344,44 @@ def test_a_gpu_writes_half_precision_products(monkeypatch):
         return "f32" not in str(jax.make_jaxpr(lambda x: linear(x))(jnp.ones((1, tokens, 64), jnp.bfloat16)))
 
     assert not rounded_first(1) and not rounded_first(4)
-    monkeypatch.setattr("opt_flax.model.default_device", lambda: GPU)
+    monkeypatch.setattr("opt_flax.products.default_device", lambda: GPU)
     assert not rounded_first(1) and rounded_first(4)
+
+
+def test_products_agree(rng):
+    """Every form of a product, of a kernel and of the table, is the plain one, and so is its gradient."""
+    k = jnp.asarray(rng.normal(size=(64, 24)), jnp.float32)
+
+    def run(x, k, axis):
+        return products.product(x, k, (((x.ndim - 1,), (axis,)), ((), ())))
+
+    for shape in ((1, 1), (1, 2), (4, 1), (5, 1), (2, 8), (17, 1), (1, 129)):
+        x = jnp.asarray(rng.normal(size=(*shape, 64)), jnp.float32)
+        for kernel, axis in ((k, 0), (k.T, 1)):
+            np.testing.assert_allclose(run(x, kernel, axis), x @ k, rtol=0, atol=2e-5)
+            found = jax.grad(lambda x, kernel: (run(x, kernel, axis) ** 2).sum(), (0, 1))(x, kernel)  # noqa: B023
+            wanted = jax.grad(lambda x, k: ((x @ k) ** 2).sum(), (0, 1))(x, k)
+            np.testing.assert_allclose(found[0], wanted[0], rtol=1e-4, atol=1e-3)
+            np.testing.assert_allclose(found[1] if axis == 0 else found[1].T, wanted[1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("free", "wanted_axes"), [(10**9, {1}), (10**5, {0, 1})])
+def test_one_row_on_a_gpu_reads_kernels_by_rows(tiny, ids, monkeypatch, free, wanted_axes):
+    """Where memory allows it, the loop has kernels [out, in] of its own; the table is stored that way anyway."""
+    folder, _ = tiny("350m")
+    model = FlaxOPTForCausalLM.from_pretrained(folder)
+    generate = partial(model.generate, ids[:1], max_new_tokens=8, eos_token_id=[])
+    wanted, axes, one_on_gpu = generate(), [], products._one_on_gpu
+
+    def seen(x, kernel, axis, wide):
+        axes.append(axis)
+        return one_on_gpu(x, kernel, axis, wide)
+
+    gpu = SimpleNamespace(**vars(GPU) | {"memory_stats": lambda: {"bytes_limit": 10**9 + free, "bytes_in_use": 10**9}})
+    monkeypatch.setattr(products, "default_device", lambda: gpu)
+    monkeypatch.setattr(products, "_one_on_gpu", seen)
+    _generate.clear_cache()
+    np.testing.assert_array_equal(generate(), wanted)
+    _generate.clear_cache()
+    assert set(axes) == wanted_axes
+    assert model.model.decoder.layers[0].fc1.kernel.shape == (64, 128)

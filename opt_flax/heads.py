@@ -1,0 +1,129 @@
+"""OPT with the heads of fine-tuning: sequence classification and question answering.
+
+B batch   T tokens of this call   E embedding width
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from opt_common.config import OPTConfig
+from opt_common.inputs import check_labels, check_spans
+from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput
+
+from .cache import KVCache
+from .layers import mean_loss, wide
+from .model import FlaxOPTModel
+from .pretrained import FlaxOPTPreTrainedModel
+from .products import linear
+
+
+class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
+    """OPT with one or several labels for a whole row: the `score` of its last token."""
+
+    architecture = "OPTForSequenceClassification"
+
+    def __init__(
+        self, config: OPTConfig, dtype: DTypeLike = "float32", attn_implementation: str | None = None, *, rngs: nnx.Rngs
+    ) -> None:
+        super().__init__(config, attn_implementation)
+        self.model = FlaxOPTModel(self.config, dtype, rngs=rngs)
+        self.score = linear(config, config.embed_dim, config.num_labels, bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        use_cache: bool = False,
+        position_ids: ArrayLike | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Run the decoder, and the head on the rightmost token of each row that is not padding, by attention_mask or by
+        being config.pad_token_id. Arguments as in `OPTDecoder.__call__`, and:
+
+        labels: for config.problem_type, which if None follows from num_labels and the labels as in transformers:
+            "regression" (num_labels 1): [B] or, with several labels, [B, num_labels] numbers; the mean squared error.
+            "single_label_classification" (whole numbers): [B], -100 for rows to leave out; the mean cross-entropy.
+            "multi_label_classification" (numbers 0 to 1): [B, num_labels]; the mean binary cross-entropy.
+            The loss is float32.
+        """
+        out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs)
+        x = out.last_hidden_state  # [B, T, E]
+        B, T = x.shape[:2]
+        real = jnp.ones((B, T), bool)
+        if attention_mask is not None:
+            first = 0 if past_key_values is None else past_key_values.length
+            real = lax.dynamic_slice_in_dim(jnp.asarray(attention_mask), first, T, axis=1) != 0
+        if input_ids is not None and self.config.pad_token_id is not None:
+            real = real & (jnp.asarray(input_ids) != self.config.pad_token_id)
+        last = (real * jnp.arange(T)).argmax(1)
+        logits = self.score(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])  # [B, labels]
+        loss = None
+        if labels is not None:
+            labels = jnp.asarray(labels)
+            problem = check_labels(self.config, B, labels.shape, whole=not jnp.issubdtype(labels.dtype, jnp.floating))
+            if problem == "single_label_classification":
+                labels = labels.reshape(-1)
+                loss = mean_loss(logits, labels, labels != -100)
+            else:
+                scores = wide(logits)
+                targets = labels.reshape(scores.shape).astype(scores.dtype)
+                binary = jax.nn.softplus(scores) - targets * scores  # log(1 + eˢ) - targets·s
+                loss = ((scores - targets) ** 2 if problem == "regression" else binary).mean()
+        return SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+
+
+class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
+    """OPT with two scores a token: that the answer begins there, and that it ends there."""
+
+    architecture = "OPTForQuestionAnswering"
+
+    def __init__(
+        self, config: OPTConfig, dtype: DTypeLike = "float32", attn_implementation: str | None = None, *, rngs: nnx.Rngs
+    ) -> None:
+        super().__init__(config, attn_implementation)
+        self.model = FlaxOPTModel(self.config, dtype, rngs=rngs)
+        self.qa_outputs = linear(config, config.embed_dim, 2, dtype=jnp.dtype(dtype), rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: ArrayLike | None = None,
+        start_positions: ArrayLike | None = None,
+        end_positions: ArrayLike | None = None,
+        use_cache: bool = False,
+        position_ids: ArrayLike | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringOutput:
+        """Run the decoder and the head; arguments as in `OPTDecoder.__call__`, and:
+
+        start_positions, end_positions: [B], the columns of the answer's first and last token. Those outside the row's T
+            columns are left out. (transformers takes negative ones for 0.) The loss is the mean of the two mean
+            cross-entropies, in float32.
+        """
+        out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs)
+        scores = self.qa_outputs(out.last_hidden_state)
+        starts, ends = scores[:, :, 0], scores[:, :, 1]  # [B, T] each
+        loss = None
+        if check_spans(
+            len(starts),
+            None if start_positions is None else jnp.shape(start_positions),
+            None if end_positions is None else jnp.shape(end_positions),
+        ):
+            losses = []
+            for scores, positions in ((starts, start_positions), (ends, end_positions)):
+                columns = jnp.asarray(positions).reshape(-1)
+                losses.append(mean_loss(scores, columns, (columns >= 0) & (columns < scores.shape[1])))
+            loss = (losses[0] + losses[1]) / 2
+        return QuestionAnsweringOutput(loss, starts, ends, out.past_key_values, out.hidden_states, out.attentions)
