@@ -89,7 +89,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: f
         mask = mask if mask is None or mask.dtype == torch.bool else mask.to(wide)
     is_causal = mask is None and bool(T > 1)  # torch.jit.trace makes sizes tensors
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scaling)
-    return out.to(dtype).transpose(1, 2), None
+    return (out if out.dtype == dtype else out.to(dtype)).transpose(1, 2), None
 
 
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

@@ -98,6 +98,8 @@ def linear_one(
         ahead = tl.load(tile, mask=inside[:, None] & (cols < K)[None, :], other=0.0)
     if BIAS:
         bias = tl.load(b + rows, mask=inside, other=0.0).to(tl.float32)
+    if QKV:
+        last = tl.load(slot)  # the step before wrote it: it can be read before the wait
     if PDL:
         gdc_wait()
     mean, rstd = 0.0, 1.0
@@ -127,7 +129,7 @@ def linear_one(
         y += _normed(residual, rows, inside, mean, rstd, residual_gain, residual_shift, AFFINE)
     y = y.to(out.dtype.element_ty)
     if QKV:
-        place = _place(rows.to(tl.int64), 0, tl.load(slot), slots, H, D)
+        place = _place(rows.to(tl.int64), 0, last, slots, H, D)
         if part == 0:
             tl.store(out + rows, y, mask=inside)
         elif part == 1:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.nn.modules import module as hooks
 
 from opt_common.weights import table
 
 _CALL = nn.Module.__call__
-_NAMES = {"weight", "bias"}
 # exact types, each with the forward it had when this package was imported; `register` adds the model's own
 _FORWARDS: dict[type, Callable[..., Any]] = {
     cls: cls.forward for cls in (nn.Embedding, nn.GELU, nn.LayerNorm, nn.Linear, nn.ReLU, nn.SiLU, nn.Tanh)
@@ -38,7 +38,7 @@ def untouched(module: nn.Module) -> bool:
     if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
         return False
     for p in d["_parameters"].values():
-        if p is not None and (type(p) is not nn.Parameter or p.is_meta):
+        if p is not None and (type(p) is not Parameter or p.is_meta):
             return False
     return True
 
@@ -47,7 +47,7 @@ def unwatched(x: Tensor) -> bool:
     """Whether nothing looks at, changes or records PyTorch's calls: no global hooks, autocast, compiler, tracer,
     function transform or dispatch mode (a FLOP counter, a fake tensor), and `x` is a plain tensor."""
     return not (
-        type(x) not in (Tensor, nn.Parameter)
+        type(x) not in (Tensor, Parameter)
         or torch.compiler.is_compiling()
         or hooks._has_any_global_hook()
         or nn.Module.__call__ is not _CALL
@@ -63,7 +63,7 @@ def unwatched(x: Tensor) -> bool:
 def plain(module: Any, cls: type[nn.Module]) -> bool:
     """Whether a module is exactly a `cls`, nn.Linear or nn.LayerNorm, and untouched, and its weight and bias are
     parameters (or None)."""
-    return type(module) is cls and untouched(module) and module._parameters.keys() == _NAMES
+    return type(module) is cls and untouched(module) and "weight" in module._parameters and "bias" in module._parameters
 
 
 def plain_layer(layer: nn.Module) -> bool:

@@ -70,20 +70,22 @@ def linear(f: nn.Module, x: Tensor) -> Tensor:
 
 def plain_linear(f: nn.Module, x: Tensor, relu: bool = False) -> Tensor:
     """f(x), and relu of that if asked for, of a Linear that is known to be plain."""
-    copy = packed(f, x)
-    return product(x, f._parameters["weight"] if copy is None else copy.weight, f._parameters["bias"], relu)
+    w, b = f._parameters["weight"], f._parameters["bias"]
+    if x.is_cpu and not torch.is_grad_enabled():
+        copy = packed(f, x)
+        return product(x, w if copy is None else copy.weight, b, relu)
+    if relu and x.is_cuda and b is not None and x.dtype == b.dtype and not torch.is_grad_enabled():
+        y = torch._addmm_activation(b, x.flatten(0, -2), w.t())  # pyright: ignore
+        return y.view(*x.shape[:-1], y.shape[-1])
+    y = F.linear(x, w, b)  # type: ignore[arg-type]
+    return torch.relu(y) if relu else y
 
 
 def product(x: Tensor, w: Any, b: Tensor | None, relu: bool = False) -> Tensor:
-    """x [..., in] · w [out, in]ᵀ + b, and relu of that if asked for. On a CPU w may be in oneDNN's order."""
-    if not torch.is_grad_enabled() and x.dtype == w.dtype:
-        if x.is_cuda:
-            if relu and b is not None:
-                y = torch._addmm_activation(b, x.flatten(0, -2), w.t())  # pyright: ignore[reportPrivateImportUsage]
-                return y.view(*x.shape[:-1], y.shape[-1])
-        elif x.is_cpu and w.is_cpu and onednn(x.dtype):
-            w = w if w.is_mkldnn else w.contiguous()
-            return torch.ops.mkldnn._linear_pointwise.default(x, w, b, "relu" if relu else "none", [], "")
+    """x [..., in] · w [out, in]ᵀ + b on a CPU, and relu of that if asked for. w may be in oneDNN's order."""
+    if x.dtype == w.dtype and w.is_cpu and onednn(x.dtype):
+        w = w if w.is_mkldnn else w.contiguous()
+        return torch.ops.mkldnn._linear_pointwise.default(x, w, b, "relu" if relu else "none", [], "")
     y = F.linear(x, w, b)
     return torch.relu(y) if relu else y
 
