@@ -165,9 +165,22 @@ class OPTPreTrainedModel(nn.Module):
         self._decoder.gradient_checkpointing = True
         self._decoder.checkpoint_options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """transformers' later name of `gradient_checkpointing_enable`, for every layer and without offloading."""
+        if every_n_layers != 1 or offload:
+            raise ValueError(f"every_n_layers, offload: found {every_n_layers}, {offload}, wanted 1 and False")
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
     def gradient_checkpointing_disable(self) -> None:
         """Keep everything that the backward pass needs, as by default."""
         self._decoder.gradient_checkpointing = False
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
     @property
     def is_gradient_checkpointing(self) -> bool:
