@@ -392,7 +392,8 @@ def test_places_of_tokens(ours: GPT2Tokenizer, theirs: Any) -> None:
         ask, asked = getattr(got, method), getattr(want, method)
         assert (ask(first), ask(*second)) == (asked(first), asked(*second)), method
     span = got.word_to_tokens(1)
-    assert span is not None and (span.start, span.end) == tuple(want.word_to_tokens(1))
+    other: Any = want.word_to_tokens(1)
+    assert span is not None and (span.start, span.end) == (other.start, other.end)
     assert (got.n_sequences, got.is_fast, len(got.encodings or ())) == (want.n_sequences, True, 2)
     assert got[1].ids == want[1].ids == got.input_ids[1]
     assert got.copy().tokens() == pickle.loads(pickle.dumps(got)).tokens() == want.tokens()
@@ -406,7 +407,7 @@ def test_targets(ours: GPT2Tokenizer, theirs: Any) -> None:
 
 def test_options_as_transformers_enums(ours: GPT2Tokenizer, theirs: Any) -> None:
     from transformers.tokenization_utils_base import TruncationStrategy
-    from transformers.utils import PaddingStrategy, TensorType
+    from transformers.utils.generic import PaddingStrategy, TensorType
 
     options: dict[str, Any] = {
         "padding": PaddingStrategy.MAX_LENGTH,
@@ -1229,9 +1230,24 @@ CUT_AND_FILL = {"truncation": True, "padding": True, "max_length": 5, "pad_to_mu
         (ValueError, "max_length: found 5, wanted a multiple of pad_to_multiple_of, 4", "a", CUT_AND_FILL),
         (ValueError, "max_length 0 leaves no room for 1 </s>", "a", {"truncation": True, "max_length": 0}),
         (ValueError, "max_length 1 leaves no room for 2 </s>", "a", {"text_pair": "b", "max_length": 1}),
-        (ValueError, "text_pair must be a str if text is one, and else a list", "a", {"text_pair": ["b"]}),
-        (ValueError, "text_pair must be a str if text is one, and else a list", ["a"], {"text_pair": "b"}),
-        (ValueError, "text_pair must be a str if text is one, and else a list", ["a"], {"text_pair": ["b", "c"]}),
+        (
+            ValueError,
+            "text_pair: wanted a str if text is one, and else a list of as many texts",
+            "a",
+            {"text_pair": ["b"]},
+        ),
+        (
+            ValueError,
+            "text_pair: wanted a str if text is one, and else a list of as many texts",
+            ["a"],
+            {"text_pair": "b"},
+        ),
+        (
+            ValueError,
+            "text_pair: wanted a str if text is one, and else a list of as many texts",
+            ["a"],
+            {"text_pair": ["b", "c"]},
+        ),
     ],
 )
 def test_call_errors(small: Path, error: type[Exception], message: str, text: Any, options: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ class AutoTokenizer:
     """Loads a GPT2Tokenizer, or refuses the tokenizer of another model."""
 
     @classmethod
-    def from_pretrained(cls, path_or_name: str | Path, **options: Any) -> GPT2Tokenizer:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> GPT2Tokenizer:
         """`GPT2Tokenizer.from_pretrained` with the same arguments, if the checkpoint is an OPT's.
 
         Raises ValueError, naming file and key, if tokenizer_config.json wants another class than GPT-2's, or if
@@ -27,7 +27,7 @@ class AutoTokenizer:
         }
         subfolder = options.get("subfolder") or ""
         names = ("tokenizer_config.json", "config.json")
-        folder = fetch(path_or_name, [str(Path(subfolder, name)) for name in names], **hub) / subfolder
+        folder = fetch(pretrained_model_name_or_path, [str(Path(subfolder, name)) for name in names], **hub) / subfolder
         tokenizer, model = (read_json(folder / name) if (folder / name).is_file() else {} for name in names)
         wanted = tokenizer.get("tokenizer_class")
         if wanted is not None and wanted not in _CLASSES:
@@ -36,4 +36,4 @@ class AutoTokenizer:
         complete = wanted in _CLASSES[:2] and "bos_token" in tokenizer  # such as BLIP-2's, whose text model is an OPT
         if not complete and model.get("model_type", "opt") != "opt":
             raise ValueError(f"{folder / names[1]}: model_type: found {model['model_type']!r}, wanted 'opt'")
-        return GPT2Tokenizer.from_pretrained(path_or_name, **options)
+        return GPT2Tokenizer.from_pretrained(pretrained_model_name_or_path, **options)

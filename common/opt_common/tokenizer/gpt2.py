@@ -472,16 +472,15 @@ class GPT2Tokenizer:
         batched = isinstance(text, list | tuple)
         if is_split_into_words:
             batched = batched and len(text) > 0 and isinstance(text[0], list | tuple)
-        elif text_pair is not None and isinstance(text_pair, str) == batched:
-            raise ValueError("text_pair must be a str if text is one, and else a list of as many texts")
+            alike = True
+        else:
+            alike = text_pair is None or isinstance(text_pair, str) != batched
+        if not alike or (batched and text_pair is not None and len(text_pair) != len(text)):
+            raise ValueError("text_pair: wanted a str if text is one, and else a list of as many texts")
         if not batched:
             rows = [(text, text_pair)] if text_pair else [text]
-        elif text_pair is None:
-            rows = list(text)
-        elif len(text_pair) == len(text):
-            rows = list(zip(text, text_pair, strict=True))
         else:
-            raise ValueError("text_pair must be a str if text is one, and else a list of as many texts")
+            rows = list(text) if text_pair is None else list(zip(text, text_pair, strict=True))
 
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
         backend = self._tokenizer
