@@ -9,6 +9,7 @@ from .fast.plain import register
 from .heads import OPTForQuestionAnswering, OPTForSequenceClassification
 from .layers import OPTLearnedPositionalEmbedding
 from .model import OPTAttention, OPTDecoder, OPTDecoderLayer, OPTForCausalLM, OPTModel
+from .pretrained import OPTPreTrainedModel as OPTPreTrainedModel
 
 register(OPTLearnedPositionalEmbedding, OPTAttention, OPTDecoderLayer, OPTDecoder, OPTModel, OPTForCausalLM)
 

@@ -48,7 +48,8 @@ View = Tensor | Packing | None
 
 def split_heads(x: Tensor, width: int) -> Tensor:
     """[B, T, N·D] as [B, N, T, D], of heads D = `width` wide."""
-    return x.view(*x.shape[:2], x.shape[-1] // width, width).transpose(1, 2)
+    B, T, H = x.shape
+    return x.view(B, T, H // width, width).transpose(1, 2)
 
 
 def attend(
@@ -80,7 +81,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: f
     T, S, dtype = q.shape[2], k.shape[2], q.dtype
     if mask is None and 1 < T < S:
         mask = causal(T, S, q.device)
-    if q.device.type == "cpu":
+    if q.is_cpu:
         if T == 1 and dropout == 0:
             return one_query(q, k, v, mask, scaling).transpose(1, 2), None
         wide = torch.promote_types(dtype, torch.float32)  # in half precision PyTorch's kernel takes twice as long
@@ -88,7 +89,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: f
         mask = mask if mask is None or mask.dtype == torch.bool else mask.to(wide)
     is_causal = mask is None and bool(T > 1)  # torch.jit.trace makes sizes tensors
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scaling)
-    return out.to(dtype).transpose(1, 2), None
+    return (out if out.dtype == dtype else out.to(dtype)).transpose(1, 2), None
 
 
 def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -107,11 +108,7 @@ def flash_attention_2(
     q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: float
 ) -> tuple[Tensor, None]:
     """The flash-attn package's kernels (Dao 2023, arXiv:2307.08691), with a Packing for what is not causal alone."""
-    from flash_attn import (  # pyright: ignore[reportMissingImports]
-        flash_attn_func,
-        flash_attn_varlen_func,
-        flash_attn_with_kvcache,
-    )
+    import flash_attn  # pyright: ignore[reportMissingImports]
 
     if isinstance(mask, Tensor):
         found = list(mask.shape)
@@ -122,8 +119,8 @@ def flash_attention_2(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, T, N, D]
     if mask is None:
         if learns:
-            return flash_attn_func(q, k, v, dropout, scaling, causal=True), None
-        return flash_attn_with_kvcache(q, k, v, softmax_scale=scaling, causal=True), None
+            return flash_attn.flash_attn_func(q, k, v, dropout, scaling, causal=True), None
+        return flash_attn.flash_attn_with_kvcache(q, k, v, softmax_scale=scaling, causal=True), None
 
     if mask.compacted:
         q, k, v = q[0], k[0], v[0]  # [queries, N, D], [keys, N, D]
@@ -133,7 +130,7 @@ def flash_attention_2(
     if q.numel() == 0:  # every new token is padding
         out = q
     elif learns or q.shape[-1] % 8:
-        out = flash_attn_varlen_func(q, k, v, *starts, *longest, dropout, scaling, causal=True)
+        out = flash_attn.flash_attn_varlen_func(q, k, v, *starts, *longest, dropout, scaling, causal=True)
     else:
         from flash_attn_2_cuda import varlen_fwd  # pyright: ignore[reportMissingImports]
 
@@ -215,8 +212,8 @@ def causal(T: int, S: int, device: torch.device) -> Tensor:
 
 
 def dense(segments: Tensor | None, past: int, T: int, device: torch.device) -> Tensor | None:
-    """The mask [B or 1, 1, T, S] of eager and sdpa: a token attends to the earlier slots of its own document. None where
-    causality alone says it all.
+    """The mask [B or 1, 1, T, S] of eager and sdpa: a token attends to the earlier slots of its own document. None
+    where causality alone says it all.
 
     segments: [B, S], the document of each slot, counted from 1; 0 is padding, which nothing attends to. As in
     transformers, padding attends to the real tokens before it (here: of the latest document); where there are none, in

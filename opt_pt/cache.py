@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from opt_common.config import OPTConfig
 
@@ -190,7 +191,7 @@ def _unflatten(tensors: Any, context: tuple[int, tuple[int, ...], bool]) -> KVCa
 
 
 # torch.export, FSDP and others take a call's result apart and put it together again
-torch.utils._pytree.register_pytree_node(
+_pytree.register_pytree_node(
     KVCache, _flatten, _unflatten, serialized_type_name="opt_pt.KVCache", to_dumpable_context=list,
     from_dumpable_context=lambda c: (c[0], tuple(c[1]), c[2]),
 )  # fmt: skip

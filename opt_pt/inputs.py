@@ -65,7 +65,7 @@ def check(
         rows=getattr(cache, "rows", None),
     )
     # on a GPU, looking would wait for it
-    if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if input_ids is not None and input_ids.device.type == "cpu" and not recording(input_ids.device):
         check_tokens(config, int(input_ids.min()), int(input_ids.max()))
     return input_ids, B, T
 
@@ -82,8 +82,11 @@ def columns(logits_to_keep: int | Tensor, labels: Tensor | None) -> slice | Tens
 
 
 def recording(device: torch.device) -> bool:
-    """Whether a call is being recorded, by torch.compile or as a CUDA graph, so that no value can be looked at."""
-    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    """Whether a call is being recorded, by a compiler, a tracer or as a CUDA graph: no value may be looked at, or other
+    values would be answered as these."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def place(

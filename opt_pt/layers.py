@@ -56,14 +56,11 @@ def embedding(rows: int, width: int, padding_idx: int | None) -> nn.Embedding:
 
 
 def runner(decoder: Any, layer: nn.Module, cache: Any) -> Callable[..., Tensor]:
-    """What to call for a layer of a decoder: without gradients, a faster route where it computes the same; in training,
-    with the decoder's gradient checkpointing and layerdrop."""
-    if not torch.is_grad_enabled():
-        run: Callable[..., Tensor] = partial(layer_forward, layer)
-    elif decoder.gradient_checkpointing and decoder.training and cache is None:
-        run = partial(checkpoint, layer, use_reentrant=False)
-    else:
-        run = layer
+    """What to call for a layer of a decoder: a faster route where it computes the same; in training, with the decoder's
+    gradient checkpointing and layerdrop."""
+    run: Callable[..., Tensor] = partial(layer_forward, layer)
+    if decoder.gradient_checkpointing and decoder.training and cache is None and torch.is_grad_enabled():
+        run = partial(checkpoint, layer, **decoder.checkpoint_options)
     return partial(layerdrop, decoder.layerdrop, run) if decoder.training and decoder.layerdrop > 0 else run
 
 

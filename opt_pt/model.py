@@ -99,11 +99,12 @@ class OPTDecoderLayer(nn.Module):
         if not self.do_layer_norm_before:
             hidden_states = self.self_attn_layer_norm(hidden_states)
 
-        residual = hidden_states
+        shape = hidden_states.shape
+        residual = hidden_states = hidden_states.flatten(0, 1)  # [B·T, H], which hooks know from transformers
         if self.do_layer_norm_before:
             hidden_states = self.final_layer_norm(hidden_states)
-        hidden_states = self.fc2(self.activation_fn(self.fc1(hidden_states)))  # [B, T, F] in between
-        hidden_states = residual + F.dropout(hidden_states, self.dropout, self.training)
+        hidden_states = self.fc2(self.activation_fn(self.fc1(hidden_states)))  # [B·T, F] in between
+        hidden_states = (residual + F.dropout(hidden_states, self.dropout, self.training)).view(shape)
         if not self.do_layer_norm_before:
             hidden_states = self.final_layer_norm(hidden_states)
         if attentions is not None:
@@ -210,6 +211,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
     architecture = "OPTForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
     generate = generate
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:

@@ -1,10 +1,11 @@
-"""What the models share besides the network: loading, saving, settings."""
+"""What the models share besides the network: loading, saving, and all that users ask of a model besides running it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import ml_dtypes
 import numpy as np
@@ -18,13 +19,26 @@ from opt_common.weights import TORCH, Spec
 
 from .attention import check_implementation
 from .cache import KVCache
+from .devices import check_device_map, device_of, dispatch, single_device
 from .fast.products import pack
+from .layers import init_weights
 
 
 class OPTPreTrainedModel(nn.Module):
     """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`."""
 
-    architecture: str
+    architecture: ClassVar[str]
+
+    # What Trainer, accelerate, peft and others read, with transformers' values
+    config_class = OPTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["OPTDecoderLayer"]
+    _tied_weights_keys: ClassVar[dict[str, str] | None] = None
+    _keys_to_ignore_on_save = None
+    _is_stateful = False
+    generation_config: Any = None
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__()
@@ -32,13 +46,110 @@ class OPTPreTrainedModel(nn.Module):
             check_implementation(attn_implementation)
             config = dataclasses.replace(config, _attn_implementation=attn_implementation)
         self.config = config
+        self.warnings_issued: dict[str, bool] = {}
+
+    # === Where it is and how large ===
+
+    @property
+    def device(self) -> torch.device:
+        """That of the first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first floating-point parameter."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def name_or_path(self) -> str:
+        """What it was loaded from; empty if made by hand."""
+        return self.config.name_or_path
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters hold; a tied head counts once."""
+        left_out = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else {}
+        parameters = (p for p in self.parameters() if id(p) not in left_out)
+        return sum(p.numel() for p in parameters if p.requires_grad or not only_trainable)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """The bytes of the parameters, and of the buffers."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    # === Its parts ===
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head."""
+        return getattr(self, self.base_model_prefix, self)
+
+    def get_decoder(self) -> nn.Module:
+        """The decoder."""
+        return self.base_model.decoder  # type: ignore[return-value]
 
     @property
     def _decoder(self) -> Any:
-        return getattr(self, "model", self).decoder
+        return self.get_decoder()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self._decoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self._decoder.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The language-modelling head, if it has one."""
+        return self._modules.get("lm_head")
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the language-modelling head."""
+        self.lm_head = value
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Make the head share the token embedding's weight, if it has one and the config says so."""
+        head: Any = self.get_output_embeddings()
+        if head is not None and self.config.tie_word_embeddings:
+            head.weight = self.get_input_embeddings().weight
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Make the token embedding and the head `new_num_tokens` rows long, rounded up to `pad_to_multiple_of`, and
+        return the embedding. New rows are the mean of the old ones, or with mean_resizing=False N(0, init_std²)."""
+        old: Any = self.get_input_embeddings()
+        rows = old.weight.shape[0] if new_num_tokens is None else new_num_tokens
+        rows += -rows % (pad_to_multiple_of or 1)
+        head: Any = self.get_output_embeddings()
+        for module in {id(m): m for m in (old, head) if m is not None}.values():
+            if module is old or not self.config.tie_word_embeddings:
+                module.weight = self._resized(module.weight, rows, mean_resizing)
+        if isinstance(old, nn.Embedding):
+            old.num_embeddings = rows
+            if old.padding_idx is not None and old.padding_idx >= rows:
+                old.padding_idx = None
+        if head is not None:
+            head.out_features = rows
+        self.config.update({"vocab_size": rows})
+        self._decoder.vocab_size = rows
+        self.tie_weights()
+        return self.get_input_embeddings()
+
+    @torch.no_grad()
+    def _resized(self, weight: Tensor, rows: int, mean: bool) -> nn.Parameter:
+        kept = weight[:rows].detach()
+        new = weight.new_empty(max(0, rows - len(kept)), weight.shape[1])
+        if mean:
+            new.copy_(weight.float().mean(dim=0).to(weight.dtype).expand_as(new))
+        else:
+            new.normal_(0.0, self.config.init_std)
+        return nn.Parameter(torch.cat([kept, new]), weight.requires_grad)
+
+    # === How it runs ===
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache with room for `max_length` tokens a row."""
+        """An empty cache with room for `max_length` tokens a row, all of it allocated now."""
         weight = self._decoder.embed_positions.weight
         return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype)
 
@@ -47,84 +158,197 @@ class OPTPreTrainedModel(nn.Module):
         check_implementation(name)
         self.config._attn_implementation = name
 
-    def gradient_checkpointing_enable(self) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """In training, keep only each layer's input for the backward pass, which recomputes the rest. Calls with a
-        cache are not affected."""
+        cache are not affected. gradient_checkpointing_kwargs: those of torch.utils.checkpoint; use_reentrant=False is
+        the default."""
         self._decoder.gradient_checkpointing = True
+        self._decoder.checkpoint_options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep everything that the backward pass needs, as by default."""
         self._decoder.gradient_checkpointing = False
 
-    def tie_weights(self) -> None:
-        """Make `lm_head`, if there is one, share the token embedding, if the config says so."""
-        head = self._modules.get("lm_head")
-        if head is not None and self.config.tie_word_embeddings:
-            head.weight = self._decoder.embed_tokens.weight
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether `gradient_checkpointing_enable` is in force."""
+        return self._decoder.gradient_checkpointing
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients flow to the token embedding's output, for adapters around frozen weights."""
+        hook = self.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+        self._require_grads_hook = hook
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`."""
+        if hook := self.__dict__.pop("_require_grads_hook", None):
+            hook.remove()
+
+    def can_generate(self) -> bool:
+        """Whether it has `generate`."""
+        return hasattr(self, "generate")
 
     pack = pack
 
-    # peft's language models look these up
-    generation_config = None
-
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: KVCache | None = None, **kwargs: Any
+        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The arguments of a call that continues a cache."""
-        input_ids = input_ids if past_key_values is None else input_ids[:, int(past_key_values.length) :]
-        return kwargs | {"input_ids": input_ids, "past_key_values": past_key_values}
+        """The arguments of a call that continues a cache, as peft's language models ask for them."""
+        if past_key_values is not None:
+            input_ids = input_ids[:, int(past_key_values.get_seq_length()) :]
+        return kwargs | {
+            "input_ids": input_ids,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+        }
+
+    # === Smaller things that scripts and libraries ask for ===
+
+    def post_init(self) -> None:
+        """transformers' end of a constructor: initialize the modules that a subclass added."""
+        known = {id(m) for m in self.base_model.modules()} | {id(self.get_output_embeddings())}
+        for module in self.modules():
+            if id(module) not in known:
+                init_weights(module, self.config)
+
+    def add_model_tags(self, tags: Iterable[str] | str) -> None:
+        """Name it for the Hub's model card; kept in `model_tags`."""
+        self.model_tags = [*getattr(self, "model_tags", []), *([tags] if isinstance(tags, str) else tags)]
+
+    def is_remote_code(self) -> bool:
+        """False: its code comes from this package."""
+        return False
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Some input ids, for tracing."""
+        return {"input_ids": torch.tensor([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]], device=self.device)}
+
+    # === Loading and saving ===
+
+    @classmethod
+    def from_config(cls, config: OPTConfig, attn_implementation: str | None = None, **kwargs: Any) -> Self:
+        """A model with new weights, in the dtype that `dtype` or `torch_dtype` names."""
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        if kwargs:
+            raise TypeError(f"from_config: found unknown arguments {', '.join(sorted(kwargs))}")
+        model = cls(config, attn_implementation)
+        return model if dtype is None else model.to(getattr(torch, str(dtype).removeprefix("torch.")))
+
+    _from_config = from_config
 
     @classmethod
     def from_pretrained(
         cls,
         path_or_name: str | Path,
         *,
-        dtype: str | torch.dtype = "float32",
+        dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
-        attn_implementation: str = "sdpa",
+        device_map: str | int | torch.device | dict[str, Any] | None = None,
+        max_memory: dict[Any, Any] | None = None,
+        offload_folder: str | Path | None = None,
+        attn_implementation: str | None = None,
+        output_loading_info: bool = False,
         **options: Any,
     ) -> Self:
         """Load a checkpoint, in eval mode.
 
         path_or_name: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or not.
-        dtype: a torch dtype, its name, or "auto" for the checkpoint's; `torch_dtype` is its old spelling.
+        dtype: a torch dtype, its name, or "auto" for the checkpoint's; float32 by default. `torch_dtype` is its old
+            spelling.
         device: where the weights go, tensor by tensor as they are read; the CPU by default.
-        attn_implementation: "sdpa", "eager" or "flash_attention_2"; see `opt_pt.attention`.
-        options: revision, cache_dir, token, local_files_only, as in huggingface_hub; and config overrides: num_labels,
-            id2label, problem_type, dropout ...
-        A head missing from the checkpoint is newly initialized, and one that is not this model's is dropped; a warning
-        names their weights.
+        device_map: the same, or "auto", "balanced", "sequential" or a dictionary from modules to devices, for several;
+            with max_memory and offload_folder as in accelerate, which must be installed.
+        attn_implementation: "sdpa" (the default), "eager" or "flash_attention_2"; see `opt_pt.attention`.
+        output_loading_info: also return which weights were new or not used.
+        options: those of `opt_common.checkpoints.pretrained.open_pretrained`: config=, revision, cache_dir, token,
+            local_files_only, use_safetensors ..., and config overrides: num_labels, id2label, dropout ...
+        A head missing from the checkpoint, and modules that a subclass adds, are newly initialized, and a head that is
+        not this model's is dropped; a warning names their weights.
         Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
         """
-        name = str(torch_dtype if torch_dtype is not None else dtype).removeprefix("torch.")
+        name = str(torch_dtype if torch_dtype is not None else dtype or "float32").removeprefix("torch.")
+        check_device_map(device_map, max_memory, offload_folder)
+        device = single_device(device_map) if device is None else device
         elsewhere = torch.device(device or "cpu").type != "cpu"
         opened = open_pretrained(path_or_name, cls.architecture, name, copied=elsewhere, **options)
         wanted = getattr(torch, opened.dtype)
         with torch.device("meta"):  # shapes without memory, and no random numbers
-            model = cls(opened.config, attn_implementation=attn_implementation)
+            model = cls(opened.config) if attn_implementation is None else cls(opened.config, attn_implementation)
+        model.to(wanted)
+        devices = device_of(model, device_map, max_memory, device)
         state = {}
         for spec, array in opened.tensors:
-            state[spec.name] = _tensor(array).to(device=device, dtype=wanted)
+            state[spec.name] = _tensor(array).to(device=devices(spec.path), dtype=wanted)
             del array  # or it would be held while the next is read
         for spec in opened.new:
-            state[spec.name] = torch.zeros(spec.shape, device=device, dtype=wanted)
+            state[spec.name] = torch.zeros(spec.shape, device=devices(spec.path), dtype=wanted)
             if spec.kind == "linear":
                 state[spec.name].normal_(0.0, opened.config.init_std)
         # strict: the table has checked already, and the tied head is not in it
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
-        return model.eval()
+        added = _initialize_added(model, opened.config, devices)
+        model.config.name_or_path = str(path_or_name)
+        model = dispatch(model.eval(), devices, offload_folder)
+        if not output_loading_info:
+            return model
+        missing = [spec.name for spec in opened.new] + added
+        info = {"missing_keys": missing, "unexpected_keys": opened.unused, "mismatched_keys": [], "error_msgs": []}
+        return model, info  # type: ignore[return-value]
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+        state_dict: dict[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        push_to_hub: bool = False,
+        variant: str | None = None,
+        token: str | bool | None = None,
+    ) -> None:
         """Write a folder that every framework here and transformers load: config.json, generation_config.json and
-        safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one."""
+        safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one.
+
+        state_dict: weights to write in place of the model's, as from accelerate's `get_state_dict`.
+        is_main_process: False writes nothing. safe_serialization: False writes pytorch_model.bin.
+        save_function and token are accepted, and not needed. Raises ValueError for push_to_hub and variant: upload the
+        folder with `huggingface_hub.upload_folder`.
+        """
+        if push_to_hub or variant is not None:
+            name = "push_to_hub" if push_to_hub else "variant"
+            raise ValueError(f"{name}: found {push_to_hub or variant!r}; save, then huggingface_hub.upload_folder")
+        if not is_main_process:
+            return
+        weights = state_dict if state_dict is not None else {}
 
         def get(spec: Spec) -> np.ndarray:
-            return _array(TORCH.parameter(self, spec).detach())
+            return _array((weights[spec.name] if spec.name in weights else TORCH.parameter(self, spec)).detach())
 
-        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
-        save_pretrained(folder, self.config, self.architecture, dtype, get, max_shard_size)
+        dtype = str(next(iter(weights.values())).dtype if weights else self.dtype).removeprefix("torch.")
+        layout = "safetensors" if safe_serialization else "torch"
+        save_pretrained(save_directory, self.config, self.architecture, dtype, get, max_shard_size, layout)
+
+
+def _initialize_added(model: OPTPreTrainedModel, config: OPTConfig, devices: Callable[[str], Any]) -> list[str]:
+    """Give memory and new weights to the modules that a subclass adds; returns their names."""
+    added = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in added):
+        module = model.get_submodule(path)
+        module.to_empty(device=devices(path), recurse=False)
+        reset = getattr(module, "reset_parameters", None)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init_weights(module, config)
+        elif reset is not None:
+            reset()
+        else:
+            for p in module.parameters(recurse=False):
+                nn.init.normal_(p, 0.0, config.init_std)
+    return added
 
 
 def _tensor(array: np.ndarray) -> Tensor:

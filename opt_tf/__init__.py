@@ -16,6 +16,7 @@ if _backend != "tensorflow":
 from opt_common.config import OPTConfig
 from opt_common.tokenizer import GPT2Tokenizer
 
+from . import outputs as outputs  # registers them
 from .cache import KVCache
 from .heads import TFOPTForQuestionAnswering, TFOPTForSequenceClassification
 from .model import TFOPTForCausalLM, TFOPTModel

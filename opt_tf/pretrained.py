@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import keras
 import numpy as np
-import optree
 import tensorflow as tf
 from tensorflow import Tensor
 
@@ -19,7 +16,6 @@ from opt_common.checkpoints.pretrained import open_pretrained, save_pretrained
 from opt_common.checkpoints.shards import MAX_SHARD_SIZE
 from opt_common.checkpoints.tensors import numpy_dtype
 from opt_common.config import OPTConfig
-from opt_common.outputs import BaseModelOutput, CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from opt_common.weights import KERAS, Spec
 
 from .cache import KVCache
@@ -85,8 +81,8 @@ class TFOPTPreTrainedModel(keras.Model):
             parameter = KERAS.parameter(model, spec)
             parameter.assign((draw if spec.kind == "linear" else tf.zeros)(parameter.shape, parameter.dtype))
         for spec, array in opened.tensors:
-            array = array.T if KERAS.transposed and spec.kind == "linear" else array
-            KERAS.parameter(model, spec).assign(array.astype(numpy_dtype(opened.dtype), copy=False))
+            array = KERAS.oriented(spec, array).astype(numpy_dtype(opened.dtype), copy=False)
+            KERAS.parameter(model, spec).assign(array)
             del array  # or it would be held while the next is read
         return model
 
@@ -95,8 +91,7 @@ class TFOPTPreTrainedModel(keras.Model):
         safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one."""
 
         def get(spec: Spec) -> np.ndarray:
-            array = KERAS.parameter(self, spec).numpy()
-            return array.T if KERAS.transposed and spec.kind == "linear" else array
+            return KERAS.oriented(spec, KERAS.parameter(self, spec).numpy())
 
         save_pretrained(folder, self.config, self.architecture, self.variable_dtype, get, max_shard_size)
 
@@ -131,7 +126,7 @@ class TFOPTPreTrainedModel(keras.Model):
 
         def serve(input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
             out = self(input_ids, attention_mask=attention_mask, training=False)
-            return {name: tensor for name, tensor in out._asdict().items() if isinstance(tensor, Tensor)}
+            return {name: tensor for name, tensor in out.items() if isinstance(tensor, Tensor)}
 
         names = ("input_ids", "attention_mask")
         archive = keras.export.ExportArchive()
@@ -143,7 +138,7 @@ class TFOPTPreTrainedModel(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self.config)
-        del fields["_attn_implementation"]  # there is one here, and no file names it
+        del fields["_attn_implementation"]  # of the model that runs, not of the file
         return super().get_config() | {"config": fields}
 
     @classmethod
@@ -154,23 +149,3 @@ class TFOPTPreTrainedModel(keras.Model):
 def _empty(shape: tuple[int, ...], dtype: str) -> Tensor:
     # neither random numbers nor zeros: memory that is never written to is never taken
     return tf.raw_ops.Empty(shape=shape, dtype=dtype)
-
-
-def _hide_absent_fields(output: type) -> None:
-    """Let Keras see only the fields that are not None: it takes each None for an output, and functional models refuse
-    outputs that are not tensors."""
-
-    def flatten(out: Any) -> tuple[list[Any], tuple[str, ...], tuple[str, ...]]:
-        there = tuple(name for name, value in zip(out._fields, out, strict=True) if value is not None)
-        return [getattr(out, name) for name in there], there, there
-
-    # optree warns of what is intended here, a named tuple that is not flattened as one, and refuses a second time
-    with warnings.catch_warnings(), suppress(ValueError):
-        warnings.simplefilter("ignore")
-        optree.register_pytree_node(
-            output, flatten, lambda there, values: output(**dict(zip(there, values, strict=True))), namespace="keras"
-        )
-
-
-for _output in (BaseModelOutput, CausalLMOutput, SequenceClassifierOutput, QuestionAnsweringOutput):
-    _hide_absent_fields(_output)

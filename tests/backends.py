@@ -31,13 +31,13 @@ class Backend:
         with skip_what_it_lacks(self.framework):
             out = self.model(**self.tensors(arguments))
         as_float64 = self.as_float64
-        arrays = {name: as_float64(getattr(out, name)) for name in out._fields if name.endswith("logits")}
-        return out._replace(
-            loss=None if out.loss is None else float(self.framework.numpy(out.loss)),
-            hidden_states=out.hidden_states and tuple(map(as_float64, out.hidden_states)),
-            attentions=out.attentions and tuple(map(as_float64, out.attentions)),
-            **arrays,
-        )
+        convert = {
+            "loss": lambda loss: float(self.framework.numpy(loss)),
+            "past_key_values": lambda cache: cache,
+            "hidden_states": lambda tensors: tuple(map(as_float64, tensors)),
+            "attentions": lambda tensors: tuple(map(as_float64, tensors)),
+        }
+        return type(out)(**{name: convert.get(name, as_float64)(value) for name, value in out.items()})
 
     def generate(self, **arguments: Any) -> np.ndarray:
         with skip_what_it_lacks(self.framework):

@@ -342,7 +342,7 @@ def test_the_names_in_a_file_say_whose_it_is(tmp_path):
             assert Checkpoint(folder).layout == layout
         wrong = "tf" if layout == "safetensors" else "pt"
         safetensors.numpy.save_file(state, path, {"format": wrong})
-        with pytest.raises(ValueError, match=f"model.safetensors: metadata says format '{wrong}', but the names"):
+        with pytest.raises(ValueError, match=f"model.safetensors: metadata gives format '{wrong}', but the names"):
             Checkpoint(folder)
     biases = {"model.decoder.layers.0.fc1.bias": np.zeros(3, np.float32)}
     safetensors.numpy.save_file(biases, tmp_path / "given" / "model.safetensors", {"format": "flax"})

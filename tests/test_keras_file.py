@@ -132,7 +132,7 @@ def test_writes_a_bare_model(tmp_path):
 def test_writes_a_head(tmp_path, kind):
     config = CONFIGS["pre-norm"]
     arrays = random_tensors(config, "float32", kind.architecture)
-    main = write(keras_file, tmp_path, arrays, config)
+    main = write(KERAS_FILE, tmp_path, arrays, config)
     again = keras.saving.load_model(main)
     again.save(tmp_path / "theirs.keras")
     ours, theirs = stored(main)[1], stored(tmp_path / "theirs.keras")[1]

@@ -102,7 +102,7 @@ HOSTILE = {
     "a name that is not UTF-8": (b"\x81\xa2\xff\xfe\x01", "not UTF-8"),
     "the same name twice": (b"\x82" + 2 * (b"\xa1a" + msgpack.packb(array())), "'a' twice"),
     "the same path twice": (msgpack.packb({"a": {"b": array()}, "a/b": array()}), "a/b twice"),
-    "deep": (b"\x81\xa1a" * 10**5, "16 maps in each other"),
+    "deep": (b"\x81\xa1a" * 10**5, "nested more than 16 deep"),
     "many": (b"\xde\xff\xff" + b"".join(b"\xa5%05d\x80" % i for i in range(2**16 - 1)) * 2, "nothing after it"),
     "too many": (b"\xdf\0\x02\0\0" + b"".join(b"\xa6%06d\x80" % i for i in range(2**17)), "more than 65536 names"),
     "text": (msgpack.packb({"a": "text"}), "a: found code"),
@@ -118,12 +118,12 @@ HOSTILE = {
     "a negative shape": (msgpack.packb({"a": array((-2, -1))}), "None"),
     "an array past the end": (b"\x81\xa1a" + struct.pack(">BIb", 0xC9, 2**31, 1) + b"\x93\x91\x02", "ends here"),
     "an array longer than its frame": (b"\x81\xa1a\xc7\x05\x01" + array().data, "8 bytes"),
-    "pieces not from 0": (msgpack.packb({"a": NOT_A_NUMBER_FROM_0}), "a: an array in pieces"),
+    "pieces not from 0": (msgpack.packb({"a": NOT_A_NUMBER_FROM_0}), "a: found an array in pieces"),
     "pieces of another size": (
         msgpack.packb({"a": NOT_A_NUMBER_FROM_0 | {"chunks": {"0": array(), "1": array()}}}),
-        "do not make up",
+        "do not add up",
     ),
-    "no pieces": (msgpack.packb({"a": {"__msgpack_chunked_array__": True}}), "a: an array in pieces"),
+    "no pieces": (msgpack.packb({"a": {"__msgpack_chunked_array__": True}}), "a: found an array in pieces"),
     "a shape of pieces": (msgpack.packb({"a": NOT_A_NUMBER_FROM_0 | {"shape": {"0": array()}}}), "whose shape"),
 }
 

@@ -178,6 +178,33 @@ def test_the_faster_routes_are_taken_where_nothing_is_changed(tiny, ids, routes)
     assert routes == ({"layer", "step"} if onednn(torch.float32) else {"layer"})
 
 
+@pytest.mark.parametrize("config", ["pre-norm", "350m", "gelu"])
+def test_the_faster_route_learns_as_the_modules_do(tiny, ids, config, routes):
+    """In training too: the same dropout, loss and gradients, bit for bit. A hook, which changes nothing, sends a call
+    through the modules."""
+    model = OPTForCausalLM.from_pretrained(tiny(config)[0]).train()
+    for part in model.modules():
+        if hasattr(part, "dropout"):
+            part.dropout = 0.2
+
+    def learned():
+        routes.clear()
+        torch.manual_seed(0)
+        model.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    loss, gradients = learned()
+    assert routes == {"layer"}
+    for part in model.model.decoder.layers:
+        part.register_forward_hook(lambda *call: None)
+    wanted, others = learned()
+    assert routes == set()
+    assert torch.equal(loss, wanted)
+    assert all(torch.equal(gradients[name], others[name]) for name in others)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_a_module_counts(tiny, ids, change):
     theirs, ours = pair(tiny)

@@ -311,14 +311,12 @@ class OPTConfig:
     def from_pretrained(cls, path_or_name: str | Path, **options: Any) -> OPTConfig:
         """From a folder with a `config.json`, "opt-demo", or a Hub name.
 
-        options: what `opt_common.hub.fetch` takes (revision, cache_dir, token, local_files_only), and keys of the config
-        to change: `num_labels=3`, `dropout=0.0`.
+        options: what `opt_common.hub.fetch` takes (revision, cache_dir, token, local_files_only), and config overrides:
+            `num_labels=3`, `dropout=0.0`.
         """
         hub = {key: options.pop(key) for key in list(options) if key in FETCH_OPTIONS}
         path = fetch(path_or_name, ["config.json"], **hub) / "config.json"
-        config = cls.from_dict(read_json(path), source=str(path), **options)
-        config.name_or_path = str(path_or_name)
-        return config
+        return cls.from_dict(read_json(path), source=str(path), **options)
 
     def changed(self, **changes: Any) -> OPTConfig:
         """A copy with keys of a `config.json` changed: `num_labels`, `id2label`, `dropout` ..."""

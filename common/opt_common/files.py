@@ -1,4 +1,4 @@
-"""Reading and writing small files so that an error names the file and a kill leaves no half of one."""
+"""Small files: errors name the file, and a kill never leaves half of one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, path: Path | str) -> dict[str, Any]:
-    """As `read_json`, of what was read from `path`, or from what `path` says."""
+    """As `read_json`, of text read from `path`, which may also be a description for errors."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -37,7 +37,7 @@ def parse_json(text: bytes, path: Path | str) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` beside `path` and rename it there: readers see the old file or the new one."""
+    """Write `text` to a temporary file and rename it to `path`: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

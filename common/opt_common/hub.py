@@ -1,4 +1,4 @@
-"""From a folder, "opt-demo" or a Hub name to a local folder that holds the wanted files."""
+"""Local folders, "opt-demo" and the Hugging Face Hub: from a name to a folder with the wanted files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENIZER_FILES = (
 # The files beside config and weights that a conversion copies.
 COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
 # The keyword arguments of `fetch`.
-FETCH_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
+FETCH_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
 
 def fetch(
@@ -29,16 +29,18 @@ def fetch(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
+    subfolder: str = "",
 ) -> Path:
-    """A local folder with those of `files` that exist. The network is reached for Hub names only.
+    """A local folder with those of `files` that exist. Only a Hub name uses the network.
 
     `path_or_name`: a folder; "opt-demo", the checkpoint inside this package; or a Hub name such as
     "facebook/opt-125m". The other arguments are huggingface_hub's.
-    Raises FileNotFoundError for a folder or repository that is not there, OSError if the Hub cannot be reached.
+    Raises FileNotFoundError if there is no such folder or repository, OSError if the Hub cannot be reached.
     """
     path = Path(path_or_name).expanduser()
     if path.is_dir():
-        return path
+        return path / subfolder
     if str(path_or_name) == DEMO:
         return Path(__file__).parent / DEMO
     name = str(path_or_name)
@@ -54,19 +56,21 @@ def fetch(
         return Path(
             huggingface_hub.snapshot_download(
                 name,
-                allow_patterns=list(files),
+                allow_patterns=[f"{subfolder}/{file}" if subfolder else file for file in files],
                 revision=revision,
                 cache_dir=cache_dir,
                 token=token,
                 local_files_only=local_files_only,
-            )
+                force_download=force_download,
+            ),
+            subfolder,
         )
     except errors.GatedRepoError as error:
-        raise FileNotFoundError(f"{name}: the Hub wants an accepted licence and a token for this repository") from error
+        raise FileNotFoundError(f"{name}: this repository requires an accepted licence and a token") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(f"{name}: neither a folder here nor a repository on the Hub{at}") from error
-    except Exception as error:  # the network's own errors are many and change with the library that carries them
+    except Exception as error:  # the network's errors are many, and change with huggingface_hub's HTTP library
         raise OSError(
             f"{name}: not a folder here, not in the local cache, and the Hub cannot be reached ({type(error).__name__})"
         ) from error

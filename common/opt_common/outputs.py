@@ -4,6 +4,7 @@ and, as transformers' outputs, by number among the fields that are there."""
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 
@@ -20,11 +21,12 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def __init__(self, *values: Any, **named: Any) -> None:
         super().__init__()
-        if len(values) == 1 and not named and _are_items(values[0]):  # as dictionaries are copied
+        if len(values) == 1 and not named and _are_items(values[0]):  # as frameworks copy dictionaries
             named, values = dict(values[0]), ()
         named |= dict(zip(self.fields, values, strict=False))
         if unknown := named.keys() - {*self.fields}:
-            raise TypeError(f"{type(self).__name__}: found {', '.join(sorted(unknown))}, wanted {', '.join(self.fields)}")
+            wanted = ", ".join(self.fields)
+            raise TypeError(f"{type(self).__name__}: found {', '.join(sorted(unknown))}, wanted {wanted}")
         for name in self.fields:
             if named.get(name) is not None:
                 self[name] = named[name]
@@ -51,7 +53,7 @@ class ModelOutput(OrderedDict[str, Any]):
 
 
 def _are_items(value: Any) -> bool:
-    return isinstance(value, dict) or (
+    return isinstance(value, (dict, Iterator)) or (
         isinstance(value, (list, tuple))
         and all(isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], str) for item in value)
     )

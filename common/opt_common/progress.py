@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def byte_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with each number of bytes done. Drawn on stderr, on a terminal only, and removed at the
-    end."""
+    """Yields a function to call with the bytes just done. The bar shows on stderr, on terminals only, and disappears at
+    the end."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

@@ -56,7 +56,7 @@ class Step:
         self.position = position + 2  # the table starts two rows in
         self.visible = None
         if not mask.all():
-            self.visible = torch.ones(len(mask), 1, 1, cache.slots, dtype=torch.bool)
+            self.visible = torch.ones(len(mask), 1, 1, cache.k[0].shape[2], dtype=torch.bool)
             self.visible[..., : cache.length] = (mask != 0)[:, None, None]
         self.words, self.places = decoder.embed_tokens.weight, decoder.embed_positions.weight
         self.project_in, self.project_out = (f and _weights(f) for f in (decoder.project_in, decoder.project_out))

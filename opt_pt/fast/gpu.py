@@ -101,7 +101,7 @@ class GPU(NamedTuple):
     @classmethod
     def of(cls, device: torch.device) -> GPU:
         if device.type != "cuda":
-            return cls(8, 1 << 17, False)  # Triton's interpreter
+            return cls(16, 1 << 17, False)  # Triton's interpreter
         properties, capability = torch.cuda.get_device_properties(device), torch.cuda.get_device_capability(device)
         return cls(properties.multi_processor_count, properties.shared_memory_per_block_optin, capability >= (9, 0))
 
@@ -120,15 +120,15 @@ class Step:
         self.kernels, self.model, self.cache = kernels, model, cache
         config, device, dtype = model.config, mask.device, cache.k[0].dtype
         self.config = config
-        B, H = mask.shape[0], config.hidden_size
+        B, H, slots = mask.shape[0], config.hidden_size, cache.k[0].shape[2]
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
-        self.B, self.slots = B, cache.slots
+        self.B, self.slots = B, slots
         self.token, self.position = token, position.to(torch.int32)
         self.slot = torch.full((B,), cache.length, device=device, dtype=torch.int32)  # one number; a row counts its own
-        self.visible = torch.zeros(B, cache.slots, device=device, dtype=torch.uint8)
+        self.visible = torch.zeros(B, slots, device=device, dtype=torch.uint8)
         self.visible[:, : cache.length] = mask
         self.words, self.place = empty(B, config.embed_dim), empty(B, H)
         self.x, self.y, self.q, self.attended = (empty(B, H) for _ in range(4))
@@ -136,7 +136,7 @@ class Step:
         self.normed = empty(B, max(H, config.embed_dim))
         self.narrow = empty(B, config.embed_dim)
         N, D = config.num_attention_heads, _power(config.head_dim)
-        self.block, self.warps, self.splits = tiles_attend(B, N, cache.slots)
+        self.block, self.warps, self.splits = tiles_attend(B, N, slots)
         self.partial = empty(B, N, self.splits, 2 + D, dtype=torch.float32)
         self.arrived = torch.zeros(B, N, device=device, dtype=torch.int32)
         self.best, self.where = empty(B, CHUNKS, dtype=torch.float32), empty(B, CHUNKS, dtype=torch.int32)
@@ -259,7 +259,7 @@ class Step:
             r_norm = residual_norm if affine else None
             r_gain, r_shift = (r_norm.weight, r_norm.bias) if r_norm is not None else (x, x)
             self._run(
-                self.kernels.linear_one, (parts * -(-M // BLOCK_M),),
+                self.kernels.linear_one, (-(-M // BLOCK_M), parts),
                 x, *ws, *bs, out, k, v, self.slot, gain, shift, x if residual is None else residual, r_gain, r_shift,
                 self.slots, K=K, M=M, H=H, D=D,
                 NORM=norm is not None, AFFINE=affine, BIAS=bias, ACTIVATION=name,

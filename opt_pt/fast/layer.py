@@ -1,4 +1,8 @@
-"""A decoder layer in inference, without the calls of its modules: its products by their fastest route (`products`)."""
+"""A decoder layer without the calls of its modules; in inference its products take their fastest route (`products`).
+
+Small calls are bound by Python, so modules and parameters are read from their dictionaries: `plain_layer` vouches that
+they are there.
+"""
 
 from __future__ import annotations
 
@@ -13,45 +17,46 @@ from ..cache import remember
 from .plain import plain_layer, unwatched
 from .products import packed, plain_linear, product
 
+_NO_EFFECT = frozenset({"position_ids", "use_cache"})
+
 
 def layer_forward(
     layer: Any,
     hidden_states: Tensor,
     attention_mask: View = None,
     past_key_values: Any = None,
-    attentions: list[Any] | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """What `layer(hidden_states, ...)` returns: by the layer itself wherever this could not be the same."""
     x, view = hidden_states, attention_mask
-    if attentions is not None:
-        kwargs["attentions"] = attentions
-    a = layer._modules.get("self_attn")
-    if kwargs.keys() - {"position_ids", "use_cache"} or not (
-        unwatched(x) and plain_layer(layer) and not layer.training and not a.training and not torch.is_grad_enabled()
-    ):
+    if not (kwargs.keys() <= _NO_EFFECT and unwatched(x) and plain_layer(layer)):
         return layer(x, attention_mask=view, past_key_values=past_key_values, **kwargs)
 
-    pre_norm = layer.do_layer_norm_before
-    y = _norm(layer.self_attn_layer_norm, x) if pre_norm else x
+    m, pre_norm, a = layer._modules, layer.do_layer_norm_before, layer._modules["self_attn"]
+    attention_norm, final_norm, activation = m["self_attn_layer_norm"], m["final_layer_norm"], m["activation_fn"]
+    projections = a._modules["q_proj"], a._modules["k_proj"], a._modules["v_proj"]
+    y = _norm(attention_norm, x) if pre_norm else x
     joined = packed(a, y)
     if joined is not None:  # one product of `pack`'s copy, in place of three
-        widths = [f.weight.shape[0] for f in (a.q_proj, a.k_proj, a.v_proj)]
+        widths = [f._parameters["weight"].shape[0] for f in projections]
         parts = product(y, joined.weight, joined.bias).split(widths, dim=-1)
     else:
-        parts = (plain_linear(f, y) for f in (a.q_proj, a.k_proj, a.v_proj))
-    q, k, v = (split_heads(z, a.head_dim) for z in parts)
+        parts = [plain_linear(f, y) for f in projections]
+    q, k, v = [split_heads(z, a.head_dim) for z in parts]
     if past_key_values is not None:
         k, v = remember(past_key_values, k, v, a.layer_idx, view)
-    x = x + plain_linear(a.out_proj, attend(a, q, k, v, view)[0].flatten(2))
-    x = x if pre_norm else _norm(layer.self_attn_layer_norm, x)
+    y = plain_linear(a._modules["out_proj"], attend(a, q, k, v, view)[0].flatten(2))
+    x = x + (F.dropout(y, layer.dropout) if layer.training else y)
+    x = x if pre_norm else _norm(attention_norm, x)
 
-    y = _norm(layer.final_layer_norm, x) if pre_norm else x
-    relu = type(layer.activation_fn) is nn.ReLU
-    y = plain_linear(layer.fc1, y, relu)
-    x = x + plain_linear(layer.fc2, y if relu else layer.activation_fn(y))
-    return x if pre_norm else _norm(layer.final_layer_norm, x)
+    y = _norm(final_norm, x) if pre_norm else x
+    relu = type(activation) is nn.ReLU
+    y = plain_linear(m["fc1"], y, relu)
+    y = plain_linear(m["fc2"], y if relu else activation(y))
+    x = x + (F.dropout(y, layer.dropout) if layer.training else y)
+    return x if pre_norm else _norm(final_norm, x)
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    p = norm._parameters
+    return torch.layer_norm(x, norm.normalized_shape, p["weight"], p["bias"], norm.eps)

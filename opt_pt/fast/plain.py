@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.nn.modules import module as hooks
 
 from opt_common.weights import table
@@ -37,7 +38,7 @@ def untouched(module: nn.Module) -> bool:
     if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
         return False
     for p in d["_parameters"].values():
-        if p is not None and (type(p) is not nn.Parameter or p.is_meta):
+        if p is not None and (type(p) is not Parameter or p.is_meta):
             return False
     return True
 
@@ -46,7 +47,7 @@ def unwatched(x: Tensor) -> bool:
     """Whether nothing looks at, changes or records PyTorch's calls: no global hooks, autocast, compiler, tracer,
     function transform or dispatch mode (a FLOP counter, a fake tensor), and `x` is a plain tensor."""
     return not (
-        type(x) not in (Tensor, nn.Parameter)
+        type(x) not in (Tensor, Parameter)
         or torch.compiler.is_compiling()
         or hooks._has_any_global_hook()
         or nn.Module.__call__ is not _CALL
@@ -59,6 +60,12 @@ def unwatched(x: Tensor) -> bool:
     )
 
 
+def plain(module: Any, cls: type[nn.Module]) -> bool:
+    """Whether a module is exactly a `cls`, nn.Linear or nn.LayerNorm, and untouched, and its weight and bias are
+    parameters (or None)."""
+    return type(module) is cls and untouched(module) and "weight" in module._parameters and "bias" in module._parameters
+
+
 def plain_layer(layer: nn.Module) -> bool:
     """Whether a decoder layer, its attention and all their parts are untouched and of the usual types."""
     m = layer._modules
@@ -67,11 +74,10 @@ def plain_layer(layer: nn.Module) -> bool:
         return False
     a = attention._modules
     for linear in (a.get("q_proj"), a.get("k_proj"), a.get("v_proj"), a.get("out_proj"), m.get("fc1"), m.get("fc2")):
-        if type(linear) is not nn.Linear or not untouched(linear):
+        if not plain(linear, nn.Linear):
             return False
-    for norm in (m.get("self_attn_layer_norm"), m.get("final_layer_norm")):
-        if type(norm) is not nn.LayerNorm or not untouched(norm):
-            return False
+    if not (plain(m.get("self_attn_layer_norm"), nn.LayerNorm) and plain(m.get("final_layer_norm"), nn.LayerNorm)):
+        return False
     activation = m.get("activation_fn")
     return activation is not None and untouched(activation)
 

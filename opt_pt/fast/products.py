@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plain import plain_layer, untouched, unwatched
+from .plain import plain, plain_layer, unwatched
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -53,37 +53,41 @@ def _version(tensor: Tensor) -> int:
 
 
 def packed(module: nn.Module, x: Tensor) -> Packed | None:
-    """The packed copy of a module's weights, if there is one, it is current, and oneDNN takes it for x."""
+    """The packed copy of a module's weights, if there is one, it is current, and oneDNN takes it for x, which learns
+    nothing."""
     copy = module.__dict__.get("packed")
-    if copy is None or x.device.type != "cpu" or x.dtype != copy.weight.dtype or not onednn(x.dtype):
+    if copy is None or torch.is_grad_enabled() or not x.is_cpu:
         return None
-    return copy if copy.current() else None
+    return copy if x.dtype == copy.weight.dtype and onednn(x.dtype) and copy.current() else None
 
 
 def linear(f: nn.Module, x: Tensor) -> Tensor:
     """f(x): [..., out] of x [..., in]."""
-    if torch.is_grad_enabled() or type(f) is not nn.Linear or not (untouched(f) and unwatched(x)):
+    if torch.is_grad_enabled() or not (plain(f, nn.Linear) and unwatched(x)):
         return f(x)
     return plain_linear(f, x)
 
 
-def plain_linear(f: nn.Linear, x: Tensor, relu: bool = False) -> Tensor:
+def plain_linear(f: nn.Module, x: Tensor, relu: bool = False) -> Tensor:
     """f(x), and relu of that if asked for, of a Linear that is known to be plain."""
-    copy = packed(f, x)
-    return product(x, f.weight if copy is None else copy.weight, f.bias, relu)
+    w, b = f._parameters["weight"], f._parameters["bias"]
+    if x.is_cpu and not torch.is_grad_enabled():
+        copy = packed(f, x)
+        return product(x, w if copy is None else copy.weight, b, relu)
+    if relu and x.is_cuda and b is not None and x.dtype == b.dtype and not torch.is_grad_enabled():
+        y = torch._addmm_activation(b, x.flatten(0, -2), w.t())  # pyright: ignore
+        return y.view(*x.shape[:-1], y.shape[-1])
+    y = F.linear(x, w, b)  # type: ignore[arg-type]
+    return torch.relu(y) if relu else y
 
 
-def product(x: Tensor, w: Tensor, b: Tensor | None, relu: bool = False) -> Tensor:
-    """x [..., in] · w [out, in]ᵀ + b, and relu of that if asked for. On a CPU w may be in oneDNN's order."""
-    if x.dtype == w.dtype:
-        if x.is_cuda and relu and b is not None:
-            y = torch._addmm_activation(b, x.flatten(0, -2), w.t())  # pyright: ignore[reportPrivateImportUsage]
-            return y.view(*x.shape[:-1], y.shape[-1])
-        if x.device.type == "cpu" and w.device.type == "cpu" and onednn(x.dtype):
-            w = w if w.is_mkldnn else w.contiguous()
-            return torch.ops.mkldnn._linear_pointwise.default(x, w, b, "relu" if relu else "none", [], "")
+def product(x: Tensor, w: Any, b: Tensor | None, relu: bool = False) -> Tensor:
+    """x [..., in] · w [out, in]ᵀ + b on a CPU, and relu of that if asked for. w may be in oneDNN's order."""
+    if x.dtype == w.dtype and w.is_cpu and onednn(x.dtype):
+        w = w if w.is_mkldnn else w.contiguous()
+        return torch.ops.mkldnn._linear_pointwise.default(x, w, b, "relu" if relu else "none", [], "")
     y = F.linear(x, w, b)
-    return F.relu(y) if relu else y
+    return torch.relu(y) if relu else y
 
 
 def onednn(dtype: torch.dtype) -> bool:
@@ -111,5 +115,5 @@ def pack(model: Any) -> None:
             parts = a.q_proj, a.k_proj, a.v_proj
             a.packed = Packed(*parts)
             joined += parts
-        elif type(module) is nn.Linear and untouched(module) and module not in joined:
+        elif plain(module, nn.Linear) and module not in joined:
             module.packed = Packed(module)  # type: ignore[assignment]

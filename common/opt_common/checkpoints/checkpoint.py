@@ -1,4 +1,4 @@
-"""A checkpoint as a mapping from tensor names to what lies on disk; a tensor is read when it is asked for."""
+"""A checkpoint as a mapping from names to stored tensors, each read on demand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layouts import LAYOUTS, layout_named
 from .save import finish_interrupted_save
 from .tensors import Entry, numpy_dtype
 
-# What a folder is opened by.
+# The files that a folder can be opened by.
 FILES = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.main))
 
 
@@ -57,12 +57,12 @@ class Checkpoint(Mapping[str, Entry]):
 
     @property
     def folder(self) -> Path:
-        """Where config.json stands, and the tokenizer."""
+        """The folder of config.json and the tokenizer."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def dtype(self) -> str:
-        """The dtype of most of its bytes."""
+        """The dtype that most of its bytes have."""
         sizes: dict[str, int] = {}
         for entry in self.values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
@@ -72,9 +72,9 @@ class Checkpoint(Mapping[str, Entry]):
 def recognize(path: Path, layout: str | None = None) -> dict[str, Path]:
     """The layouts of the weights at `path`, the preferred first, and the file to open each by.
 
-    By what the files are called inside and out, never by what a folder is called. Of one layout, shards that are all
-    there come before an unsharded file, which is then older (opt-13b's flax_model.msgpack); a warning says so.
-    Raises FileNotFoundError, saying what is there, if there are no weights, or none of `layout`.
+    Goes by the names of files and of the tensors in them, never by the name of a folder. If a layout has a complete set
+    of shards and an unsharded file, the shards win, with a warning: the file is older (opt-13b's flax_model.msgpack).
+    Raises FileNotFoundError, listing what it found, if there are no weights, or none of `layout`.
     """
     path, chosen = Path(path), [layout] if layout else list(LAYOUTS)
     finish_interrupted_save(path)
@@ -99,12 +99,12 @@ def recognize(path: Path, layout: str | None = None) -> dict[str, Path]:
 
 
 def _ending(main: str) -> str:
-    """What a file of this kind ends in, whatever it is called: .h5, or .h5.index.json."""
+    """The suffix that all files of this kind have: .h5, or .h5.index.json."""
     return "".join(Path(main).suffixes) if main.endswith(".json") else Path(main).suffix
 
 
 def _newest(mains: list[Path]) -> Path:
-    """The file to open of those of one layout: shards if all are there, else the preferred one."""
+    """Of a layout's files, the one to open: the index if no shard is missing, else the preferred."""
     indexes = [main for main in mains if main.name.endswith(".index.json")]
     if not indexes or len(mains) == 1:
         return mains[0]

@@ -1,4 +1,4 @@
-"""From one layout to another, tensor by tensor."""
+"""Conversion from one layout to another, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .tensors import Entry, Source, numpy_dtype
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What a conversion reads and writes; no tensor is read yet."""
+    """What a conversion reads and writes, before any tensor is read."""
 
     name: str
     files: list[Path]
@@ -49,8 +49,8 @@ def convert(
 
     `source`: as `open_checkpoint` takes it; `layout` says which to read if it holds several. `dtype` casts every
     tensor once; by default each keeps its own, and its bits. One tensor is in memory at a time.
-    Raises ValueError or OSError, leaving `target` as it was, for a tensor that does not fit, that overflows in
-    `dtype`, or that `to` has no place for; for a file that cannot be read; for a full disk.
+    Raises ValueError or OSError, leaving `target` as it was, if a tensor does not fit, overflows in `dtype`, or has no
+    place in `to`; if a file cannot be read; if the disk is full.
     """
     job = _prepare(source, target, to, dtype, layout)
     with byte_bar(f"Converting {job.name}", sum(s.nbytes for s in job.sources)) as advance:
@@ -59,11 +59,11 @@ def convert(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a conversion would do. `files`: names and bytes; `exact` says whether the layout can tell the weight files
-    beforehand, or gives the bytes of the tensors only. `memory` is the most it takes above the interpreter's own:
-    twice the largest tensor. `seconds` is the time at the rates `read` and `write`, bytes per second, each measured
-    just now with `SAMPLE` bytes of the source and beside the target; None where nothing can be written. `free` is what
-    the target's disk has left."""
+    """What a conversion would do. `files`: names and sizes; if not `exact`, the layout cannot size its weight files
+    without writing them, and only tensor data counts. `memory` is the peak above the interpreter's own: twice the
+    largest tensor. `seconds` is the time at the rates `read` and `write`, in bytes per second, just measured with
+    `SAMPLE` bytes of the source and beside the target; None if nothing can be written there. `free` is the free space
+    on the target's disk."""
 
     files: list[tuple[str, int]]
     exact: bool
@@ -116,7 +116,7 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
     checkpoint, folder = opened.checkpoint, opened.checkpoint.folder
     read, written = LAYOUTS[checkpoint.layout], LAYOUTS[to]
     if Path(target).resolve() == folder.resolve():
-        raise ValueError(f"{target}: is the source too; wanted another folder")
+        raise ValueError(f"{target}: is also the source; wanted another folder")
     if opened.architecture != "OPTForCausalLM" and to not in HEADED:
         raise ValueError(f"{checkpoint.path}: is an {opened.architecture}; wanted one of {', '.join(HEADED)} to write")
     config = dataclasses.replace(opened.config, tie_word_embeddings=opened.tied, dtype=dtype or checkpoint.dtype)
@@ -142,7 +142,7 @@ def _cast(name: str, entry: Entry, dtype: str | None) -> np.ndarray:
     array = entry.map()
     if dtype in (None, entry.dtype):
         return array
-    with np.errstate(over="ignore"):  # told below, by name
+    with np.errstate(over="ignore"):  # reported below, by name
         cast = array.astype(numpy_dtype(dtype))
     if ml_dtypes.finfo(cast.dtype).max < ml_dtypes.finfo(array.dtype).max:
         lost = int(np.isinf(cast).sum() - np.isinf(array).sum())

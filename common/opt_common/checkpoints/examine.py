@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how two differ."""
+"""What a checkpoint holds, and how two of them differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .fit import compare, stored_architecture
 from .open import Opened, find_checkpoint, open_checkpoint
 from .tensors import Entry, contiguous
 
-# Fields that do not change what a model answers.
+# Fields that do not change what a model computes.
 _OF_TRAINING = ("dtype", "unknown", "dropout", "attention_dropout", "layerdrop", "init_std", "use_cache")
 
 
@@ -110,7 +110,7 @@ class Difference:
 def diff(
     first: str | Path, second: str | Path, layouts: tuple[str | None, str | None] = (None, None)
 ) -> Iterator[Difference]:
-    """Compare two checkpoints, tensor by tensor; nothing comes if they are the same model, bit for bit.
+    """Compare two checkpoints, tensor by tensor; yields nothing if they are the same model, bit for bit.
 
     The layouts may be any two; a tied head may be stored or not. Tensors of the same numbers in two dtypes differ in
     dtype only (`largest` 0). Raises as `open_checkpoint`, before anything is read.

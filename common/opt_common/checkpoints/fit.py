@@ -1,4 +1,4 @@
-"""Whether the tensors of a checkpoint are those of the table, and which is which."""
+"""Matches the tensors of a checkpoint with the table of weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..weights import HEADS, is_head, table
 
 
 class Stored(Protocol):
-    """What `match` needs of a checkpoint: a mapping from names to entries with .shape and .dtype, and where it is."""
+    """What `match` needs of a checkpoint: a mapping from names to entries with .shape and .dtype, and its path."""
 
     path: Any
 
@@ -21,23 +21,32 @@ class Stored(Protocol):
 
 
 def stored_architecture(checkpoint: Stored) -> str:
-    """Which of HEADS a checkpoint is of, by its tensors; OPTForCausalLM if they do not say, as its head may be tied."""
+    """Which of HEADS a checkpoint holds, by its tensors; OPTForCausalLM, whose head may be tied, by default."""
     modules = {name.split(".")[0] for name in checkpoint}
     return next((name for name in list(HEADS)[2:] if HEADS[name] in modules), "OPTForCausalLM")
 
 
-def match(checkpoint: Stored, config: OPTConfig, architecture: str | None = None) -> tuple[dict[str, str], bool]:
-    """Where each tensor of the table lies in a checkpoint.
+def match(
+    checkpoint: Stored,
+    config: OPTConfig,
+    architecture: str | None = None,
+    fewer_layers: bool = False,
+    resized_heads: bool = False,
+) -> tuple[dict[str, str], bool]:
+    """The stored name of each tensor of the table.
 
-    Takes the Hub's two spellings, `model.decoder.` and `decoder.`, and a head that is present, absent or untied.
-    Returns {name in the table: name in the checkpoint} and whether the head is tied. A checkpoint whose head differs
-    from its embedding is untied whatever the config says, as in transformers 5.
-    `architecture`: whose table, the checkpoint's by default. If it is another, the checkpoint's head is passed over,
-    and `score` or `qa_outputs` may not be there; then their names are left out. An OPTModel's begin with "model." here.
+    Accepts the Hub's two spellings, `model.decoder.` and `decoder.`, and a head that is present, absent or untied.
+    Returns {name in the table: name in the checkpoint} and whether the head is tied. A stored head that differs from
+    the embedding is untied whatever the config says, as in transformers 5.
+    `architecture`: whose table, the checkpoint's by default. If it is another, the stored head is ignored, and `score`
+    or `qa_outputs` may be missing; the result then lacks their names. An OPTModel's begin with "model." here.
+
+    `fewer_layers`: whether the checkpoint may hold more layers than the config; the last are then ignored.
+    `resized_heads`: whether a stored head may have another shape; it is then ignored.
 
     Raises ValueError that lists every missing, unexpected, repeated, misshapen or wrongly typed tensor by name.
     """
-    names, tied, wrong = compare(checkpoint, config, architecture)
+    names, tied, wrong = compare(checkpoint, config, architecture, fewer_layers, resized_heads)
     if wrong:
         shown = "\n  ".join(wrong)
         raise ValueError(f"{checkpoint.path}: {len(wrong)} tensor(s) do not fit the config:\n  {shown}")
@@ -45,11 +54,15 @@ def match(checkpoint: Stored, config: OPTConfig, architecture: str | None = None
 
 
 def compare(
-    checkpoint: Stored, config: OPTConfig, architecture: str | None = None
+    checkpoint: Stored,
+    config: OPTConfig,
+    architecture: str | None = None,
+    fewer_layers: bool = False,
+    resized_heads: bool = False,
 ) -> tuple[dict[str, str], bool, list[str]]:
-    """As `match`, with what is wrong as a list of sentences; the names are those of the tensors that are there."""
+    """As `match`, with the mismatches as a list of sentences; the names are those of the tensors found."""
     layers, tensors = config.num_hidden_layers, len(list(checkpoint))
-    if layers > tensors:  # before a table of as many rows as somebody's config.json says is made
+    if layers > tensors:  # before making a table as long as an untrusted config.json says
         return {}, config.tie_word_embeddings, [f"num_hidden_layers: found {layers}, but it holds {tensors} tensors"]
     stored = stored_architecture(checkpoint)
     wanted = architecture or stored
@@ -84,11 +97,21 @@ def compare(
                 wrong.append(f"{name}: missing, wanted {list(spec.shape)}")
             continue
         entry = checkpoint[found[name]]
+        if tuple(entry.shape) != spec.shape and resized_heads and is_head(name):
+            del found[name]
+            continue
         if tuple(entry.shape) != spec.shape:
             wrong.append(f"{found[name]}: found shape {list(entry.shape)}, wanted {list(spec.shape)}")
         if entry.dtype not in DTYPES:
             wrong.append(f"{found[name]}: found dtype {entry.dtype}, wanted one of {', '.join(DTYPES)}")
     for name in found:
-        if name not in specs and not (architecture and is_head(name)):
+        spare = fewer_layers and layer_number(name) >= layers
+        if name not in specs and not spare and not (architecture and is_head(name)):
             wrong.append(f"{found[name]}: unexpected, no such tensor in this OPT")
     return {name: found[name] for name in specs if name in found}, tied, wrong
+
+
+def layer_number(name: str) -> int:
+    """The number of the layer that a tensor belongs to; -1 if none."""
+    number = name.partition(".layers.")[2].partition(".")[0]
+    return int(number) if number.isdecimal() else -1

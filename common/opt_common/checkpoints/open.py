@@ -33,7 +33,9 @@ def open_checkpoint(
     prefer: bool = False,
     companions: bool = False,
     architecture: str | None = None,
+    config: OPTConfig | None = None,
     changes: Mapping[str, Any] | None = None,
+    resized_heads: bool = False,
     **hub: Any,
 ) -> Opened:
     """Find, open and check a checkpoint. This reads no tensor and allocates nothing of its size.
@@ -42,12 +44,16 @@ def open_checkpoint(
     `layout`: one of `LAYOUTS`, or None for the one that is there. If there are several, `prefer` takes the first in the
     order of LAYOUTS; otherwise they are an error. From a Hub repository only the preferred layout is fetched.
     `companions`: whether to fetch the tokenizer and the generation config too.
-    `architecture`: whose table the checkpoint is matched against (`match`). `changes`: config overrides.
+    `architecture`: whose table the checkpoint is matched against, and `resized_heads`: see `match`. `config`: to use in
+    place of the checkpoint's. `changes`: config overrides.
     Raises FileNotFoundError and ValueError as `fetch`, `Checkpoint`, `OPTConfig.from_dict` and `match` do.
     """
-    checkpoint, config = find_checkpoint(path_or_name, layout, prefer, companions, **hub)
+    checkpoint, stored = find_checkpoint(path_or_name, layout, prefer, companions, **hub)
+    given = config is not None
+    config = config or stored
     config = config.changed(**changes) if changes else config
-    names, tied = match(checkpoint, config, architecture)
+    fewer = (given or "num_hidden_layers" in (changes or ())) and config.num_hidden_layers < stored.num_hidden_layers
+    names, tied = match(checkpoint, config, architecture, fewer, resized_heads)
     return Opened(checkpoint, config, names, tied, architecture or stored_architecture(checkpoint))
 
 
@@ -56,6 +62,8 @@ def find_checkpoint(
 ) -> tuple[Checkpoint, OPTConfig]:
     """As `open_checkpoint`, without checking the two against each other."""
     path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        path /= hub.get("subfolder", "")
     if not path.exists():
         path = fetch_checkpoint(str(path_or_name), layout, companions, **hub)
         prefer = True  # the cache may hold other layouts, fetched earlier

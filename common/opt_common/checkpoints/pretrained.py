@@ -1,4 +1,4 @@
-"""`from_pretrained` and `save_pretrained`, less what each framework does with an array."""
+"""`from_pretrained` and `save_pretrained`, except for what each framework does with an array."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import numpy as np
 from ..config import DTYPES, OPTConfig
 from ..hub import FETCH_OPTIONS
 from ..progress import byte_bar
-from ..weights import Spec, head, is_head, table
+from ..weights import Spec, head, table
+from .fit import layer_number
 from .open import open_checkpoint
 from .save import save_checkpoint
 from .shards import MAX_SHARD_SIZE
 from .tensors import Source, contiguous
 
-# keys of a config that `from_pretrained` takes in place of the checkpoint's
+# the config overrides that `from_pretrained` takes
 _FIELDS = {field.name for field in dataclasses.fields(OPTConfig)}
 CHANGEABLE = _FIELDS - {"unknown", "dtype", "_attn_implementation"} | {"id2label", "label2id"}
 
@@ -28,12 +29,29 @@ CHANGEABLE = _FIELDS - {"unknown", "dtype", "_attn_implementation"} | {"id2label
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """An opened checkpoint: its config, the dtype to load in, its tensors in the order of the table, read one at a
-    time as they are asked for, and those of the head that it does not hold, for the framework to draw."""
+    time as they are asked for, those of the head that it does not hold, for the framework to draw, and the stored names
+    that are not used."""
 
     config: OPTConfig
     dtype: str
     tensors: Iterator[tuple[Spec, np.ndarray]]
     new: list[Spec]
+    unused: list[str]
+
+
+# transformers' options that say which weights to read ...
+_LAYOUT_OF = {
+    ("use_safetensors", True): "safetensors",
+    ("use_safetensors", False): "torch",
+    ("from_tf", True): "tf-h5",
+    ("from_flax", True): "flax-msgpack",
+}
+# ... and those that cannot change what is loaded: whatever is given here, weights are streamed, and no code is run
+_NO_EFFECT = {"low_cpu_mem_usage", "trust_remote_code", "offload_state_dict", "offload_buffers", "weights_only"}
+_NO_EFFECT |= {"proxies", "resume_download", "from_pt", "_fast_init", "code_revision", "adapter_kwargs"}
+# What is not there to be used, and so may only be off.
+_ONLY_OFF = ("load_in_8bit", "load_in_4bit", "quantization_config", "variant", "use_flash_attention_2", "key_mapping")
+_ONLY_OFF += ("gguf_file", "tp_plan", "torchscript")
 
 
 def open_pretrained(
@@ -42,24 +60,41 @@ def open_pretrained(
     dtype: str,
     copied: bool = False,
     layout: str | None = None,
+    config: OPTConfig | str | Path | None = None,
+    ignore_mismatched_sizes: bool = False,
     **options: Any,
 ) -> Pretrained:
     """Find, open and check a checkpoint; no tensor is read yet.
 
     `architecture`: one of `weights.HEADS`. `dtype` is a name, or "auto" for the checkpoint's own. `copied`: the caller
-    copies each array elsewhere and lets it go, so it may be a map of the file. `layout`: which to read of several, as
-    on the Hub; the preferred one by default (`open_checkpoint`). `options`: keys of the config that are to be others
-    (`num_labels`, `dropout` ...), and what `opt_common.hub.fetch` takes.
-    Warns, in one line, of a head that is not used, and of one that the checkpoint does not hold. Raises before anything
-    is allocated.
+    copies each array elsewhere and drops it, so it may be a map of the file. `layout`: which to read of several, as on
+    the Hub; the preferred one by default (`open_checkpoint`). `config`: replaces the checkpoint's; an OPTConfig, or a
+    folder or Hub name. `ignore_mismatched_sizes`: a head of another shape is newly initialized. `options`: config
+    overrides (`num_labels`, `dropout` ...; fewer `num_hidden_layers` drop the last layers), what `opt_common.hub.fetch`
+    takes, and transformers' use_safetensors, from_tf, from_flax, and others that cannot change what is loaded.
+    Warns, in one line, of weights that are not used, and of those that the checkpoint does not hold. Raises before
+    anything is allocated: TypeError for an unknown option, ValueError for one that is not offered.
     """
     if dtype not in (*DTYPES, "auto"):
         raise ValueError(f"dtype: found {dtype!r}, wanted 'auto' or one of {', '.join(DTYPES)}")
+    if options.pop("use_auth_token", None) is not None:
+        raise ValueError("use_auth_token: give it as token")
+    for name in [name for name in options if name in _ONLY_OFF]:
+        if options.pop(name):
+            raise ValueError(f"{name}: OPT Zoo does not offer this and will not ignore it")
+    for name in [name for name in options if name in _NO_EFFECT]:
+        del options[name]
+    for name in ("use_safetensors", "from_tf", "from_flax"):
+        layout = _LAYOUT_OF.get((name, options.pop(name, None)), layout)
     unknown = sorted(options.keys() - CHANGEABLE - {*FETCH_OPTIONS})
     if unknown:
         raise TypeError(f"from_pretrained: found argument {unknown[0]!r}, wanted one of the config's or the Hub's")
     changes = {key: options.pop(key) for key in [*options] if key in CHANGEABLE}
-    opened = open_checkpoint(path_or_name, layout, prefer=True, architecture=architecture, changes=changes, **options)
+    if config is not None and not isinstance(config, OPTConfig):
+        config = OPTConfig.from_pretrained(config)
+    opened = open_checkpoint(
+        path_or_name, layout, True, False, architecture, config, changes, ignore_mismatched_sizes, **options
+    )
     checkpoint, config, names, tied = opened.checkpoint, opened.config, opened.names, opened.tied
     path, there = checkpoint.path, set(names.values())
     if architecture == "OPTForCausalLM" and config.tie_word_embeddings and not tied:
@@ -69,10 +104,12 @@ def open_pretrained(
     bare = "model." if architecture == "OPTModel" else ""
     stored = [(spec, names[bare + spec.name]) for spec in table(config, architecture) if bare + spec.name in names]
     new = [spec for spec in head(config, architecture) if spec.name not in names]
-    unused = [
-        name for name in checkpoint if is_head(name) and name not in there and not (tied and name == "lm_head.weight")
-    ]
-    for what, named in (("newly initialized, so train before use", [s.name for s in new]), ("not used", unused)):
+    silent = {"lm_head.weight"} if tied else set()  # it is the embedding
+    unused = [name for name in checkpoint if name not in there | silent and not name.endswith("decoder.version")]
+    layers = sorted({number for name in unused if (number := layer_number(name)) >= 0})
+    dropped = [f"layers {layers[0]} to {layers[-1]}"] if layers else []
+    dropped += [name for name in unused if layer_number(name) < 0]
+    for what, named in (("newly initialized, so train before use", [s.name for s in new]), ("not used", dropped)):
         if named:
             warnings.warn(f"{path}: {what}: {', '.join(named)}", stacklevel=3)
 
@@ -83,7 +120,7 @@ def open_pretrained(
                 yield spec, contiguous(entry.map() if copied else entry.read())
                 advance(entry.nbytes)
 
-    return Pretrained(config, dtype, tensors(), new)
+    return Pretrained(config, dtype, tensors(), new, unused)
 
 
 def save_pretrained(
@@ -93,8 +130,9 @@ def save_pretrained(
     dtype: str,
     get: Callable[[Spec], np.ndarray],
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    layout: str = "safetensors",
 ) -> None:
-    """Write config.json, generation_config.json and safetensors that transformers loads; see `save_checkpoint`.
+    """Write config.json, generation_config.json and weights that transformers loads; see `save_checkpoint`.
 
     `get` returns the array of a tensor in the checkpoint's orientation and in `dtype`.
     """
@@ -104,4 +142,4 @@ def save_pretrained(
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     texts = {"config.json": config.to_json(), "generation_config.json": json.dumps(ids, indent=2) + "\n"}
     with byte_bar(f"Saving {Path(folder).name}", sum(source.nbytes for source in sources)) as advance:
-        save_checkpoint(folder, sources, texts, max_shard_size, advance)
+        save_checkpoint(folder, sources, texts, max_shard_size, advance, layout)

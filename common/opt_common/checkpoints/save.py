@@ -1,4 +1,4 @@
-"""Saving a checkpoint: all of it or nothing, whatever happens in between."""
+"""Saving a checkpoint, all or nothing."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def save_checkpoint(
 ) -> list[Path]:
     """Write `tensors` in `layout` and `texts` (file name -> contents: config.json ...) into `folder`.
 
-    Tensors are read and written one at a time, in order, in shards of at most `max_shard_size` bytes (a tensor larger
-    than that gets a shard of its own). `progress` is told the bytes of each. Everything is written to a folder beside,
-    which one rename commits: killed at any moment, `folder` holds the old checkpoint or the new one. Weight files of
-    the old checkpoint that the new one does not have are removed, if their names are the Hub's. What a killed save left
-    is removed, and a warning says so. Returns the weight files. `config` is for layouts that keep it in their own way.
-    Raises OSError if the disk is full, or if another process saves into `folder`.
+    Reads and writes tensors one at a time, in order, in shards of at most `max_shard_size` bytes (a larger tensor gets
+    a shard of its own), and tells `progress` the bytes of each. `config` is for layouts that store it their own way.
+    Writes to a staging folder that one rename commits: killed at any moment, `folder` holds the old checkpoint or the
+    new one. Removes the old checkpoint's weight files that the new one lacks, if their names are the Hub's; and, with a
+    warning, what a killed save left behind. Returns the weight files.
+    Raises OSError if the disk is full, or if another process is saving into `folder`.
     """
     limit, folder = parse_size(max_shard_size), Path(folder).resolve()
     write = layout_named(layout).write
@@ -53,7 +53,7 @@ def save_checkpoint(
     over = folder.exists()
     staged = inside if over else beside
     staged.parent.mkdir(parents=True, exist_ok=True)
-    # a folder that was made, or removed, since a save into it began has its staging at the other place
+    # if the folder was created or removed since a save into it began, the staging folder is in the other place
     places = [p for p in (inside, beside) if p == staged or p.exists() or _lock(p).exists()]
     with ExitStack() as locks:
         for place in places:
@@ -77,7 +77,7 @@ def save_checkpoint(
             os.rename(staged, folder / ".saved" if over else folder)
         except BaseException as error:
             shutil.rmtree(staged, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk does not say where
+            if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk names no file
                 raise OSError(error.errno, f"{folder}: not saved: {error.strerror}") from error
             raise
         finish_interrupted_save(folder)
@@ -86,7 +86,7 @@ def save_checkpoint(
 
 @contextmanager
 def _locked(staged: Path, folder: Path) -> Iterator[None]:
-    """Only one process at a time stages into `folder`. The lock is the kernel's: it goes with the process."""
+    """Lets one process at a time save into `folder`. The kernel drops the lock when the process ends."""
     path = _lock(staged)
     try:
         with FileLock(path, timeout=0):
@@ -106,13 +106,13 @@ def finish_interrupted_save(folder: Path) -> None:
     """Move a committed save into place: the second half of `save_checkpoint`, which a kill may have cut short.
 
     Several files cannot be renamed at once. So a save is complete when `.saved` exists, and whoever opens the folder
-    next ends the moving. Two may do so at once: each step may find that the other has taken it.
+    next finishes the moving. Two may do so at once: either may find that the other has done a step.
     """
     saved = folder / ".saved"
     listing = saved / _FILES_LIST
     if not saved.is_dir() or saved.is_symlink():
         return
-    with suppress(FileNotFoundError):  # the list is missing only when everything was moved and `.saved` is empty
+    with suppress(FileNotFoundError):  # the list is missing only if everything has been moved
         new = _listed(listing)
         for name in sorted(new):
             if not (saved / name).exists():
@@ -130,7 +130,7 @@ def finish_interrupted_save(folder: Path) -> None:
 
 
 def _listed(listing: Path) -> set[str]:
-    """The names in a list of files to move; it may come with a downloaded folder, and must not reach out of it."""
+    """The names in the list of files to move, which may come with a downloaded folder and must not lead out of it."""
     try:
         names = json.loads(listing.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Checkpoints in several files: which tensor goes to which, and the index that says so."""
+"""Checkpoints in several files: which tensor goes into which, and the index that lists them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_SHARD_SIZE = "5GB"
 
 
 def split(tensors: Sequence[Source], limit: int) -> list[list[Source]]:
-    """The tensors in order, as shards of at most `limit` bytes; one larger than that gets a shard of its own."""
+    """The tensors, in order, in shards of at most `limit` bytes; a larger tensor gets a shard of its own."""
     shards: list[list[Source]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > limit:
@@ -40,7 +40,7 @@ def write_sharded(
     in_index: Callable[[str], str] = lambda name: name,
 ) -> list[str]:
     """Write the tensors to the file `main`, or to shards named after it and an index. Returns the names of the files
-    with weights. `in_index` is what the index calls a tensor."""
+    with weights. `in_index` gives a tensor's name in the index."""
     shards = name_shards(main, tensors, limit)
     for name, shard in shards.items():
         write(folder / name, shard)
@@ -56,7 +56,7 @@ def plan_sharded(
     size: Callable[[list[Source]], int],
     in_index: Callable[[str], str] = lambda name: name,
 ) -> list[tuple[str, int]]:
-    """The files that `write_sharded` would make, and their bytes; `size` tells those of one."""
+    """The files that `write_sharded` would make, and their sizes; `size` gives that of one."""
     shards = name_shards(main, tensors, limit)
     files = [(name, size(shard)) for name, shard in shards.items()]
     return files + ([(f"{main}.index.json", len(_index(shards, in_index)))] if len(shards) > 1 else [])
@@ -83,9 +83,9 @@ def parse_size(size: int | str) -> int:
 def read_sharded(
     index: Path, read: Callable[[Path], dict[str, Entry]], hub_name: Callable[[str], str] = lambda name: name
 ) -> tuple[list[Path], dict[str, Entry]]:
-    """The shards that an index names, and their tensors. Each tensor must lie where the index says, once.
+    """The shards that an index names, and their tensors. Each tensor must be in the shard that the index gives, once.
 
-    `hub_name` gives the Hub's name, by which `read` knows a tensor, for the one in the index."""
+    `hub_name` turns a name in the index into the Hub's, which `read` returns."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index}: weight_map: wanted an object of tensor names and file names")
@@ -109,7 +109,8 @@ def read_sharded(
 
 
 def shard_files(index: Path, names: Iterable[str]) -> list[Path]:
-    """The shards beside an index that it names. ValueError for a name that leads elsewhere, FileNotFoundError."""
+    """The shards that an index names, beside it. ValueError if a name leads out of the folder, FileNotFoundError if a
+    shard is missing."""
     names = sorted(set(names))
     outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
     if outside:
@@ -117,5 +118,5 @@ def shard_files(index: Path, names: Iterable[str]) -> list[Path]:
     files = [index.with_name(name) for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise FileNotFoundError(f"{index}: names shards that are not there: {abridged(missing)}")
+        raise FileNotFoundError(f"{index}: names missing shards: {abridged(missing)}")
     return files

@@ -1,7 +1,6 @@
-"""Tensors that lie in a file, and tensors to be written to one.
+"""Tensors stored in a file, and tensors to write to one.
 
-Arrays are numpy's, in the checkpoint's own dtype (bfloat16 through ml_dtypes), so that every framework reads through
-the same door.
+Arrays are numpy's, in the checkpoint's own dtype (bfloat16 through ml_dtypes), so that all frameworks read alike.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 PIECE = 2**19  # bytes to write at once
-_BLOCK = 2**23  # bytes: stays in the processor's cache from being turned to being written
+_BLOCK = 2**23  # bytes: stays in the processor's cache between transposing and writing
 _MADV_POPULATE_READ = 22
 
 
@@ -31,9 +30,9 @@ def numpy_dtype(name: str) -> np.dtype:
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor: its shape, the name of its dtype, its file, and how to read it: `read` makes a fresh array,
-    `map` one of the file's own pages, perhaps not aligned, for those who copy it elsewhere at once and let it go.
-    Either may be a transposed view of what is stored; see `contiguous`."""
+    """One stored tensor: its shape, the name of its dtype, its file, and how to read it. `read` gives a new array;
+    `map` is zero-copy and perhaps not aligned, so copy its array and drop it. Either may be a transposed view of what
+    is stored; see `contiguous`."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -48,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor to be written: what is known before it is read, and how to read it."""
+    """A tensor to write: what is known before it is read, and how to read it."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,25 +59,25 @@ class Source:
         return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
 
     def array(self) -> np.ndarray:
-        """What `read` gives, its elements in order. ValueError, naming the tensor, if it is not what was promised."""
+        """What `read` gives, contiguous. ValueError, naming the tensor, if shape or dtype are not as declared."""
         return contiguous(self._checked())
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """As `array`, all of it or some rows at a time, so that little is copied before it is written; perhaps not
+        """As `array`, at once or some rows at a time, so that little is copied before it is written; perhaps not
         aligned in memory."""
         array = self._checked()
         if array.flags.c_contiguous:
             yield array
             return
         rows = max(1, _BLOCK * len(array) // array.nbytes)
-        with ThreadPoolExecutor(1) as pool:  # one block is turned while another is written
+        with ThreadPoolExecutor(1) as pool:  # transposes one block while another is written
             ahead = pool.submit(contiguous, array[:rows])
             for i in range(rows, len(array) + rows, rows):
                 block, ahead = ahead.result(), pool.submit(contiguous, array[i : i + rows])
                 yield block
 
     def pieces(self) -> Iterator[memoryview]:
-        """The bytes of `array`, few enough at a time to be in the processor's cache still when they are written."""
+        """The bytes of `array`, in pieces small enough to stay in the processor's cache until they are written."""
         for block in self.blocks():
             data = block.reshape(-1).view(np.uint8).data
             for at in range(0, len(data), PIECE):
@@ -93,27 +92,27 @@ class Source:
 
 
 def transposed(entry: Entry) -> Entry:
-    """A matrix that its file stores [in, out], as [out, in]."""
+    """The stored matrix, transposed when it is read."""
     return Entry(entry.shape[::-1], entry.dtype, entry.file, lambda: entry.read().T, lambda: entry.map().T)
 
 
 def rearranged(entry: Entry, shape: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> Entry:
-    """The stored tensor made into one of `shape` when it is read."""
+    """The stored tensor, changed into one of `shape` when it is read."""
     return Entry(shape, entry.dtype, entry.file, lambda: change(entry.read()), lambda: change(entry.map()))
 
 
 def renamed(tensor: Source, name: str, turned: bool) -> Source:
-    """A tensor as a layout calls and stores it."""
+    """A tensor under another name, transposed or not."""
     if turned:
         return Source(name, tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
     return Source(name, tensor.shape, tensor.dtype, tensor.read)
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array, or a copy of it whose elements lie in order, and aligned.
+    """The array, or a copy of it that is contiguous and aligned.
 
-    numpy copies a transposed matrix element by element across its rows, which fall into few lines of the cache when
-    they are powers of two long; a block copied aside, its rows a little longer, goes four to five times as fast.
+    numpy copies a transposed matrix element by element across its rows, which share few cache lines if their length is
+    a power of two. Copying block by block through a buffer with slightly longer rows is four to five times as fast.
     """
     if array.ndim != 2 or array.flags.c_contiguous or array.strides[0] != array.itemsize:
         return np.require(array, requirements=["C", "A"])
@@ -131,7 +130,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def read_bytes(path: Path, start: int, size: int) -> np.ndarray:
-    # a plain read, not a memory map: the pages of a map count as this process's memory for as long as it is open
+    # a plain read: the pages of a memory map count as the process's memory while it is open
     data = np.fromfile(path, np.uint8, size, offset=start)
     if data.nbytes != size:
         raise ValueError(f"{path}: ends at {start + data.nbytes} bytes, wanted {start + size}")
@@ -139,15 +138,14 @@ def read_bytes(path: Path, start: int, size: int) -> np.ndarray:
 
 
 def map_bytes(path: Path, start: int, size: int) -> np.ndarray:
-    """Bytes of a file that are its own pages, and perhaps not aligned; what is written to them stays in memory. OSError
-    that names the file if they cannot be read."""
-    if size == 0 or path.stat().st_size < start + size:  # a map cannot be empty, nor go beyond the file
+    """Bytes of a file, mapped copy-on-write, perhaps not aligned. OSError, naming the file, if they cannot be read."""
+    if size == 0 or path.stat().st_size < start + size:  # a map cannot be empty or extend beyond the file
         return read_bytes(path, start, size)
     before = start % mmap.ALLOCATIONGRANULARITY
     with open(path, "rb") as file:
         pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
     if sys.platform == "linux":
-        # all at once, which is faster; and later a page that cannot be read would end the process
+        # all at once, which is faster; and an unreadable page would kill the process later
         try:
             pages.madvise(_MADV_POPULATE_READ)
         except OSError as error:

@@ -1,8 +1,8 @@
-"""The tensors in an HDF5 file, for the layouts that are made of such files.
+"""HDF5 files of tensors.
 
-h5py reads the headers, and the numbers are read from the file at the offsets it gives. That leaves out all by which an
-HDF5 file can reach outside itself or grow when it is read: links, virtual and external datasets, chunks, compression,
-types with pointers. Neither TensorFlow nor Keras writes any of these; a file with one is refused.
+h5py reads the headers; the numbers are read from the file at the offsets it gives. A file is refused if it holds
+anything through which an HDF5 file can reach outside itself or grow when it is read: links, virtual and external
+datasets, chunks, compression, types with pointers. Neither TensorFlow nor Keras writes any of these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5g, h5l, h5o, h5t  # pyright: ignore[reportAttributeAccessIssue]
 
-from ..tensors import PIECE, Entry, map_bytes, numpy_dtype, read_bytes
+from ..tensors import PIECE, Entry, Source, map_bytes, numpy_dtype, read_bytes
 
 # Bytes; sign bit, exponent, bits of it, mantissa, bits of it; bias: of the little-endian floats.
 _FLOATS = {
@@ -33,14 +33,14 @@ _DEPTH = 16  # of groups; OPT's names have 8 parts at most
 def read_hdf5(path: Path, start: int = 0, size: int | None = None) -> dict[str, Entry]:
     """The datasets of an HDF5 file by their full names ("a/b/c"), as they are stored; headers only.
 
-    start, size: where in `path` the HDF5 file lies, if it is part of another file. Two-byte values without a type are
-    bfloat16, which HDF5 has no type for: that is how h5py stores them. Raises ValueError that names file and dataset.
+    start, size: the part of `path` that is the HDF5 file, if it lies inside another file. Two-byte opaque values are
+    bfloat16, which HDF5 has no type for: h5py stores it like this. Raises ValueError, naming file and dataset.
     """
     with open(path, "rb") as file:
         whole = size is None
         size = file.seek(0, 2) if size is None else size
         try:
-            # never locked: the Hub's cache may lie where nobody may write
+            # never locked: the Hub's cache may be read-only
             with h5py.File(path if whole else _Part(file, start, size), "r", locking=False) as h5:
                 stored = dict(_walk(h5.id, "", set(), 0))
                 return {name: _entry(path, start, size, name, dataset) for name, dataset in stored.items()}
@@ -56,14 +56,14 @@ def _walk(group: Any, prefix: str, seen: set[int], depth: int) -> Iterator[tuple
         child = h5o.open(group, key)
         address = h5o.get_info(child).addr
         if address in seen:
-            raise ValueError(f"{name} stands in the file under another name too")
+            raise ValueError(f"{name} appears in the file under another name too")
         seen.add(address)
         if isinstance(child, h5d.DatasetID):
             yield name, child
         elif isinstance(child, h5g.GroupID) and depth < _DEPTH:
             yield from _walk(child, name + "/", seen, depth + 1)
         else:
-            raise ValueError(f"{name} is neither a dataset nor a group, or lies more than {_DEPTH} groups deep")
+            raise ValueError(f"{name} is neither a dataset nor a group, or is nested more than {_DEPTH} groups deep")
 
 
 def _entry(path: Path, start: int, size: int, name: str, dataset: h5d.DatasetID) -> Entry:
@@ -75,7 +75,7 @@ def _entry(path: Path, start: int, size: int, name: str, dataset: h5d.DatasetID)
         raise ValueError(f"{name} has the type {dataset.dtype}, wanted little-endian numbers")
     nbytes = math.prod(shape) * numpy_dtype(dtype).itemsize
     if dataset.get_storage_size() != nbytes or offset + nbytes > size:
-        raise ValueError(f"{name} has {nbytes} bytes at {offset}, and the file ends at {size}")
+        raise ValueError(f"{name} needs {nbytes} bytes at {offset}, but the file ends at {size}")
 
     def array(get: Callable[[Path, int, int], np.ndarray]) -> np.ndarray:
         return get(path, start + offset, nbytes).view(numpy_dtype(dtype)).reshape(shape)
@@ -96,8 +96,7 @@ def _dtype(stored: h5t.TypeID) -> str | None:
 
 @contextmanager
 def create_hdf5(path: Path, start: int = 0) -> Iterator[h5py.File]:
-    """An HDF5 file to be written, from byte `start` of its file on. Raises OSError, when all is done, if the disk did
-    not take it."""
+    """An HDF5 file to write, from byte `start` of `path` on. Raises OSError on leaving, if a write failed."""
     with open(path, "w+b", buffering=0) as file:
         file.truncate(start)
         sink = _Sink(file, start)
@@ -107,8 +106,15 @@ def create_hdf5(path: Path, start: int = 0) -> Iterator[h5py.File]:
             raise sink.error
 
 
+def add_variable(file: h5py.File, tensor: Source) -> None:
+    """Write a tensor to a file as Keras does."""
+    dataset = file.create_dataset(tensor.name, data=tensor.array())
+    if tensor.dtype == "bfloat16":
+        dataset.attrs["dtype"] = "bfloat16"  # HDF5 has no such type; Keras marks it like this
+
+
 class _Sink(io.RawIOBase):
-    """A file that never fails: HDF5 brings the process down where it cannot write what it has left when it closes."""
+    """A file that keeps its error to itself: HDF5 aborts the process if a write fails while it closes."""
 
     def __init__(self, file: io.RawIOBase, start: int) -> None:
         self.file, self.start = file, start
@@ -152,14 +158,14 @@ class _Sink(io.RawIOBase):
 
 @contextmanager
 def imagine_hdf5() -> Iterator[tuple[h5py.File, Holes]]:
-    """An HDF5 file in memory, to see how large it becomes."""
+    """An HDF5 file in memory, to measure its size."""
     memory = Holes()
     with h5py.File(memory, "w") as h5:
         yield h5, memory
 
 
 class Holes(io.RawIOBase):
-    """A file in memory, of `size` bytes; those that are zero take none."""
+    """A sparse file in memory, of `size` bytes: pages of zeros take no memory."""
 
     _PAGE = 4096
 
@@ -188,7 +194,7 @@ class Holes(io.RawIOBase):
         return self.size
 
     def _spans(self, n: int) -> Iterator[tuple[int, int, int, int]]:
-        """Of the next `n` bytes, page by page: the page, where in it they begin, where among the n, how many."""
+        """The next `n` bytes, page by page: the page, the offset in it, the offset among the `n`, the length."""
         done = 0
         while done < n:
             page, start = divmod(self.at, self._PAGE)

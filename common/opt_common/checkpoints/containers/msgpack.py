@@ -22,7 +22,7 @@ from ..tensors import Entry, Source, map_bytes, numpy_dtype, read_bytes
 _ARRAY = 1  # the extension's number
 _CHUNKED = "__msgpack_chunked_array__"
 _CHUNK = 2**30  # bytes
-_DEPTH, _NAMES = 16, 2**16  # OPT has 7 maps in each other, and 2,000 names at 175b
+_DEPTH, _NAMES = 16, 2**16  # OPT nests 7 maps, and has 2,000 names at 175b
 
 
 def read(path: Path) -> dict[str, Entry]:
@@ -56,19 +56,19 @@ def _flat(path: Path, prefix: str, tree: dict[str, Any]) -> list[tuple[str, Entr
 
 
 def _join(path: Path, name: str, parts: dict[str, Any]) -> Entry:
-    """The array of which the file holds the pieces."""
+    """The array that the file holds in pieces."""
 
     def row(key: str, kind: type) -> list[Any]:
         found = parts.get(key)
         values = [found.get(str(i)) for i in range(len(found))] if isinstance(found, dict) else [None]
         if not all(type(value) is kind for value in values):
-            raise ValueError(f"{path}: {name}: an array in pieces, whose {key} are not numbered from 0")
+            raise ValueError(f"{path}: {name}: found an array in pieces whose {key} are not numbered from 0")
         return values
 
     shape, pieces = tuple(row("shape", int)), row("chunks", Entry)
     dtypes = {piece.dtype for piece in pieces}
     if len(dtypes) != 1 or math.prod(shape) != sum(math.prod(piece.shape) for piece in pieces):
-        raise ValueError(f"{path}: {name}: its pieces do not make up an array of shape {list(shape)}")
+        raise ValueError(f"{path}: {name}: its pieces do not add up to an array of shape {list(shape)}")
     (dtype,) = dtypes
 
     def array() -> np.ndarray:
@@ -83,7 +83,7 @@ def _join(path: Path, name: str, parts: dict[str, Any]) -> Entry:
 
 
 class _Scan:
-    """Goes through a file's headers. No number in them is believed before it is held against the size of the file."""
+    """Scans a file's headers. Checks each number in them against the size of the file before using it."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file, self.at, self.size, self.names = path, file, 0, file.seek(0, 2), 0
@@ -103,15 +103,15 @@ class _Scan:
         return struct.unpack(form, self.take(name, struct.calcsize(form)))[0]
 
     def skip(self, name: str, n: int) -> int:
-        """Where `n` bytes begin, which are passed over."""
+        """Skip `n` bytes; returns where they begin."""
         if n > self.size - self.at:
-            raise self.wrong(name, f"{n} bytes wanted, and the file ends after {self.size - self.at}")
+            raise self.wrong(name, f"{n} bytes wanted, but the file ends after {self.size - self.at}")
         start, self.at = self.at, self.at + n
         self.file.seek(self.at)
         return start
 
     def text(self, name: str, code: int) -> str:
-        """A name, of a map or of a dtype."""
+        """A key of a map, or the name of a dtype."""
         if 0xA0 <= code <= 0xBF:
             n = code & 0x1F
         elif code == 0xD9:
@@ -124,7 +124,7 @@ class _Scan:
             raise self.wrong(name, "a name that is not UTF-8") from error
 
     def whole(self, name: str, code: int) -> int | None:
-        """A number ≥ 0, or None if the code is not that of one."""
+        """A number ≥ 0, or None if `code` does not begin one."""
         forms = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
         return code if code < 0x80 else self.number(name, forms[code]) if code in forms else None
 
@@ -147,9 +147,9 @@ class _Scan:
 
     def map(self, name: str, n: int, depth: int) -> dict[str, Any]:
         if depth >= _DEPTH:
-            raise self.wrong(name, f"more than {_DEPTH} maps in each other")
+            raise self.wrong(name, f"maps nested more than {_DEPTH} deep")
         values: dict[str, Any] = {}
-        for _ in range(n):  # each takes bytes from the file, so that a false n ends where the file does
+        for _ in range(n):  # each takes bytes of the file, so a false n ends with the file
             self.names += 1
             if self.names > _NAMES:
                 raise self.wrong(name, f"more than {_NAMES} names")
@@ -163,7 +163,7 @@ class _Scan:
         kind, end = self.number(name, "b"), self.at + n
         rank = self.number(name, "B") - 0x90 if self.number(name, "B") == 0x93 else -1
         if kind != _ARRAY or not 0 <= rank < 16:
-            raise self.wrong(name, f"an extension of type {kind}, wanted {_ARRAY}, of shape, dtype and bytes")
+            raise self.wrong(name, f"found an extension of type {kind}, wanted {_ARRAY}: shape, dtype and bytes")
         sizes = [self.whole(name, self.number(name, "B")) for _ in range(rank)]
         shape = tuple(size for size in sizes if size is not None)
         dtype = self.text(name, self.number(name, "B"))
@@ -223,7 +223,7 @@ def _tree(tensors: Sequence[Source]) -> dict[str, Any]:
 
 
 def _items(tree: dict[str, Any]) -> Iterator[bytes | Source]:
-    """What a file consists of: maps and their keys, and the tensors in their places."""
+    """The contents of a file in order: the bytes of maps and keys, and the tensors."""
     packer = msgpack.Packer()
     yield packer.pack_map_header(len(tree))
     for key, value in tree.items():
@@ -235,7 +235,7 @@ def _items(tree: dict[str, Any]) -> Iterator[bytes | Source]:
 
 
 def _heads(t: Source) -> list[tuple[bytes, int]]:
-    """A tensor as it is stored: what comes before, and the bytes that follow; several times, if it is large."""
+    """The headers of a stored tensor, each with the number of bytes that follow it; several for a large tensor."""
     packer = msgpack.Packer()
     if t.nbytes <= _CHUNK:
         return [(_array_header(t.shape, t.dtype, t.nbytes), t.nbytes)]
@@ -258,6 +258,6 @@ def _array_header(shape: tuple[int, ...], dtype: str, nbytes: int) -> bytes:
 
 
 def _header(size: int, codes: tuple[int, int, int]) -> bytes:
-    """The code of a kind of value that may have 8, 16 or 32 bits of length, and its length."""
+    """The code of a value whose length takes 8, 16 or 32 bits, and that length."""
     width = 0 if size < 2**8 else 1 if size < 2**16 else 2
     return bytes([codes[width]]) + size.to_bytes(1 << width, "big")

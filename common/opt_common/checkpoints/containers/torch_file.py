@@ -18,7 +18,7 @@ from .unpickle import STORAGES, Tensor, load
 _ROOT = "archive/"
 _DATA = f"{_ROOT}data/"
 _SMALL = {f"{_ROOT}byteorder": b"little", f"{_ROOT}version": b"3\n"}
-_ALIGNED = 64  # as PyTorch aligns numbers, so that they can be used out of a map of the file
+_ALIGNED = 64  # as in PyTorch, so that numbers can be used straight from a memory map
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
 
 
@@ -34,13 +34,13 @@ def read(path: Path) -> dict[str, Entry]:
 
 
 def is_name(name: Any) -> bool:
-    """Whether it can be what a tensor is called: an error may print it."""
+    """Whether `name` is acceptable as the name of a tensor, which errors print."""
     return isinstance(name, str) and name.isprintable() and len(name) <= 200
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """A tensor to be written that is made of others, the rows of one below the other's."""
+    """A tensor to write that is the concatenation of others along their rows."""
 
     parts: Sequence[Source]
 
@@ -95,8 +95,7 @@ def size(tree: Any) -> int:
 
 
 def _records(content: bytes, tensors: Sequence[Written]) -> Iterator[tuple[str, bytes, int, bool]]:
-    """The records of the file in order: name, what the header is padded with, bytes, and whether their number is too
-    large for 32 bits."""
+    """The records of the file in order: name, padding of the header, size, and whether the size exceeds 32 bits."""
     sizes = {f"{_ROOT}data.pkl": len(content)} | {name: len(value) for name, value in _SMALL.items()}
     for key, t in enumerate(tensors):
         sizes[f"{_DATA}{key}"] = int(np.prod(t.shape, dtype=np.int64)) * numpy_dtype(str(t.dtype)).itemsize
@@ -110,7 +109,7 @@ def _records(content: bytes, tensors: Sequence[Written]) -> Iterator[tuple[str, 
 
 
 def _pickle(tree: Any) -> tuple[bytes, list[Written]]:
-    """The pickle of a tree as PyTorch's loader for untrusted files takes it, and the tensors in it."""
+    """The pickle of a tree, as `torch.load(weights_only=True)` accepts it, and the tensors in it."""
     out, tensors = bytearray(pickle.PROTO + b"\2"), []
 
     def text(value: str) -> None:

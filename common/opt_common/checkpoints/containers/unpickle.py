@@ -1,8 +1,8 @@
-"""PyTorch's files without PyTorch: what `torch.save` wrote, as plain data, and tensors that are read when asked for.
+"""Reads what `torch.save` wrote, without PyTorch: plain data, and tensors that are read on demand.
 
-A pickle is a program. This interpreter runs it, and calls nothing: a class or function is only a name (`Global`), the
-few that make tensors are done here by hand, an object of another class becomes its name, arguments and state (`Named`),
-and names from outside a fixed list are an error. So what a pickle could do is what is written on this page.
+A pickle is a program. This interpreter runs it and calls nothing: a class or function is only a name (`Global`), the
+few that make tensors are implemented here, an object of another class becomes its name, arguments and state (`Named`),
+and a name outside a fixed list is an error. So a pickle can do no more than what this module does.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _NAMES = {
     "numpy.dtype", "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
 }  # fmt: skip
-# Any name of the packages whose objects stand in the configs of metaseq's checkpoints.
+# Packages whose objects appear in the configs of metaseq's checkpoints, any name of theirs.
 _PACKAGES = ("omegaconf.", "metaseq.", "fairseq.", "fairscale.")
 
 
@@ -68,8 +68,7 @@ class Global:
 
 @dataclass(eq=False, slots=True)
 class Named:
-    """An object that was not made: the name of its class, what that would have been called with, and what would have
-    been put into it."""
+    """An object that was not created: the name of its class, the arguments of its constructor, and its state."""
 
     name: str
     args: tuple[Any, ...]
@@ -79,7 +78,7 @@ class Named:
 
 @dataclass(eq=False)
 class Storage:
-    """Where the numbers of tensors lie: `numel` of them from byte `start` of the file."""
+    """The memory behind tensors: `numel` numbers from byte `start` of the file."""
 
     dtype: str
     numel: int
@@ -111,7 +110,7 @@ class Tensor:
         return True
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of it."""
+        """Its rows `start` to `stop`."""
         offset = self.offset + start * self.stride[0]
         return Tensor(self.path, self.dtype, self.storage, offset, (stop - start, *self.shape[1:]), self.stride)
 
@@ -130,7 +129,7 @@ class Tensor:
                 view = view[got:]
 
     def read(self) -> np.ndarray:
-        """A fresh array."""
+        """A new array."""
         out = np.empty(self.shape, numpy_dtype(self.dtype))
         self.fill(out)
         return out
@@ -167,7 +166,7 @@ def load(path: Path) -> Any:
         if str(error).startswith(f"{path}: "):
             raise
         raise ValueError(f"{path}: not readable as PyTorch weights: {error}") from error
-    except (LookupError, TypeError, struct.error, OverflowError) as error:  # a damaged program trips over its own stack
+    except (LookupError, TypeError, struct.error, OverflowError) as error:  # a damaged program misuses its own stack
         raise ValueError(f"{path}: not readable as PyTorch weights: its pickle is damaged: {error}") from error
 
 
@@ -208,7 +207,7 @@ def _load_zip(path: Path, file: BinaryIO) -> Any:
 
 
 def _load_legacy(path: Path, file: BinaryIO) -> Any:
-    """The layout before 1.6: five pickles, one after another, and the storages behind, each after its count."""
+    """The format before 1.6: five pickles in a row, then the storages, each after its count."""
     length = file.seek(0, 2)
     file.seek(0)
 
@@ -264,7 +263,7 @@ def _load_legacy(path: Path, file: BinaryIO) -> Any:
 
 
 class _Unpickler:
-    """Runs one pickle from where `file` stands, of at most `size` bytes. `persistent` finds a storage."""
+    """Runs one pickle of at most `size` bytes, from the position of `file` on. `persistent` finds a storage."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int, persistent: Callable[..., Storage]) -> None:
         self.path, self.file, self.left, self.persistent = path, file, min(size, _PICKLE_BYTES), persistent
@@ -413,7 +412,7 @@ class _Unpickler:
                 state = stack.pop()
                 if isinstance(stack[-1], Named):
                     stack[-1].state = state
-                elif not isinstance(stack[-1], (dict, Tensor)):  # torch's own hang attributes on an OrderedDict
+                elif not isinstance(stack[-1], (dict, Tensor)):  # torch's own pickles set attributes of an OrderedDict
                     raise TypeError(f"BUILD on {type(stack[-1]).__name__}")
             case pickle.BINPERSID:
                 stack.append(self.storage(stack.pop()))
@@ -482,7 +481,7 @@ class _Unpickler:
         there = storage.numel * numpy_dtype(storage.dtype).itemsize // numpy_dtype(dtype).itemsize
         numel = math.prod(shape)
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if numel else offset - 1
-        # no more numbers than there are: a stride of 0 could make any number of one
+        # no more numbers than are stored: a stride of 0 could make any number of them
         if last >= there or numel > there or max(numbers) >= 2**63:
             what = f"of shape {_brief(shape)}, strides {_brief(stride)} from {offset}"
             raise ValueError(f"a tensor {what}, which does not fit its storage of {there} numbers")
@@ -517,14 +516,14 @@ def _name(function: Any) -> str:
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
-    if type(value) is not tuple:  # of a list each use would be a copy
+    if type(value) is not tuple:  # each use of a list would copy it
         raise TypeError(f"found {type(value).__name__}, wanted a tuple")
     return value
 
 
 def _key(key: Any) -> Any:
-    """A key of a dict. Not any tuple, nor any number: Python's own hash of a deep tuple overflows the stack, and large
-    numbers can be chosen to have one hash."""
+    """A key of a dict. Not any tuple, nor any number: hashing a deeply nested tuple overflows Python's stack, and large
+    numbers can be chosen to collide."""
     flat = key if type(key) is tuple and len(key) <= 16 else (key,)
     for k in flat:
         if type(k) not in (str, int, float, bool, bytes, type(None), Global) or (type(k) is int and abs(k) >= 2**60):

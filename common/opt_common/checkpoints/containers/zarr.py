@@ -82,7 +82,7 @@ def _header(t: Source) -> str:
 
 
 class _Record:
-    """Some bytes of the checkpoint: a file, or a value in OCDBT's."""
+    """A file, or a value in OCDBT's files."""
 
     def __init__(self, name: str, size: int | None, file: Path | None, load: Callable[[], bytes]) -> None:
         self.name, self.size, self.file, self.load = name, size, file, load
@@ -99,19 +99,19 @@ def _ocdbt(main: Path) -> tuple[list[Path], dict[str, _Record]]:
     try:
         import tensorstore
     except ImportError as error:
-        raise ImportError(f"{main}: reading it takes tensorstore: pip install 'opt-zoo[orbax]'") from error
+        raise ImportError(f"{main}: reading it requires tensorstore: pip install 'opt-zoo[orbax]'") from error
     folder = main.parent.absolute()
 
     def tried(call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except (ValueError, OSError) as error:  # of many lines, with places in TensorStore's own source
+        except (ValueError, OSError) as error:  # many lines, which point into TensorStore's own source
             raise ValueError(f"{main}: not readable as OCDBT: {' '.join(str(error).split())[:400]}") from error
 
     def load(key: bytes) -> bytes:
         found = tried(lambda: store.read(key).result())
         if found.state != "value":
-            raise ValueError(f"{main}: record {key.decode(errors='replace')!r} is not there")
+            raise ValueError(f"{main}: record {key.decode(errors='replace')!r} is missing")
         return found.value
 
     spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
@@ -126,7 +126,7 @@ def _ocdbt(main: Path) -> tuple[list[Path], dict[str, _Record]]:
 
 @dataclass(frozen=True)
 class _Array:
-    """One Zarr array: chunks of `chunk`, of which those at the edges are as large as the others."""
+    """One Zarr array, in chunks of the shape `chunk`; those at the edges are padded to it."""
 
     main: Path
     stored: str
@@ -164,7 +164,7 @@ class _Array:
         return map_bytes(record.file, 0, size).view(numpy_dtype(self.dtype)).reshape(self.shape)
 
     def _load(self, place: tuple[int, ...], out: np.ndarray) -> None:
-        """The numbers of a chunk into an array of its shape."""
+        """Read a chunk into an array of its shape."""
         record = self.record(place)
         assert record is not None  # `_array` has looked
         data, into = record.load(), out.reshape(-1).view(np.uint8)
@@ -179,11 +179,11 @@ class _Array:
             raise ValueError(f"{self.main}: {record.name}: found {found} bytes, wanted {len(into)}")
 
     def _decompressed(self, record: _Record, data: bytes, into: np.ndarray) -> tuple[int, bool]:
-        """How many bytes came, and whether there were more; never more than wanted are made."""
+        """Decompress into `into`, and no further; returns the bytes decompressed, and whether more would follow."""
         try:
             import zstandard
         except ImportError as error:
-            raise ImportError(f"{self.main}: reading it takes zstandard: pip install 'opt-zoo[orbax]'") from error
+            raise ImportError(f"{self.main}: reading it requires zstandard: pip install 'opt-zoo[orbax]'") from error
         try:
             with zstandard.ZstdDecompressor().stream_reader(data) as reader:
                 count = 0
@@ -195,7 +195,7 @@ class _Array:
 
 
 def _array(main: Path, stored: str, records: dict[str, _Record], chunks: int) -> _Array:
-    """An array by what its `.zarray` says, which is held against what is there. It has `chunks` records."""
+    """An array by its `.zarray`, checked against its `chunks` records."""
     header = records[f"{stored}/.zarray"]
     where = f"{main}: {header.name}"
     if header.size is not None and header.size > _HEADER_BYTES:
@@ -222,10 +222,10 @@ def _array(main: Path, stored: str, records: dict[str, _Record], chunks: int) ->
     packed = field("compressor", lambda v: v is None or (isinstance(v, dict) and v.get("id") == "zstd"), "null or zstd")
     array = _Array(main, stored, shape, _DTYPES[dtype], tuple(chunk), packed is not None, records)
     wanted = math.prod(-(-size // step) for size, step in zip(shape, chunk, strict=True))
-    # a chunk that is not there would be read as zeros
+    # Zarr reads a missing chunk as zeros
     absent = wanted > chunks or any(array.record(place) is None for place in array.places())
     if absent:
-        raise ValueError(f"{main}: {stored}: wanted {wanted} chunks, not all are there")
+        raise ValueError(f"{main}: {stored}: wanted {wanted} chunks, some are missing")
     first = array.record((0,) * len(shape))
     nbytes = math.prod(chunk) * numpy_dtype(array.dtype).itemsize
     if not array.compressed and first and first.size not in (None, nbytes):

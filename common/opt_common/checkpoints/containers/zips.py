@@ -1,8 +1,8 @@
-"""Where the records of a zip file lie, for the layouts that are made of such files.
+"""Where the records of a zip file lie.
 
-The zipfile module is not made for files that mean harm: it takes twenty times the directory's size in memory, and keeps
-the last of two records of one name. Here only plain records are taken, which neither PyTorch nor Keras compresses:
-nothing grows when it is read.
+The zipfile module is not made for hostile files: it takes twenty times the directory's size in memory, and keeps the
+last of two records of one name. This reads uncompressed records only, which PyTorch and Keras write: nothing grows when
+it is read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Records:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        # where the header of each begins and how many bytes it holds; where the directory begins
+        # where each header begins and its record's size; where the directory begins
         self.names, self.end = _directory(file)
 
     def locate(self, name: bytes) -> tuple[int, int]:
@@ -33,12 +33,12 @@ class Records:
             raise ValueError(f"record {shown(name)}: its header names another")
         start += 30 + name_size + extra_size
         if start + size > self.end:
-            raise ValueError(f"record {shown(name)}: {size} bytes from byte {start}, which run past byte {self.end}")
+            raise ValueError(f"record {shown(name)}: {size} bytes from byte {start}, which runs past byte {self.end}")
         return start, size
 
 
 def shown(name: bytes) -> str:
-    """A record's name as an error may print it."""
+    """A record's name, safe to print in an error."""
     return repr(name[:80].decode("utf-8", "replace"))
 
 

@@ -1,7 +1,7 @@
-"""`model.save("model.keras")` of opt_tf: config.json and an HDF5 file in a zip file. Takes no Keras, no TensorFlow.
+"""`model.save("model.keras")` of opt_tf: a zip file of config.json and an HDF5 file. Needs no Keras, no TensorFlow.
 
-Nothing that the file names is made or imported: a class in its config is compared with the two it can be, and of its
-records only those two are read, where they lie.
+Reading creates or imports nothing that the file names: it compares the class in the config with those it knows, and
+reads those two records in place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from ...config import OPTConfig
 from ...files import parse_json
 from ...weights import HEADS, KERAS, Spec
-from ..containers.hdf5 import create_hdf5, read_hdf5
+from ..containers.hdf5 import add_variable, create_hdf5, read_hdf5
 from ..containers.zips import Records
 from ..tensors import Entry, Source
 from .layout import Layout, Progress
@@ -31,13 +31,13 @@ _CONFIG_BYTES = 1 << 20
 _CLASSES = {f"opt_zoo>TF{architecture}": architecture for architecture in HEADS}
 _FIRST = "layers/opt_decoder_layer/"
 _SEED = "/vars/seed"  # of dropout
-_ALIGNED = 64  # numbers lie in the file as they lie in the HDF5 file, which aligns them to eight bytes
+_ALIGNED = 64  # keeps the alignment of numbers in the HDF5 file, which is eight bytes
 
 
 @cache
 def _names(architecture: str) -> Names:
-    """Keras' names of a model's variables. It names the layers of a list by their class, and numbers them from the
-    second on; the variables of a layer it numbers."""
+    """Keras's names of a model's variables. It names the layers of a list after their class, numbered from the second
+    on, and numbers the variables of a layer."""
     head = HEADS[architecture]
     root = "" if head is None else "layers/tfopt_model/"
 
@@ -57,7 +57,7 @@ def _names(architecture: str) -> Names:
 def _read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
     start, size = _locate(main, _WEIGHTS)
     names = _names(_architecture(main, _own_config(main)))
-    # what a compiled model was trained with is no part of the model
+    # a compiled model's optimizer is no part of the model
     stored = {
         name: entry
         for name, entry in read_hdf5(main, start, size).items()
@@ -67,7 +67,7 @@ def _read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
 
 
 def _config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig:
-    """The config in the file's own config.json; one beside it says nothing of this model."""
+    """The config in the file's own config.json; one beside the file is not this model's."""
     values = _own_config(main)
     _architecture(main, values)
     theirs = values.get("config")
@@ -97,7 +97,7 @@ def _architecture(main: Path, values: dict[str, Any]) -> str:
 
 
 def _locate(main: Path, name: str) -> tuple[int, int]:
-    """Where a record of the file lies, and its bytes."""
+    """Where a record begins in the file, and its size."""
     try:
         with open(main, "rb") as file:
             records = Records(file)
@@ -116,7 +116,7 @@ def _write(
         raise ValueError("keras: wanted a config to write a model")
     head = zipfile.ZipInfo(_WEIGHTS)
     head.CRC = head.header_offset = 0
-    # a field of the header that is there to be long: zip's own 64-bit numbers follow it
+    # a field that pads the header; zip's own 64-bit numbers follow it
     padding = -(30 + len(_WEIGHTS) + 4 + 20) % _ALIGNED
     head.extra = struct.pack("<2sH", b"OZ", padding) + bytes(padding)
     path, begin = folder / _FILE, len(head.FileHeader(zip64=True))
@@ -125,12 +125,9 @@ def _write(
     architecture = heads[0] if heads else "OPTForCausalLM" if "model" in modules else "OPTModel"
     with create_hdf5(path, begin) as file:
         for t in tensors:
-            stored = _names(architecture).to_stored(t)
-            dataset = file.create_dataset(stored.name, data=stored.array())
-            if t.dtype == "bfloat16":
-                dataset.attrs["dtype"] = "bfloat16"  # HDF5 has no such type; Keras marks it so
+            add_variable(file, _names(architecture).to_stored(t))
             advance(t.nbytes)
-    # HDF5 goes back and forth in its file, so the checksum is made, and the rest written, when that is complete
+    # HDF5 seeks in its file, so checksum and directory come once that is complete
     with open(path, "r+b") as file:
         file.seek(begin)
         while piece := file.read(1 << 22):
@@ -152,7 +149,7 @@ _VERSION = "3.12.0"  # the oldest Keras that opt_tf takes; the files of later on
 
 
 def _serialized(kind: str, config: OPTConfig, dtype: str) -> dict[str, Any]:
-    """The model as Keras serializes it."""
+    """The model, as Keras serializes it."""
     policy = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": dtype}, "registered_name": None}
     name = {  # as Keras makes a name of a class's
         "TFOPTModel": "tfopt_model",
@@ -161,7 +158,7 @@ def _serialized(kind: str, config: OPTConfig, dtype: str) -> dict[str, Any]:
         "TFOPTForQuestionAnswering": "tfopt_for_question_answering",
     }[kind]
     fields = dataclasses.asdict(config)
-    del fields["_attn_implementation"]  # opt_tf has one, and no file names it
+    del fields["_attn_implementation"]  # of the model that runs, not of the file
     values = {"name": name, "trainable": True, "dtype": policy, "config": fields}
     module = "opt_tf.model" if kind in ("TFOPTModel", "TFOPTForCausalLM") else "opt_tf.heads"
     own = {"module": module, "class_name": kind, "config": values, "registered_name": f"opt_zoo>{kind}"}

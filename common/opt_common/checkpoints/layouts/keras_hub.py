@@ -1,8 +1,8 @@
 """keras-hub's OPT presets: its own config.json, and `model.weights.h5`, or shards with `model.weights.json`.
 
-The attention's matrices have an axis for the heads ([hidden, heads, width] on the way in, [heads, width, hidden] on the
-way out), and the position table starts at the first position: rows 0 and 1 of the Hub's, of which padding tokens look
-at the second, are not there. They are zeros when such a preset is read.
+The attention's matrices have an axis of their own for the heads ([hidden, heads, width] on the way in, [heads, width,
+hidden] on the way out). The position table lacks rows 0 and 1 of the Hub's, the second of which is that of padding
+tokens; reading a preset makes them zeros.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from ...config import OPTConfig
 from ...files import read_json
 from ...weights import KERAS, Axis, Spec
-from ..containers.hdf5 import create_hdf5, read_hdf5
+from ..containers.hdf5 import add_variable, create_hdf5, read_hdf5
 from ..shards import shard_files, split
 from ..tensors import Entry, Source, rearranged
 from .layout import Layout, Progress
@@ -148,19 +148,19 @@ _BACKBONE = ("module", "class_name", "config", "registered_name")
 
 
 def _companions(main: Path) -> dict[str, bytes]:
-    """The tokenizer's files of the preset, by their names on the Hub; its tokenizer.json is none of the Hub's."""
+    """The tokenizer's files of the preset, by their names on the Hub; its tokenizer.json is not the Hub's."""
     vocab, merges = (main.parent / name for name in _ASSETS)
     if not (vocab.is_file() and merges.is_file()):
         return {}
     pairs = merges.read_bytes()
-    version = b"" if pairs.startswith(b"#version:") else _VERSION  # the Hub's readers pass over a first line
+    version = b"" if pairs.startswith(b"#version:") else _VERSION  # the Hub's readers skip a first line
     return {"vocab.json": vocab.read_bytes(), "merges.txt": version + pairs}
 
 
 def _check(config: OPTConfig) -> None:
     wrong = _unlike(config)
     if wrong:
-        raise ValueError(f"keras-hub's OPT cannot be this model, for it {' and '.join(wrong)}")
+        raise ValueError(f"keras-hub's OPT cannot hold this model, which {' and '.join(wrong)}")
 
 
 def _write(
@@ -177,9 +177,7 @@ def _write(
     for name, shard in zip(names, shards, strict=True):
         with create_hdf5(folder / name) as file:
             for t in shard:
-                dataset = file.create_dataset(t.name, data=t.array())
-                if t.dtype == "bfloat16":
-                    dataset.attrs["dtype"] = "bfloat16"  # HDF5 has no such type; Keras marks it so
+                add_variable(file, t)
                 advance(next(given).nbytes)
                 at = weight_map.setdefault("/" + t.name.rpartition("/")[0], [])
                 at += [name] if name not in at else []
@@ -195,7 +193,7 @@ def _write(
 
 
 def _unlike(config: OPTConfig) -> list[str]:
-    """What keras-hub's OPT cannot do and this config asks for."""
+    """What this config asks for and keras-hub's OPT cannot do."""
     reasons = {
         "has its layer norms after the layers (do_layer_norm_before is false)": not config.do_layer_norm_before,
         "projects its embedding (word_embed_proj_dim is not hidden_size)": config.projects_embeddings,
@@ -230,10 +228,10 @@ def _object(module: str, kind: str, name: str, dtype: str, values: dict[str, Any
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """keras-hub's tokenizer.json and assets, of the Hub's tokenizer files in the folder, if there are any."""
+    """Write keras-hub's tokenizer.json and assets from the Hub's tokenizer files in the folder, if there are any."""
     vocab, merges, fast = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
     if vocab.is_file() and merges.is_file():
-        files = [vocab.read_bytes(), merges.read_bytes()]  # keras-hub passes over the line of the version too
+        files = [vocab.read_bytes(), merges.read_bytes()]  # keras-hub skips the line of the version too
     elif fast.is_file():
         files = _of_one_file(fast)
     else:
@@ -246,7 +244,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _of_one_file(fast: Path) -> list[bytes]:
-    """Vocabulary and merges out of the Hub's tokenizer.json."""
+    """Vocabulary and merges from the Hub's tokenizer.json."""
     model = read_json(fast).get("model")
     words, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
     if not isinstance(words, dict) or not isinstance(merges, list):

@@ -1,11 +1,11 @@
-"""Meta's own: the checkpoints of metaseq. Recognized by what is in them, for their names vary.
+"""Meta's own checkpoints, written by metaseq. Their contents tell them, as their names vary.
 
     restored.pt, reshard.pt, consolidated.pt    the whole model in one file
     *-model_part-N.pt                           model parallel: a slice of each matrix in each file
     *-shardN.pt, *-model_part-N-shardM.pt       fairscale's FSDP: parameters of a module joined to one row of numbers
                                                 (`flat_param_0`), cut into shards, described by `shard_metadata`
 
-Keys, values and queries lie in one matrix, in this order; model parallel files hold a slice of each of the three.
+Keys, values and queries are one matrix, in this order; model parallel files hold a slice of each of the three.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _axis(name: str) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """A tensor of one part: a tensor of a file, or the numbers of several rows of numbers, one after another."""
+    """A tensor of one part: a tensor of a file, or the concatenation of several flat ranges of numbers."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -97,8 +97,8 @@ def _cut(rows: list[Tensor], start: int, stop: int, shape: tuple[int, ...]) -> _
 
 
 def _find(path: Path) -> Path | None:
-    """The file that `read` takes, of a folder or of a set of files that `path` is one of; None if it is no metaseq
-    checkpoint. Raises ValueError if a folder holds several, or such a file is damaged."""
+    """The file to give to `read`, for a folder or for one file of a set; None if there is no metaseq checkpoint. Raises
+    ValueError if a folder holds several, or if a file is damaged."""
     if path.suffix == ".keras":  # a zip file too, of another kind
         return None
     names = [path.name] if path.is_file() else sorted(p.name for p in path.glob("*.pt") if p.is_file())
@@ -135,7 +135,7 @@ def _files(main: Path) -> dict[tuple[int, int], Path]:
     missing = [(p, s) for p in range(parts) for s in range(shards) if (p, s) not in files]
     if missing:
         part, shard = missing[0]
-        raise FileNotFoundError(f"{main}: {len(missing)} of its set are missing, the first: part {part}, shard {shard}")
+        raise FileNotFoundError(f"{main}: its set lacks {len(missing)} file(s), the first: part {part}, shard {shard}")
     return files
 
 
@@ -167,7 +167,7 @@ def _same_place(a: _Block, b: _Block) -> bool:
 
 
 def _entries(main: Path, name: str, blocks: list[_Block]) -> dict[str, Entry]:
-    """The tensors of the Hub that one of metaseq's, of which each part has a block, holds."""
+    """The Hub's tensors in one of metaseq's, which has a block in each part."""
     axis = _axis(name)
     first = blocks[0]
     for number, block in enumerate(blocks):
@@ -242,7 +242,7 @@ def _part(paths: list[Path]) -> dict[str, _Block]:
     for path, given in zip(paths, metadata, strict=True):
         if not isinstance(given, dict):
             said = f"{flat[0]} is many parameters in one row" if flat else "it is one of several shards"
-            raise ValueError(f"{path}: found no shard_metadata; {said}, and their names and shapes stand there")
+            raise ValueError(f"{path}: found no shard_metadata with names and shapes; {said}")
     try:
         return _unflattened(paths, models, metadata, whole)
     except (LookupError, TypeError, AttributeError) as error:
@@ -295,8 +295,8 @@ def _unflattened(
 
 
 def _config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig | None:
-    """The config of a checkpoint that has no config.json: from the shapes, and what metaseq was called with where that
-    was saved; None if it has one. Raises ValueError if they do not tell."""
+    """The config of a checkpoint without a config.json, from its shapes, and from metaseq's arguments where they are
+    saved; None if it has one. Raises ValueError if that does not determine it."""
     if (main.parent / "config.json").is_file():
         return None
     wanted = ("embed_tokens.weight", "embed_positions.weight", "layers.0.fc1.weight")
@@ -313,8 +313,8 @@ def _config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig | None:
     ]  # fmt: skip
 
     def unknown(what: str) -> ValueError:
-        found = f"{layers} layers of width {hidden} are no published size, and no arguments of metaseq are saved"
-        return ValueError(f"{main}: {what} cannot be told: {found}; put a config.json beside it")
+        found = f"{layers} layers of width {hidden} are no published size, and metaseq's arguments are not saved"
+        return ValueError(f"{main}: cannot tell {what}: {found}; put a config.json beside it")
 
     heads = said.get("decoder_attention_heads", published[0]["num_attention_heads"] if published else None)
     if heads is None:
@@ -347,7 +347,7 @@ def _config(main: Path, entries: Mapping[str, Entry]) -> OPTConfig | None:
 
 
 def _arguments(tree: Any) -> dict[str, Any]:
-    """What metaseq's model was made with: `cfg.model`, or `args` of older files."""
+    """The arguments of metaseq's model: `cfg.model`, or `args` in older files."""
     for name in ("cfg", "args"):
         fields = _fields(tree.get(name))
         for given in (_fields(fields.get("model")), fields):
@@ -374,7 +374,7 @@ def _plain(value: Any) -> Any:
 def _write(
     folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Progress
 ) -> list[str]:
-    """One file, whatever `limit`. Keys, values and queries are read right after one another."""
+    """One file, whatever `limit`. Keys, values and queries are read one right after another."""
     torch_file.write(folder / _FILE, _tree(tensors, config), advance)
     return [_FILE]
 
@@ -387,7 +387,7 @@ def _plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> li
 def _tree(tensors: Sequence[Source], config: OPTConfig | None) -> dict[str, Any]:
     given = {t.name.removeprefix("model."): t for t in tensors}
     names = {hub: name for name, hub in _HUB.items()}
-    # 350m was made before they were joined; its own file has them apart
+    # 350m predates the joined matrix: its file has them apart
     joined = "decoder.project_in.weight" not in given
     model: dict[str, Any] = {"decoder.version": np.array([3.0], np.float32)}
     for name, t in given.items():

@@ -1,7 +1,6 @@
 """Orbax checkpoints of opt_flax: `StandardCheckpointer().save(folder, nnx.state(model))`.
 
-Each array is the value of a variable, called by the variable's path. Whatever else a training state holds is passed
-over.
+Each array is the value of a variable, named by the variable's path. Reading skips whatever else a training state holds.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def _read(main: Path) -> tuple[list[Path], dict[str, Entry]]:
     if not found:
         there = abridged(sorted(store.names)) or "none"
         raise ValueError(f"{main}: holds no array decoder.embed_tokens.embedding; found: {there}")
-    if len(found) > 1 and _depth(found[0]) == _depth(found[1]):  # an optimizer's lie deeper than the model's own
+    if len(found) > 1 and _depth(found[0]) == _depth(found[1]):  # an optimizer's moments are nested deeper
         raise ValueError(f"{main}: holds several models: {abridged(prefix or 'at its top' for prefix in found)}")
     root = found[0]
     own = [name for name in sorted(store.names) if name.startswith(root) and _is_model(name.removeprefix(root))]
@@ -68,7 +67,7 @@ def _is_model(name: str) -> bool:
 def _write(
     folder: Path, tensors: Sequence[Source], config: OPTConfig | None, limit: int, advance: Progress
 ) -> list[str]:
-    """A folder an array, whatever `limit`."""
+    """A folder per array, whatever `limit`."""
     names, stored = [], [_NAMES.to_stored(t) for t in tensors]
     for t in stored:
         chunk = zarr.write(folder / t.name, t)
@@ -86,7 +85,7 @@ def _plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> li
 
 
 def _texts(tensors: Sequence[Source]) -> dict[str, str]:
-    """What Orbax asks for beside the arrays: the tree that they are the leaves of, and what wrote it."""
+    """What Orbax wants beside the arrays: the tree of which they are the leaves, and what wrote it."""
     tree = {}
     for t in tensors:
         keys = tuple(t.name.split("."))

@@ -26,7 +26,7 @@ def style(main: Path) -> str:
 
 
 def _style(names: Iterable[str], said: str | None, path: Path) -> str:
-    # biases are called the same by PyTorch and Flax, and may have a shard of their own
+    # PyTorch and Flax name biases alike, and a shard may hold nothing else
     ends = {name.rpartition(".")[2] for name in names}
     found = None
     if any("/" in name for name in names):
@@ -37,7 +37,7 @@ def _style(names: Iterable[str], said: str | None, path: Path) -> str:
         found = "pt"
     said = said if said in ("pt", "tf", "flax") else None
     if found and said and found != said:
-        raise ValueError(f"{path}: metadata says format {said!r}, but the names of its tensors are those of {found!r}")
+        raise ValueError(f"{path}: metadata gives format {said!r}, but the names of its tensors are those of {found!r}")
     return found or said or "pt"
 
 

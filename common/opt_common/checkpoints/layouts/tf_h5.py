@@ -1,8 +1,8 @@
 """transformers' TensorFlow weights: `tf_model.h5`, or shards with `tf_model.h5.index.json`.
 
-The two are built differently. A single file has Keras's groups, one a layer, and in them the full names:
-`model/tfopt_for_causal_lm/model/decoder/...:0`. The first part of a full name, the scope, counts the models that the
-program had made and says nothing. A shard has the names without scope at its root, though the index keeps it.
+The two differ. A single file has Keras's groups, one per layer, that hold the full names:
+`model/tfopt_for_causal_lm/model/decoder/...:0`. The first part of a full name, the scope, only counts the models that
+the program had created. A shard has the names without scope at its root, though the index keeps it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .layout import Layout, Progress, reader
 from .names import TF_H5_NAMES, TF_SCOPE
 
 _FILE = "tf_model.h5"
-_ATTRIBUTE = 64512  # bytes of names that TensorFlow's Keras puts in one attribute; HDF5 has room for 64 KiB
+_ATTRIBUTE = 64512  # bytes of names that Keras puts in one attribute; HDF5 has room for 64 KiB
 
 
 def _holds(main: Path) -> bool:
-    """Whether an HDF5 file, or an index, is TensorFlow's rather than a preset's of keras-hub."""
+    """Whether an HDF5 file, or an index, is transformers' rather than a preset's of keras-hub."""
     if main.suffix == ".json":
         weight_map = read_json(main).get("weight_map")
         return isinstance(weight_map, dict) and any(str(name).endswith(":0") for name in weight_map)
@@ -69,7 +69,7 @@ def _plan(tensors: Sequence[Source], config: OPTConfig | None, limit: int) -> li
 def _stored(tensors: Sequence[Source]) -> list[Source]:
     for t in tensors:
         if t.dtype == "bfloat16":
-            raise ValueError(f"{t.name}: is bfloat16, which HDF5 has no type for and TensorFlow does not read from it")
+            raise ValueError(f"{t.name}: is bfloat16, which HDF5 has no type for and TensorFlow cannot read from it")
     return [TF_H5_NAMES.to_stored(t) for t in tensors]
 
 
@@ -78,7 +78,7 @@ def _in_index(name: str) -> str:
 
 
 def _build(file: h5py.File, tensors: list[Source], whole: bool) -> Iterator[tuple[h5py.Dataset, Source]]:
-    """Makes all that a file has but numbers; gives each dataset when these are to be written."""
+    """Create all of a file but its numbers; yields each dataset when they are to be written."""
     names = [_in_index(t.name) if whole else t.name for t in tensors]
     for name, tensor in zip(names, tensors, strict=True):
         yield file.create_dataset(f"model/{name}" if whole else name, tensor.shape, tensor.dtype), tensor
@@ -92,7 +92,7 @@ def _build(file: h5py.File, tensors: list[Source], whole: bool) -> Iterator[tupl
 
 
 def _attribute(group: h5py.Group, name: str, values: list[str]) -> None:
-    """Keras's way with lists of names: in `name`, or, where they are too long for that, in `name0`, `name1` ..."""
+    """Store a list of names as Keras does: in `name`, or, if it is too long, in `name0`, `name1` ..."""
     array = np.array([value.encode() for value in values], "S")
     pieces = np.array_split(array, -(-array.nbytes // _ATTRIBUTE) or 1)
     for i, piece in enumerate(pieces):
