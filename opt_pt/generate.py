@@ -86,8 +86,8 @@ def _write(self: Any, input_ids: Tensor, mask: Tensor, settings: Generation) -> 
 
 
 def _call(self: Any, input_ids: Tensor, mask: Tensor, last: Tensor, text: Text) -> None:
-    """Generate by calling the model, as transformers does: with what `prepare_inputs_for_generation` makes of the tokens
-    so far."""
+    """Generate by calling the model, as transformers does: with what `prepare_inputs_for_generation` makes of the
+    tokens so far."""
     B, T = input_ids.shape
     keep = {}
     if bool((last == T - 1).all()) and "logits_to_keep" in inspect.signature(self.forward).parameters:

@@ -13,7 +13,6 @@ from tokenizers.models import BPE
 from ..files import read_json
 from ..hub import TOKENIZER_FILES
 
-FILES = (*TOKENIZER_FILES, "chat_template.jinja")
 # In the order in which transformers gives them ids if the vocabulary lacks them.
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What else tokenizer_config.json and the keywords of from_pretrained may set.
@@ -38,7 +37,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
     Raises FileNotFoundError if there is no BPE, and ValueError, naming the files, if they hold none that fits here.
     """
-    found = [name for name in FILES if (folder / name).is_file()]
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     try:
         saved = {name: read_json(folder / name) for name in found if name.endswith(".json")}
         if "model" not in saved.get("tokenizer.json", {"model": None}):

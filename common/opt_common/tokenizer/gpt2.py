@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processo
 from tokenizers.models import BPE
 
 from ..files import write_atomically
-from ..hub import fetch
+from ..hub import TOKENIZER_FILES, fetch
 from . import files
 from .chat import render
 from .encoding import BatchEncoding, check_tensors, tensors_of, to_lists
@@ -172,7 +172,7 @@ class GPT2Tokenizer:
 
         folder = fetch(
             pretrained_model_name_or_path,
-            [str(Path(subfolder or "", name)) for name in files.FILES],
+            [str(Path(subfolder or "", name)) for name in TOKENIZER_FILES],
             revision=revision,
             cache_dir=cache_dir,
             token=token,
@@ -188,7 +188,7 @@ class GPT2Tokenizer:
                 if (found := tokenizer._tokenizer.token_to_id(text)) != index:
                     raise ValueError(f"{text!r} is to be {index}, but the files make it {found}")
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            names = ", ".join(name for name in files.FILES if (folder / name).is_file())
+            names = ", ".join(name for name in TOKENIZER_FILES if (folder / name).is_file())
             raise ValueError(f"{folder}: no tokenizer in {names}: {error}") from error
         return tokenizer
 
