@@ -207,8 +207,9 @@ class OPTPreTrainedModel(nn.Module):
         self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The arguments of a call that continues a cache, as peft's language models ask for them."""
-        if past_key_values is not None:
-            input_ids = input_ids[:, int(past_key_values.get_seq_length()) :]
+        if past_key_values is not None:  # prompt tuning's cache holds more tokens than there are ids
+            past = min(int(past_key_values.get_seq_length()), input_ids.shape[1] - 1)
+            input_ids = input_ids[:, past:]
         return kwargs | {
             "input_ids": input_ids,
             "past_key_values": past_key_values,

@@ -104,11 +104,10 @@ def check_generate(
     new, length = options.get("max_new_tokens"), options.get("max_length")
     if new is not None and length is not None:
         raise ValueError("max_new_tokens, max_length: found both, wanted only one of them")
-    if new is None and length is None:
-        new = 20
-    if new is None:
+    if length is not None:
         check(length > width, "max_length", length, f"more than the prompt's {width}, or max_new_tokens")
         new = length - width
+    new = 20 if new is None else new
     given = options.get("eos_token_id")
     eos = config.eos_token_ids if given is None else (given,) if isinstance(given, int) else tuple(given)
     pad = options.get("pad_token_id")
