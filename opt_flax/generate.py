@@ -29,7 +29,7 @@ def generate(
     options: see `opt_common.generation.Options`.
     Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
     """
-    given = prompt(self.config, input_ids, attention_mask, options)
+    given = prompt(self.config, input_ids, attention_mask, options, self.generation_config)
     ids, settings = given.ids, given.settings
     left = ((0, 0), (-ids.shape[1] % PROMPT_STEP, 0))
     tokens, length = _generate(

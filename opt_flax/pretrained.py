@@ -18,6 +18,7 @@ from opt_common.checkpoints.pretrained import open_pretrained, save_pretrained
 from opt_common.checkpoints.shards import MAX_SHARD_SIZE
 from opt_common.checkpoints.tensors import contiguous
 from opt_common.config import OPTConfig
+from opt_common.generation import GenerationConfig
 from opt_common.weights import FLAX, Spec, table
 
 from .attention import check_implementation
@@ -29,6 +30,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
     """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`."""
 
     architecture: str
+    generation_config: GenerationConfig | None = None  # the config's token ids, if None
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         if attn_implementation is not None:
@@ -112,6 +114,7 @@ class FlaxOPTPreTrainedModel(nnx.Module):
         for spec, array in opened.tensors:
             put(spec, array)
             del array  # or it would be held while the next is read
+        model.generation_config = opened.generation
         return model
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
@@ -123,7 +126,9 @@ class FlaxOPTPreTrainedModel(nnx.Module):
 
         first = next(table(self.config, self.architecture))
         dtype = FLAX.parameter(self, first).dtype.name
-        save_pretrained(folder, self.config, self.architecture, dtype, get, max_shard_size)
+        save_pretrained(
+            folder, self.config, self.architecture, dtype, get, max_shard_size, generation=self.generation_config
+        )
 
 
 def _oriented(spec: Spec, sharding: Sharding | None) -> Sharding | None:

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from opt_common.generation import Generation, Options, check_generate
+from opt_common.generation import Generation, Options, check_generate, merged
 from opt_common.inputs import check_call
 
 from .cache import KVCache
@@ -33,6 +33,7 @@ def generate(self: Any, input_ids: Tensor, attention_mask: Tensor | None = None,
         attention_mask = input_ids != self.config.pad_token_id
     mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
     counts = mask.sum(dim=1)
+    options = merged(self.generation_config, options)
     if options.get("seed") is None:  # as torch.manual_seed says
         options["seed"] = int(torch.randint(2**63 - 1, ()))
     settings = check_generate(self.config, T, int(counts.max()), int(counts.min()), **options)

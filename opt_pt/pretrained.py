@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from opt_common.checkpoints.pretrained import open_pretrained, save_pretrained
 from opt_common.checkpoints.shards import MAX_SHARD_SIZE
 from opt_common.config import OPTConfig
+from opt_common.generation import GenerationConfig
 from opt_common.weights import TORCH, Spec
 
 from .attention import check_implementation
@@ -38,7 +39,6 @@ class OPTPreTrainedModel(nn.Module):
     _tied_weights_keys: ClassVar[dict[str, str] | None] = None
     _keys_to_ignore_on_save = None
     _is_stateful = False
-    generation_config: Any = None
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__()
@@ -46,6 +46,7 @@ class OPTPreTrainedModel(nn.Module):
             check_implementation(attn_implementation)
             config = dataclasses.replace(config, _attn_implementation=attn_implementation)
         self.config = config
+        self.generation_config: Any = GenerationConfig.from_model_config(config)
         self.warnings_issued: dict[str, bool] = {}
 
     # === Where it is and how large ===
@@ -304,7 +305,7 @@ class OPTPreTrainedModel(nn.Module):
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         added = _initialize_added(model, opened.config, devices)
-        model.config.name_or_path = str(path_or_name)
+        model.config.name_or_path, model.generation_config = str(path_or_name), opened.generation
         model = dispatch(model.eval(), devices, offload_folder)
         if not output_loading_info:
             return model
@@ -345,7 +346,9 @@ class OPTPreTrainedModel(nn.Module):
 
         dtype = str(next(iter(weights.values())).dtype if weights else self.dtype).removeprefix("torch.")
         layout = "safetensors" if safe_serialization else "torch"
-        save_pretrained(save_directory, self.config, self.architecture, dtype, get, max_shard_size, layout)
+        save_pretrained(
+            save_directory, self.config, self.architecture, dtype, get, max_shard_size, layout, self.generation_config
+        )
 
 
 def _initialize_added(model: OPTPreTrainedModel, config: OPTConfig, devices: Callable[[str], Any]) -> list[str]:

@@ -33,7 +33,7 @@ def generate(
     Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
     """
     prompts = tf.convert_to_tensor(input_ids)
-    given = prompt(self.config, prompts, attention_mask, options)
+    given = prompt(self.config, prompts, attention_mask, options, self.generation_config)
     ids, mask, settings = given.ids, given.mask, given.settings
     # All padding goes to the left: every row then ends in its last token, and more padding changes nothing.
     order = np.argsort(mask, axis=1, kind="stable")[:, ids.shape[1] - int(mask.sum(axis=1).max()) :]

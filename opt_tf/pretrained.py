@@ -16,6 +16,7 @@ from opt_common.checkpoints.pretrained import open_pretrained, save_pretrained
 from opt_common.checkpoints.shards import MAX_SHARD_SIZE
 from opt_common.checkpoints.tensors import numpy_dtype
 from opt_common.config import OPTConfig
+from opt_common.generation import GenerationConfig
 from opt_common.weights import KERAS, Spec
 
 from .cache import KVCache
@@ -28,6 +29,7 @@ class TFOPTPreTrainedModel(keras.Model):
     """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`."""
 
     architecture: str
+    generation_config: GenerationConfig | None = None  # the config's token ids, if None
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         """initializer: of the matrices and embeddings, in place of N(0, init_std²). kwargs: those of keras.Model, such
@@ -84,6 +86,7 @@ class TFOPTPreTrainedModel(keras.Model):
             array = KERAS.oriented(spec, array).astype(numpy_dtype(opened.dtype), copy=False)
             KERAS.parameter(model, spec).assign(array)
             del array  # or it would be held while the next is read
+        model.generation_config = opened.generation
         return model
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
@@ -93,7 +96,15 @@ class TFOPTPreTrainedModel(keras.Model):
         def get(spec: Spec) -> np.ndarray:
             return KERAS.oriented(spec, KERAS.parameter(self, spec).numpy())
 
-        save_pretrained(folder, self.config, self.architecture, self.variable_dtype, get, max_shard_size)
+        save_pretrained(
+            folder,
+            self.config,
+            self.architecture,
+            self.variable_dtype,
+            get,
+            max_shard_size,
+            generation=self.generation_config,
+        )
 
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """The loss given to `compile` is of the logits. Without targets, as in `fit` on dictionaries with labels, it is

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from backends import Backend
 from opt_common import generation
 from opt_common.config import OPTConfig
-from opt_common.generation import Generation, Options, check_generate, prompt
+from opt_common.generation import Generation, GenerationConfig, Options, check_generate, prompt
 
 LENGTHS = [9, 4, 1]
 
@@ -154,11 +157,33 @@ def test_wrong_arguments(framework, case, tiny, load, rng):
 
 def test_unknown_options_are_named(framework, tiny, load, rng):
     folder, _ = tiny()
-    with pytest.raises(TypeError, match="num_beams"):
+    with pytest.raises(TypeError, match="beam"):
+        load(framework, folder).generate(input_ids=rng.integers(3, 96, (1, 6)), max_new_tokens=3, beam=4)
+    with pytest.raises(ValueError, match="generate: found num_beams=4, which is not offered; wanted 1"):
         load(framework, folder).generate(input_ids=rng.integers(3, 96, (1, 6)), max_new_tokens=3, num_beams=4)
-    options: Any = dict(max_new_tokens=3, num_beams=4, beam=2)
-    with pytest.raises(TypeError, match="found unknown options beam, num_beams, wanted some of max_new_tokens, "):
+    options: Any = dict(max_new_tokens=3, beams=4, beam=2)
+    with pytest.raises(TypeError, match="found unknown options beam, beams, wanted some of max_new_tokens, "):
         check_generate(OPTConfig(), 6, 6, 6, **options)
+
+
+def test_a_generation_config_stays_with_the_model(framework, tiny, rng, tmp_path):
+    """Read from its file, overridden by keywords, written back; an option that is not offered is an error."""
+    folder, reference = tiny()
+    shutil.copytree(folder, tmp_path / "model")
+    file, ids = tmp_path / "model" / "generation_config.json", rng.integers(3, 96, (1, 6))
+    first = int(reference.generate(torch.tensor(ids), max_new_tokens=1, do_sample=False)[0, -1])
+    file.write_text(json.dumps({"max_new_tokens": 4, "eos_token_id": [95, first], "pad_token_id": 1, "num_beams": 1}))
+    model = Backend(framework, tmp_path / "model")
+    assert model.generate(input_ids=ids).shape == (1, 7), "the file's eos_token_id ends it"
+    assert model.generate(input_ids=ids, eos_token_id=[]).shape == (1, 10), "the file's max_new_tokens"
+    assert model.generate(input_ids=ids, eos_token_id=[], max_new_tokens=2).shape == (1, 8)
+    given = GenerationConfig(max_new_tokens=3, eos_token_id=[])
+    assert model.generate(input_ids=ids, generation_config=given).shape == (1, 9)
+    model.model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == [95, first]
+    file.write_text(json.dumps({"repetition_penalty": 1.5}))
+    with pytest.raises(ValueError, match="found repetition_penalty=1.5, which is not offered"):
+        Backend(framework, tmp_path / "model").generate(input_ids=ids)
 
 
 def test_every_option_is_documented():
@@ -167,7 +192,8 @@ def test_every_option_is_documented():
     for name in Options.__annotations__:
         assert re.search(rf'^    {name}: .*\n    """\S', text, re.MULTILINE), name
     renamed = {"max_length": "max_new_tokens", "eos_token_id": "eos_token_ids"}
-    assert {renamed.get(name, name) for name in Options.__annotations__} == {f.name for f in fields(Generation)}
+    options = Options.__annotations__.keys() - {"generation_config"}  # which holds the others
+    assert {renamed.get(name, name) for name in options} == {f.name for f in fields(Generation)}
 
 
 def test_the_prompt_in_numpy():

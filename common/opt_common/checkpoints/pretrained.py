@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..config import DTYPES, OPTConfig
+from ..generation import GenerationConfig
 from ..hub import FETCH_OPTIONS
 from ..progress import byte_bar
 from ..weights import Spec, head, table
@@ -37,6 +37,7 @@ class Pretrained:
     tensors: Iterator[tuple[Spec, np.ndarray]]
     new: list[Spec]
     unused: list[str]
+    generation: GenerationConfig
 
 
 # transformers' options that say which weights to read ...
@@ -120,7 +121,8 @@ def open_pretrained(
                 yield spec, contiguous(entry.map() if copied else entry.read())
                 advance(entry.nbytes)
 
-    return Pretrained(config, dtype, tensors(), new, unused)
+    generation = GenerationConfig.from_folder(checkpoint.folder, config)
+    return Pretrained(config, dtype, tensors(), new, unused, generation)
 
 
 def save_pretrained(
@@ -131,6 +133,7 @@ def save_pretrained(
     get: Callable[[Spec], np.ndarray],
     max_shard_size: int | str = MAX_SHARD_SIZE,
     layout: str = "safetensors",
+    generation: GenerationConfig | None = None,
 ) -> None:
     """Write config.json, generation_config.json and weights that transformers loads; see `save_checkpoint`.
 
@@ -139,7 +142,7 @@ def save_pretrained(
     unknown = {**config.unknown, "architectures": [architecture]}
     config = dataclasses.replace(config, dtype=dtype, unknown=unknown)
     sources = [Source(s.name, s.shape, dtype, lambda s=s: get(s)) for s in table(config, architecture)]
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    texts = {"config.json": config.to_json(), "generation_config.json": json.dumps(ids, indent=2) + "\n"}
+    generation = generation or GenerationConfig.from_model_config(config)
+    texts = {"config.json": config.to_json(), "generation_config.json": generation.to_json_string()}
     with byte_bar(f"Saving {Path(folder).name}", sum(source.nbytes for source in sources)) as advance:
         save_checkpoint(folder, sources, texts, max_shard_size, advance, layout)
