@@ -1,14 +1,27 @@
 """OPT in Flax NNX."""
 
 from opt_common.config import OPTConfig
-from opt_common.tokenizer import GPT2Tokenizer
+from opt_common.tokenizer import AutoTokenizer, GPT2Tokenizer
 
 from . import outputs as outputs  # registers them
 from .cache import KVCache
 from .heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification
 from .model import FlaxOPTForCausalLM, FlaxOPTModel
 
+# transformers' names for what finds out itself which model it loads: here an OPT, or an error
+AutoConfig = OPTConfig
+FlaxAutoModel = FlaxOPTModel
+FlaxAutoModelForCausalLM = FlaxOPTForCausalLM
+FlaxAutoModelForQuestionAnswering = FlaxOPTForQuestionAnswering
+FlaxAutoModelForSequenceClassification = FlaxOPTForSequenceClassification
+
 __all__ = [
+    "AutoConfig",
+    "AutoTokenizer",
+    "FlaxAutoModel",
+    "FlaxAutoModelForCausalLM",
+    "FlaxAutoModelForQuestionAnswering",
+    "FlaxAutoModelForSequenceClassification",
     "FlaxOPTForCausalLM",
     "FlaxOPTForQuestionAnswering",
     "FlaxOPTForSequenceClassification",

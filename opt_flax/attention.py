@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from .layers import dropout
@@ -195,16 +195,17 @@ def causal(T: int, S: int) -> Array:
 
 
 def dense(segments: Array, past: int | Array, T: int) -> Array:
-    """The mask [B, 1, T, S]: a token attends to the earlier slots of its own segment.
+    """The mask [B, 1, T, S]: a token attends to the earlier slots of its own document.
 
-    segments: [B, S], the document of each slot, 0 for padding, which so attends to padding alone: no row of the mask
-    is empty, and nothing real sees it. past: how many slots come before the T new tokens. It can be traced, so all
-    slots are in the mask; nothing sees those behind the new tokens.
+    segments: [B, S], the document of each slot, counted from 1; 0 is padding, which nothing real attends to. As in
+    transformers, padding attends to the real tokens before it (here: of the latest document); where there are none, in
+    left padding, to padding, so that no row of the mask is empty. past: how many slots come before the T new tokens. It
+    can be traced, so all slots are in the mask: those behind the new tokens are nobody's past.
     """
     slots = jnp.arange(segments.shape[1])
-    new = lax.dynamic_slice_in_dim(segments, past, T, axis=1)
     earlier = (past + slots[:T])[:, None] >= slots
-    return (earlier & (new[:, :, None] == segments[:, None, :]))[:, None]
+    documents = jnp.where(earlier, segments[:, None], 0).max(axis=2, keepdims=True)  # they grow to the right
+    return (earlier & (documents == segments[:, None]))[:, None]
 
 
 def align(real: Array) -> Alignment:

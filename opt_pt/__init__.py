@@ -1,7 +1,7 @@
 """OPT in PyTorch."""
 
 from opt_common.config import OPTConfig
-from opt_common.tokenizer import GPT2Tokenizer
+from opt_common.tokenizer import AutoTokenizer, GPT2Tokenizer
 
 from . import outputs as outputs  # registers them
 from .cache import KVCache
@@ -13,7 +13,20 @@ from .pretrained import OPTPreTrainedModel as OPTPreTrainedModel
 
 register(OPTLearnedPositionalEmbedding, OPTAttention, OPTDecoderLayer, OPTDecoder, OPTModel, OPTForCausalLM)
 
+# transformers' names for what finds out itself which model it loads: here an OPT, or an error
+AutoConfig = OPTConfig
+AutoModel = OPTModel
+AutoModelForCausalLM = OPTForCausalLM
+AutoModelForQuestionAnswering = OPTForQuestionAnswering
+AutoModelForSequenceClassification = OPTForSequenceClassification
+
 __all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoTokenizer",
     "GPT2Tokenizer",
     "KVCache",
     "OPTConfig",

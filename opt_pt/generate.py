@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Unpack
@@ -32,6 +33,8 @@ def generate(self: Any, input_ids: Tensor, attention_mask: Tensor | None = None,
         attention_mask = input_ids != self.config.pad_token_id
     mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
     counts = mask.sum(dim=1)
+    if options.get("seed") is None:  # as torch.manual_seed says
+        options["seed"] = int(torch.randint(2**63 - 1, ()))
     settings = check_generate(self.config, T, int(counts.max()), int(counts.min()), **options)
     device = input_ids.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current one
@@ -41,17 +44,20 @@ def generate(self: Any, input_ids: Tensor, attention_mask: Tensor | None = None,
 
 def _write(self: Any, input_ids: Tensor, mask: Tensor, settings: Generation) -> Text:
     (B, T), device, new = input_ids.shape, input_ids.device, settings.max_new_tokens
+    text = Text(B, self.config.vocab_size, settings, device)
+    last = T - 1 - mask.flip(1).argmax(dim=1)  # the rightmost real token of each row
+    on_gpu = gpu.can_step(self, input_ids)
+    if not (on_gpu or cpu.can_step(self, input_ids)):
+        _call(self, input_ids, mask, last, text)
+        return text
+
     dtype = self.model.decoder.embed_positions.weight.dtype
     cache = KVCache(self.config, B, T + new - 1, device, dtype)  # the last token is never fed back
-    last = T - 1 - mask.flip(1).argmax(dim=1)  # the rightmost real token of each row
     ends, row = last.unique(return_inverse=True)
-    logits = self(input_ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=ends).logits
-    logits = logits[torch.arange(B, device=device), row]  # [B, V]
-
-    text = Text(B, self.config.vocab_size, settings, device)
-    text.write(logits)
+    logits = self(input_ids, mask, past_key_values=cache, use_cache=True, logits_to_keep=ends, return_dict=True).logits
+    text.write(logits[torch.arange(B, device=device), row])
     at = 1
-    if new > 1 and gpu.can_step(self, text.token):
+    if new > 1 and on_gpu:
         step = gpu.Step(self, cache, mask, mask.sum(dim=1), text.token)
         greedy = not settings.do_sample and not settings.min_new_tokens
 
@@ -66,23 +72,47 @@ def _write(self: Any, input_ids: Tensor, mask: Tensor, settings: Generation) -> 
             _compiled.add(variant)
             at = 2
         turn = _captured(turn, text.rng) if at + 1 < new else turn
-    else:
-
-        def modules() -> Tensor:
-            return self(text.token[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
-
-        quick = new > 1 and cpu.can_step(self, text.token)
-        step = cpu.Step(self, cache, mask, mask.sum(dim=1), text.token) if quick else modules
+    elif new > 1:
+        step = cpu.Step(self, cache, mask, mask.sum(dim=1), text.token)
 
         def turn() -> None:
             text.write(step())
 
-    every = 1 if device.type == "cpu" else 16  # looking at `done` waits for the device
     for i in range(at, new):
-        if settings.eos_token_ids and i % every == 0 and bool(text.done.all()):
+        if _ended(text, i):
             break
         turn()
     return text
+
+
+def _call(self: Any, input_ids: Tensor, mask: Tensor, last: Tensor, text: Text) -> None:
+    """Generate by calling the model, as transformers does: with what `prepare_inputs_for_generation` makes of the
+    tokens so far."""
+    B, T = input_ids.shape
+    keep = {}
+    if bool((last == T - 1).all()) and "logits_to_keep" in inspect.signature(self.forward).parameters:
+        keep["logits_to_keep"] = 1
+    cache, new = None, text.settings.max_new_tokens
+    for i in range(new):
+        if i and _ended(text, i):
+            break
+        inputs = self.prepare_inputs_for_generation(
+            input_ids, past_key_values=cache, attention_mask=mask, use_cache=True
+        )
+        out = self(**inputs, **keep, return_dict=True)
+        cache, logits = out.past_key_values, out.logits
+        if i == 0 and not keep:  # behind the columns that a prompt tuning puts in front
+            columns = last + logits.shape[1] - T
+            logits = logits[torch.arange(B, device=logits.device), columns.to(logits.device), None]
+        text.write(logits[:, -1].to(text.token.device))
+        input_ids = torch.cat([input_ids, text.token[:, None].to(input_ids.dtype)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
+
+
+def _ended(text: Text, i: int) -> bool:
+    """Whether every row has ended before token i; on a GPU this waits for the device, so it looks at every 16th."""
+    every = 1 if text.done.device.type == "cpu" else 16
+    return bool(text.settings.eos_token_ids) and i % every == 0 and bool(text.done.all())
 
 
 _compiled: set[tuple] = set()  # the variants of a step whose kernels this process has loaded

@@ -211,7 +211,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
     architecture = "OPTForCausalLM"
-    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+    loss_type, _tied_weights_keys = "ForCausalLM", {"lm_head.weight": "model.decoder.embed_tokens.weight"}
     generate = generate
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:

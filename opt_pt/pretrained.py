@@ -165,9 +165,22 @@ class OPTPreTrainedModel(nn.Module):
         self._decoder.gradient_checkpointing = True
         self._decoder.checkpoint_options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """transformers' later name of `gradient_checkpointing_enable`, for every layer and without offloading."""
+        if every_n_layers != 1 or offload:
+            raise ValueError(f"every_n_layers, offload: found {every_n_layers}, {offload}, wanted 1 and False")
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
     def gradient_checkpointing_disable(self) -> None:
         """Keep everything that the backward pass needs, as by default."""
         self._decoder.gradient_checkpointing = False
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -194,8 +207,9 @@ class OPTPreTrainedModel(nn.Module):
         self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The arguments of a call that continues a cache, as peft's language models ask for them."""
-        if past_key_values is not None:
-            input_ids = input_ids[:, int(past_key_values.get_seq_length()) :]
+        if past_key_values is not None:  # prompt tuning's cache holds more tokens than there are ids
+            past = min(int(past_key_values.get_seq_length()), input_ids.shape[1] - 1)
+            input_ids = input_ids[:, past:]
         return kwargs | {
             "input_ids": input_ids,
             "past_key_values": past_key_values,

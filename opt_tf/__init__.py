@@ -14,7 +14,7 @@ if _backend != "tensorflow":
     )
 
 from opt_common.config import OPTConfig
-from opt_common.tokenizer import GPT2Tokenizer
+from opt_common.tokenizer import AutoTokenizer, GPT2Tokenizer
 
 from . import outputs as outputs  # registers them
 from .cache import KVCache
@@ -25,10 +25,23 @@ from .pretrained import register
 for _model in (TFOPTModel, TFOPTForCausalLM, TFOPTForSequenceClassification, TFOPTForQuestionAnswering):
     register(_model)
 
+# transformers' names for what finds out itself which model it loads: here an OPT, or an error
+AutoConfig = OPTConfig
+TFAutoModel = TFOPTModel
+TFAutoModelForCausalLM = TFOPTForCausalLM
+TFAutoModelForQuestionAnswering = TFOPTForQuestionAnswering
+TFAutoModelForSequenceClassification = TFOPTForSequenceClassification
+
 __all__ = [
+    "AutoConfig",
+    "AutoTokenizer",
     "GPT2Tokenizer",
     "KVCache",
     "OPTConfig",
+    "TFAutoModel",
+    "TFAutoModelForCausalLM",
+    "TFAutoModelForQuestionAnswering",
+    "TFAutoModelForSequenceClassification",
     "TFOPTForCausalLM",
     "TFOPTForQuestionAnswering",
     "TFOPTForSequenceClassification",

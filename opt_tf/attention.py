@@ -73,17 +73,19 @@ def heads_first(x: Tensor, D: int) -> Tensor:
     return ops.reshape(ops.transpose(ops.reshape(x, (B, T, H // D, D)), (0, 2, 1, 3)), (B * H // D, T, D))
 
 
-def choose(segments: Tensor | None, past: Any, B: Any, T: Any) -> Blocks:
-    """What each of the T new tokens behind `past` others may see: the earlier slots of its own segment.
+def choose(segments: Tensor | None, past: Any, T: Any) -> Blocks:
+    """What each of the T new tokens behind `past` others may see: the earlier slots of its own document.
 
-    segments: [B, S], the document of each slot, 0 for padding, which so attends to padding alone: no row of a mask is
-    empty, and nothing real sees it. None: all are one document.
+    segments: [B, S], the document of each slot, counted from 1; 0 is padding, which nothing real attends to. As in
+    transformers, padding attends to the real tokens before it (here: of the latest document); where there are none, in
+    left padding, to padding, so that no row of a mask is empty. None: all are one document.
     """
     if segments is None:
         return Blocks(_blocks(causal(T, T), 0))
-    slots, new = ops.arange(ops.shape(segments)[1]), ops.slice(segments, (0, past), (B, T))
     # `past` may be a tensor, so the mask is as wide as the cache; causality hides the free slots
-    mask = (past + ops.arange(T)[:, None] >= slots) & (new[:, :, None] == segments[:, None, :])
+    earlier = past + ops.arange(T)[:, None] >= ops.arange(ops.shape(segments)[1])
+    documents = ops.max(ops.where(earlier, segments[:, None], 0), axis=2, keepdims=True)  # they grow to the right
+    mask = earlier & (documents == segments[:, None])
     return Blocks(_blocks(mask[:, None], tf.get_static_value(past)))
 
 

@@ -163,7 +163,7 @@ class OPTDecoder(nn.Block):
         past = 0 if cache is None else cache.length
         hidden_states += self.embed_positions(attention_mask, past_key_values_length=past, position_ids=positions)
 
-        view = choose(segments, past, B, T)
+        view = choose(segments, past, T)
         writer = None if cache is None else CacheWriter(cache)
         all_hidden_states: list[Tensor] = []
         attentions = Collector()

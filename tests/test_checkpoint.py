@@ -21,7 +21,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from backends import Backend, relative_error
+from backends import Backend, relative_error, skip_what_it_lacks
 from conftest import CONFIGS, make_reference, save_reference
 from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
@@ -29,6 +29,7 @@ from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.shards import parse_size
 from opt_common.checkpoints.tensors import Source, map_bytes
 from opt_common.config import OPTConfig
+from opt_common.frameworks import registered
 
 STATE = "model.safetensors"
 
@@ -96,11 +97,9 @@ def test_layouts(framework, layout, plain, tmp_path, rng):
         assert saved[name].tobytes() == array.tobytes(), name
 
 
-def test_the_three_write_the_same_bytes(plain, tmp_path):
-    from opt_common.frameworks import FRAMEWORKS
-
+def test_all_write_the_same_bytes(plain, tmp_path):
     written = {}
-    for key, framework in FRAMEWORKS.items():
+    for key, framework in registered().items():
         if framework.missing is None:
             Backend(key, plain, dtype="bfloat16").model.save_pretrained(tmp_path / key, max_shard_size="100KB")
             written[key] = {path.name: path.read_bytes() for path in (tmp_path / key).iterdir()}
@@ -122,19 +121,16 @@ def test_transformers_loads_what_we_save(framework, config, shards, tiny, tmp_pa
 
 def test_bare_model(framework, tiny, tmp_path, rng):
     """OPTModel reads a checkpoint with a head and writes one without; a CausalLM reads that."""
-    from opt_common.frameworks import FRAMEWORKS
-
     folder, reference = tiny("350m")
-    package = __import__(FRAMEWORKS[framework].package)
-    model = getattr(package, FRAMEWORKS[framework].prefix + "OPTModel").from_pretrained(folder)
+    described = registered()[framework]
+    with skip_what_it_lacks(described):
+        model = described.model_class("OPTModel").from_pretrained(folder)
     ids = rng.integers(3, 96, (2, 8))
-    out = model(FRAMEWORKS[framework].tensor(ids)).last_hidden_state
+    out = model(described.tensor(ids)).last_hidden_state
     with torch.no_grad():
         wanted = reference.model(torch.tensor(ids)).last_hidden_state.numpy()
         logits = reference(torch.tensor(ids)).logits.numpy()
-    from opt_common.frameworks import to_numpy
-
-    assert relative_error(to_numpy(out), wanted) <= 2e-5
+    assert relative_error(described.numpy(out), wanted) <= 2e-5
     model.save_pretrained(tmp_path)
     assert all(name.startswith("decoder.") for name in tensors(tmp_path))
     assert relative_error(Backend(framework, tmp_path)(input_ids=ids).logits, logits) <= 2e-5

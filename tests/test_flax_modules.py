@@ -20,8 +20,8 @@ from opt_flax.model import OPTAttention, OPTDecoder, OPTDecoderLayer  # noqa: E4
 CAUSAL = np.tril(np.ones((12, 12), bool))[None, None]
 
 
-def close(found, wanted) -> None:
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+def close(found, wanted, tolerance=2e-6) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
 @pytest.fixture
@@ -85,11 +85,11 @@ def test_layers_by_hand_with_a_cache(model, ran, ids, form):
     writer, hidden_states = Writer(cache), x[:, 8:]
     for layer in decoder.layers:
         hidden_states = layer(hidden_states, mask, writer)
-    np.testing.assert_allclose(decoder.project_out(hidden_states), ran.hidden_states[-1][:, 8:], rtol=0, atol=1e-5)
+    close(decoder.project_out(hidden_states), ran.hidden_states[-1][:, 8:], 1e-5)
     wanted = model(ids[:, 8:], past_key_values=cache).past_key_values
     found = writer.advance(4, wanted.segments)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+        close(a, b, 1e-5)
     assert int(found.length) == 12 and int(cache.length) == 8, "the old cache is still a value"
 
 

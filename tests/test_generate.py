@@ -88,7 +88,7 @@ def test_min_new_tokens_and_max_length(framework, tiny, load, rng):
     np.testing.assert_array_equal(model.generate(input_ids=ids, **arguments), wanted)
     assert model.generate(input_ids=ids, eos_token_id=first, max_new_tokens=10).shape == (1, 6)
     assert model.generate(input_ids=ids, eos_token_id=95, max_length=12).shape[1] <= 12
-    assert model.generate(input_ids=ids, min_new_tokens=15).shape == (1, 20), "20 in all, as in transformers"
+    assert model.generate(input_ids=ids, min_new_tokens=20).shape == (1, 25), "20 new ones, as in transformers 5"
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=0.7), dict(top_k=5), dict(top_p=0.6, top_k=0),
@@ -177,19 +177,19 @@ def test_the_prompt_in_numpy():
     assert (found.settings.max_new_tokens, found.settings.seed) == (4, 9)
     given = prompt(OPTConfig(), [[1, 1, 7]], [[0, 2, 1]], {})
     np.testing.assert_array_equal(given.mask, [[False, True, True]])
-    assert given.settings.max_new_tokens == 17  # 20 in all, as in transformers
+    assert given.settings.max_new_tokens == 20  # as in transformers 5
     assert prompt(OPTConfig(), [[7]], None, {}).settings.seed != prompt(OPTConfig(), [[7]], None, {}).settings.seed
 
 
 CALLS = {
     "neither": (dict(), "input_ids, inputs_embeds: found neither"),
-    "rank": (dict(input_ids=np.ones(5, int)), r"input_ids: found shape \[5\]"),
+    "rank": (dict(inputs_embeds=np.ones((5, 64), np.float32)), r"inputs_embeds: found shape \[5, 64\]"),
     "token": (dict(input_ids=np.full((1, 5), 96)), "input_ids: found token 96, wanted 0 to 95"),
     "negative": (dict(input_ids=np.full((1, 5), -1)), "input_ids: found token -1"),
     "embeds": (dict(inputs_embeds=np.ones((1, 5, 7), np.float32)), r"inputs_embeds: found shape \[1, 5, 7\]"),
     "empty": (dict(input_ids=np.ones((2, 0), int)), "input_ids: found no tokens"),
     "low": (dict(input_ids=np.ones((1, 5), int), position_ids=np.full((1, 5), -2)), "position_ids: found position -2"),
-    "wide": (dict(input_ids=np.ones((1, 65), int), use_cache=True), "past_key_values: found a cache of 64 slots"),
+    "wide": (dict(input_ids=np.ones((1, 65), int), use_cache=True), "found a cache of 64 slots|found position 64"),
     "mask": (dict(input_ids=np.ones((1, 5), int), attention_mask=np.ones((1, 4), int)), "attention_mask: found shape"),
     "positions": (dict(input_ids=np.ones((1, 5), int), position_ids=np.ones((1, 4), int)), "position_ids: found shape"),
     "far": (dict(input_ids=np.ones((1, 5), int), position_ids=np.full((1, 5), 64)), "position_ids: found position 64"),

@@ -60,7 +60,9 @@ def test_another_keras_backend_is_refused(tmp_path):
     assert ran.stdout.strip() == "tensorflow", ran.stderr
 
 
-NAMES = {"GPT2Tokenizer", "KVCache", "OPTConfig", *HEADS}
+AUTO = {"AutoConfig", "AutoTokenizer"}
+AUTO |= {name.replace("OPTFor", "AutoModelFor").replace("OPTModel", "AutoModel") for name in HEADS}
+NAMES = {"GPT2Tokenizer", "KVCache", "OPTConfig", *HEADS, *AUTO}
 
 
 def test_the_same_names_in_all(framework):

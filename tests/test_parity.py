@@ -57,6 +57,24 @@ def test_outputs(framework, config, mask, tiny, load, rng):
     assert np.isfinite(found.logits).all(), "a padded row made a NaN"
 
 
+@pytest.mark.parametrize("mask", ["right", "holes"])
+@pytest.mark.parametrize("config", ["pre-norm", "350m"])
+def test_padding_columns(framework, config, mask, tiny, load, rng):
+    """Padding attends to the real tokens before it, as in transformers: whoever reads its columns (a loss with
+    labels=input_ids, a reward at column -1, a mean without a mask) gets the same numbers."""
+    folder, reference = tiny(config)
+    ids, given = rng.integers(3, 96, (B, T)), np.array(MASKS[mask])
+    given[:, 0] = 1  # in left padding transformers' implementations differ from each other
+    arguments = dict(input_ids=torch.tensor(ids), attention_mask=torch.tensor(given), labels=torch.tensor(ids))
+    with torch.no_grad():
+        wanted = reference(**arguments, output_hidden_states=True)
+    found = load(framework, folder)(input_ids=ids, labels=ids, attention_mask=given, output_hidden_states=True)
+    for state, judge in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        assert relative_error(state, judge.numpy()) <= 2e-5
+    assert relative_error(found.logits, wanted.logits.numpy()) <= 2e-5
+    assert found.loss == pytest.approx(float(wanted.loss), rel=2e-6)
+
+
 @pytest.mark.parametrize("config", ["pre-norm", "350m"])
 def test_attention_weights(framework, config, tiny, load, rng):
     folder, reference = tiny(config)

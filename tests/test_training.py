@@ -95,6 +95,23 @@ def test_gradients(framework, config, architecture, models):
             assert error <= max(1e-5, own[name]), name
 
 
+@pytest.mark.parametrize("architecture", ["OPTForCausalLM", "OPTForQuestionAnswering"])
+def test_gradients_of_padding_columns(framework, architecture, models):
+    """Right padding, whose columns are in the loss: every label of labels=input_ids, every score of an answer."""
+    folder, reference = models(architecture, "pre-norm")
+    given = batch(architecture, masked=False)
+    rows = len(given["input_ids"])
+    given["attention_mask"] = np.tile([[1] * 10, [1] * 6 + [0] * 4, [1] + [0] * 9], (rows // 3 + 1, 1))[:rows]
+    if architecture == "OPTForCausalLM":
+        given["labels"] = given["input_ids"]
+    loss, wanted = judge(reference, given)
+    found_loss, found = Learner(framework, folder, architecture).gradients(**given)
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    own = gradient_errors(judge(reference, given, torch.float32)[1], wanted)
+    for name, error in gradient_errors(found, wanted).items():
+        assert error <= max(1e-5, own[name]), name
+
+
 def test_one_disturbed_weight_shows(framework, models):
     """Distrust: a hundredth added to a single number of the first layer turns the gradients red."""
     folder, reference = models("OPTForCausalLM", "pre-norm")

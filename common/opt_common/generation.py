@@ -17,10 +17,10 @@ class Options(TypedDict, total=False):
     """The keyword arguments of every `generate`. Defaults are transformers'."""
 
     max_new_tokens: int | None
-    """How many tokens to add at most."""
+    """How many tokens to add at most. Default: 20, if `max_length` is not given either."""
 
     max_length: int | None
-    """The same limit, counting the prompt's columns too. Default: 20, if `max_new_tokens` is not given either."""
+    """The same limit, counting the prompt's columns too."""
 
     min_new_tokens: int
     """No row ends before it has this many new tokens. Default: 0."""
@@ -104,10 +104,10 @@ def check_generate(
     new, length = options.get("max_new_tokens"), options.get("max_length")
     if new is not None and length is not None:
         raise ValueError("max_new_tokens, max_length: found both, wanted only one of them")
-    if new is None:
-        length = 20 if length is None else length
+    if length is not None:
         check(length > width, "max_length", length, f"more than the prompt's {width}, or max_new_tokens")
         new = length - width
+    new = 20 if new is None else new
     given = options.get("eos_token_id")
     eos = config.eos_token_ids if given is None else (given,) if isinstance(given, int) else tuple(given)
     pad = options.get("pad_token_id")

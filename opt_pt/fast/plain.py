@@ -86,6 +86,8 @@ def standard(model: Any) -> bool:
     """Whether a language model is in eval mode, all of its modules are plain, and its numbers are its config's: what
     the decoding engines take as given."""
     config, decoder = model.config, getattr(model.model, "decoder", None)
+    if "prepare_inputs_for_generation" in model.__dict__:  # peft's prompt tuning wraps it
+        return False
     if decoder is None or len(decoder.layers) != config.num_hidden_layers:
         return False
     outer = (model, model.model, decoder, decoder.embed_tokens, decoder.embed_positions, model.lm_head)
