@@ -205,6 +205,13 @@ def test_the_faster_route_learns_as_the_modules_do(tiny, ids, config, routes):
     assert all(torch.equal(gradients[name], others[name]) for name in others)
 
 
+def test_a_default_device_is_no_reason_to_step_aside(tiny, ids, routes):
+    _, ours = pair(tiny)
+    with torch.device("cpu"):
+        answers(ours, ids)
+    assert routes == ({"layer", "step"} if onednn(torch.float32) else {"layer"})
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_a_module_counts(tiny, ids, change):
     theirs, ours = pair(tiny)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.modules import module as hooks
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from opt_common.weights import table
 
@@ -53,7 +55,7 @@ def unwatched(x: Tensor) -> bool:
         or nn.Module.__call__ is not _CALL
         or torch.is_autocast_enabled(x.device.type)
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or (torch._C._len_torch_function_stack() and not _only_default_devices())
         or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
@@ -64,6 +66,11 @@ def plain(module: Any, cls: type[nn.Module]) -> bool:
     """Whether a module is exactly a `cls`, nn.Linear or nn.LayerNorm, and untouched, and its weight and bias are
     parameters (or None)."""
     return type(module) is cls and untouched(module) and "weight" in module._parameters and "bias" in module._parameters
+
+
+def _only_default_devices() -> bool:
+    """Whether the modes around PyTorch's functions only say where new tensors go (`with torch.device(...)`)."""
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def plain_layer(layer: nn.Module) -> bool:
