@@ -259,7 +259,7 @@ class Step:
             r_norm = residual_norm if affine else None
             r_gain, r_shift = (r_norm.weight, r_norm.bias) if r_norm is not None else (x, x)
             self._run(
-                self.kernels.linear_one, (-(-M // BLOCK_M), parts),
+                self.kernels.linear_one, (parts * -(-M // BLOCK_M),),
                 x, *ws, *bs, out, k, v, self.slot, gain, shift, x if residual is None else residual, r_gain, r_shift,
                 self.slots, K=K, M=M, H=H, D=D,
                 NORM=norm is not None, AFFINE=affine, BIAS=bias, ACTIVATION=name,

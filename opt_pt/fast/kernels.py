@@ -59,13 +59,18 @@ def _place(r, batch, slot, slots, H, D: tl.constexpr):
 
 
 @triton.jit
-def _pick(part, q, k, v):
-    """What belongs to part 0, 1 or 2 of q, k and v."""
-    if part == 1:
-        q = k
-    elif part == 2:
-        q = v
-    return q
+def _part(w, w_k, w_v, b, b_k, b_v, BLOCK_M: tl.constexpr, M, QKV: tl.constexpr):
+    """Which of q, k and v (0, 1, 2) this program computes, its weight and bias, and its first row; without QKV there
+    is one product."""
+    part, tile = 0, tl.program_id(0)
+    if QKV:
+        tiles = tl.cdiv(M, BLOCK_M)
+        part, tile = tile // tiles, tile % tiles
+        if part == 1:
+            w, b = w_k, b_k
+        elif part == 2:
+            w, b = w_v, b_v
+    return part, w, b, tile * BLOCK_M
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -84,10 +89,8 @@ def linear_one(
     """
     if PDL:
         gdc_launch_dependents()
-    part = tl.program_id(1)
-    if QKV:
-        w, b = _pick(part, w, w_k, w_v), _pick(part, b, b_k, b_v)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part, w, b, begin = _part(w, w_k, w_v, b, b_k, b_v, BLOCK_M, M, QKV)
+    rows = begin + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_K)
     inside = rows < M
     tile = w + rows.to(tl.int64)[:, None] * K + cols[None, :]
@@ -98,8 +101,6 @@ def linear_one(
         ahead = tl.load(tile, mask=inside[:, None] & (cols < K)[None, :], other=0.0)
     if BIAS:
         bias = tl.load(b + rows, mask=inside, other=0.0).to(tl.float32)
-    if QKV:
-        last = tl.load(slot)  # the step before wrote it: it can be read before the wait
     if PDL:
         gdc_wait()
     mean, rstd = 0.0, 1.0
@@ -129,7 +130,7 @@ def linear_one(
         y += _normed(residual, rows, inside, mean, rstd, residual_gain, residual_shift, AFFINE)
     y = y.to(out.dtype.element_ty)
     if QKV:
-        place = _place(rows.to(tl.int64), 0, last, slots, H, D)
+        place = _place(rows.to(tl.int64), 0, tl.load(slot), slots, H, D)
         if part == 0:
             tl.store(out + rows, y, mask=inside)
         elif part == 1:
@@ -184,12 +185,8 @@ def linear_many(
     if PDL:
         gdc_launch_dependents()
     batch = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    part, block = 0, tl.program_id(0)
-    if QKV:
-        blocks = tl.cdiv(M, BLOCK_M)
-        part, block = block // blocks, block % blocks
-        w, b = _pick(part, w, w_k, w_v), _pick(part, b, b_k, b_v)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    part, w, b, top = _part(w, w_k, w_v, b, b_k, b_v, BLOCK_M, M, QKV)
+    rows = top + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_K)
     PART: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
     begin = tl.program_id(2) * PART
