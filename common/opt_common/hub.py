@@ -13,6 +13,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "tokenizer.json",
+    "chat_template.jinja",
     "added_tokens.json",  # written by transformers before 4.34 for tokens that a fine-tuning added
 )
 # The files beside config and weights that a conversion copies.

@@ -42,7 +42,7 @@ def forward(
     """Logits [B, T, V] and hidden states (the input of each layer [B, T, H], then the last [B, T, E]), float64.
 
     `weight` maps a checkpoint name to its tensor, or None if there is none. `input_ids` and `attention_mask` are
-    [B, T]. The results at padded positions are meaningless.
+    [B, T]. Padding attends to the real tokens before it; where there are none, its results are meaningless.
     """
     B, T = input_ids.shape
     N, D = config.num_attention_heads, config.head_dim
@@ -66,7 +66,10 @@ def forward(
     def attention(x: Array, path: str) -> Array:
         q, k, v = (linear(x, f"{path}.{name}_proj").reshape(B, T, N, D) for name in "qkv")
         scores = np.einsum("btnd,bsnd->bnts", q / math.sqrt(D), k)
-        see = np.tril(np.ones((T, T), bool)) & real[:, None, None, :] | np.eye(T, dtype=bool)
+        see = np.tril(np.ones((T, T), bool)) & real[:, None, None, :]
+        see = see | (
+            np.eye(T, dtype=bool) & ~see.any(-1, keepdims=True)
+        )  # left padding: itself, so that no row is empty
         scores = np.where(see, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)

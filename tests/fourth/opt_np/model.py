@@ -41,7 +41,7 @@ class NPOPTForCausalLM(NPOPTPreTrainedModel):
 
     def generate(self, input_ids: Array, attention_mask: Array | None = None, **options: Unpack[Options]) -> Array:
         """Continue each row of `input_ids` [B, T]. Returns [B, T + new]; `Options` has the options."""
-        given = prompt(self.config, input_ids, attention_mask, options)
+        given = prompt(self.config, input_ids, attention_mask, options, self.generation_config)
         ids, mask, settings = given.ids, given.mask, given.settings
         done, rng = np.zeros(len(ids), bool), np.random.default_rng(settings.seed)
         for step in range(settings.max_new_tokens):
