@@ -54,10 +54,10 @@ def test_killed_and_started_again(framework, tmp_path):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     for out in ("killed", "whole"):
-        ran = subprocess.run(command(out, 40), capture_output=True, text=True)
+        ran = subprocess.run(command(out, 20), capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
-        found = re.search(r"^step (\d+) of 40$", ran.stdout, re.MULTILINE)
-        assert found and (0 < int(found[1]) < 40) == (out == "killed"), ran.stdout
+        found = re.search(r"^step (\d+) of 20$", ran.stdout, re.MULTILINE)
+        assert found and (0 < int(found[1]) < 20) == (out == "killed"), ran.stdout
         first, last = map(float, re.findall(r"loss ([\d.]+) at first, ([\d.]+) at last", ran.stdout)[0])
         assert last < first
         assert (tmp_path / out / "loss.png").read_bytes().startswith(b"\x89PNG")
