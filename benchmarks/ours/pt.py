@@ -42,7 +42,7 @@ def calls(job: Job, packed: bool = False) -> Calls:
 
     @torch.inference_mode()
     def forward(ids: Ids) -> Any:
-        return waited(model(torch.from_numpy(ids).to(device)).logits)
+        return waited(model(torch.from_numpy(ids).to(device), use_cache=False).logits)
 
     def generate(ids: Ids) -> Any:
         return model.generate(torch.from_numpy(ids).to(device), max_new_tokens=job.new, eos_token_id=[]).cpu()
