@@ -15,6 +15,7 @@ from opt_common.inputs import check_call
 
 from .cache import KVCache
 from .fast import cpu, gpu
+from .inputs import can_cache
 from .text import Text
 
 
@@ -93,12 +94,12 @@ def _call(self: Any, input_ids: Tensor, mask: Tensor, last: Tensor, text: Text) 
     keep = {}
     if bool((last == T - 1).all()) and "logits_to_keep" in inspect.signature(self.forward).parameters:
         keep["logits_to_keep"] = 1
-    cache, new = None, text.settings.max_new_tokens
+    cache, new, use_cache = None, text.settings.max_new_tokens, can_cache(self.get_decoder())
     for i in range(new):
         if i and _ended(text, i):
             break
         inputs = self.prepare_inputs_for_generation(
-            input_ids, past_key_values=cache, attention_mask=mask, use_cache=True
+            input_ids, past_key_values=cache, attention_mask=mask, use_cache=use_cache
         )
         out = self(**inputs, **keep, return_dict=True)
         cache, logits = out.past_key_values, out.logits

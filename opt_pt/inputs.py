@@ -37,7 +37,16 @@ def wanted(decoder: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> Want
     attentions, hidden_states = (getattr(config, name) if kwargs.get(name) is None else kwargs[name] for name in names)
     if decoder.gradient_checkpointing and decoder.training:
         use_cache = False  # a recomputation would write a second time
-    return Wanted(config.use_cache if use_cache is None else use_cache, attentions, hidden_states)
+    if use_cache is None:
+        use_cache = config.use_cache and can_cache(decoder)
+    return Wanted(use_cache, attentions, hidden_states)
+
+
+def can_cache(decoder: Any) -> bool:
+    """Whether each layer has a place of its own in a cache: a copied layer has its original's, until it is numbered."""
+    attentions = [getattr(layer, "self_attn", None) for layer in decoder.layers]
+    numbers = [getattr(attention, "layer_idx", None) for attention in attentions]
+    return len({*numbers}) == len(numbers) or None in numbers
 
 
 def loss_options(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -212,6 +212,17 @@ def test_a_default_device_is_no_reason_to_step_aside(tiny, ids, routes):
     assert routes == ({"layer", "step"} if onednn(torch.float32) else {"layer"})
 
 
+def test_a_layer_twice_without_a_number_of_its_own(tiny, ids):
+    """Depth up-scaling by plain copies: the two would share a place in the cache, so there is none."""
+    _, ours = pair(tiny)
+    ours.model.decoder.layers.insert(2, copy.deepcopy(layer(ours, 1)))
+    assert ours(ids).past_key_values is None
+    text = ids
+    for _ in range(5):
+        text = torch.cat([text, ours(text, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(ours.generate(ids, max_new_tokens=5, eos_token_id=[]), text)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_a_module_counts(tiny, ids, change):
     theirs, ours = pair(tiny)
