@@ -39,7 +39,7 @@ def wanted(decoder: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> Want
         use_cache = False  # a recomputation would write a second time
     if use_cache is None:
         use_cache = config.use_cache and can_cache(decoder)
-    return Wanted(use_cache, attentions, hidden_states)
+    return Wanted(bool(use_cache), attentions, hidden_states)
 
 
 def can_cache(decoder: Any) -> bool:
