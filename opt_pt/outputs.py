@@ -33,10 +33,13 @@ for _cls in OUTPUTS:
 
 
 def can_return_tuple(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a model's forward the argument return_dict: False returns a tuple; the config's by default."""
+    """Give a model's forward the argument return_dict: False returns a tuple; the config's by default. And `cache`,
+    transformers 5.24's name of past_key_values."""
 
     @wraps(forward)
     def call(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        if "cache" in kwargs:
+            kwargs["past_key_values"] = kwargs.pop("cache")
         out = forward(self, *args, **kwargs)
         if return_dict is None:  # the config speaks to users, not to the models around a decoder
             return_dict = self.config.return_dict if hasattr(type(self), "architecture") else True

@@ -270,6 +270,11 @@ class OPTConfig:
         """transformers' other name of `return_dict`."""
         return self.return_dict
 
+    @property
+    def per_layer_config(self) -> list[OPTConfig]:
+        """The config of each layer, which transformers' caches ask for: all the same."""
+        return [self] * self.num_hidden_layers
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> OPTConfig:
         """Itself: OPT is text alone. For code that also handles models of several kinds."""
         return self

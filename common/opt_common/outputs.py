@@ -34,6 +34,8 @@ class ModelOutput(OrderedDict[str, Any]):
     def __getattr__(self, name: str) -> Any:
         if name in type(self).fields:
             return self.get(name)
+        if name == "cache":  # transformers 5.24's name
+            return self.get("past_key_values")
         raise AttributeError(f"{type(self).__name__} has no field {name!r}, it has {', '.join(self.fields)}")
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,0 +1,187 @@
+"""What users ask of a PyTorch model besides running it, beside transformers where it has an answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from opt_pt import KVCache, OPTForCausalLM, OPTForSequenceClassification
+
+
+@pytest.fixture
+def ids(rng):
+    return torch.from_numpy(rng.integers(3, 96, (2, 9)))
+
+
+def pair(folder, **options):
+    theirs = transformers.OPTForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    return theirs, OPTForCausalLM.from_pretrained(folder, **options)
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("config", ["pre-norm", "350m", "untied"])
+def test_numbers_and_parts(tiny, config):
+    theirs, ours = pair(tiny(config)[0])
+    for exclude in (False, True):
+        found = ours.num_parameters(exclude_embeddings=exclude)
+        assert found == theirs.num_parameters(exclude_embeddings=exclude)
+    ours.lm_head.weight.requires_grad_(False)
+    theirs.lm_head.weight.requires_grad_(False)
+    assert ours.num_parameters(only_trainable=True) == theirs.num_parameters(only_trainable=True)
+    assert ours.get_memory_footprint() == theirs.get_memory_footprint()
+    assert (ours.device, ours.dtype) == (theirs.device, theirs.dtype)
+    assert ours.get_input_embeddings() is ours.model.decoder.embed_tokens
+    assert ours.get_output_embeddings() is ours.lm_head and ours.get_decoder() is ours.model.decoder
+    assert ours.base_model is ours.model and ours.can_generate()
+    assert ours._no_split_modules == ["OPTDecoderLayer"]
+
+
+@pytest.mark.parametrize("config", ["pre-norm", "350m", "untied"])
+@pytest.mark.parametrize(
+    ("tokens", "multiple", "rows"), [(99, None, 99), (90, None, 90), (97, 16, 112), (None, 64, 128)]
+)
+def test_resizing_the_token_embedding(tiny, ids, config, tokens, multiple, rows):
+    theirs, ours = pair(tiny(config)[0])
+    ids = ids % 90
+    for model in (theirs, ours):
+        embedding = model.resize_token_embeddings(tokens, pad_to_multiple_of=multiple, mean_resizing=False)
+        assert embedding.weight.shape[0] == embedding.num_embeddings == model.config.vocab_size == rows
+        assert model.lm_head.weight.shape[0] == model.lm_head.out_features == rows
+        assert (model.lm_head.weight is embedding.weight) == (config != "untied")
+    with torch.no_grad():
+        kept = min(rows, 96)
+        close(ours(ids).logits[..., :kept], theirs(ids).logits[..., :kept])
+        assert ours(ids).logits.shape[-1] == rows
+        assert ours.generate(ids, max_new_tokens=2, eos_token_id=[]).shape == (2, 11)
+
+
+def test_fewer_layers_than_the_file(tiny, ids):
+    folder, _ = tiny()
+    theirs = transformers.OPTForCausalLM.from_pretrained(folder, dtype=torch.float32, num_hidden_layers=2)
+    with pytest.warns(UserWarning, match="not used: layers 2 to 2"):
+        ours = OPTForCausalLM.from_pretrained(folder, num_hidden_layers=2)
+    with torch.no_grad():
+        close(ours(ids).logits, theirs(ids).logits)
+    with pytest.raises(ValueError, match="missing"):
+        OPTForCausalLM.from_pretrained(folder, num_hidden_layers=4)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, "disk"])
+def test_device_maps(tiny, ids, tmp_path, device_map):
+    pytest.importorskip("accelerate")
+    folder, _ = tiny()
+    wanted = OPTForCausalLM.from_pretrained(folder)
+    if device_map == "disk":
+        device_map = {
+            "model.decoder.layers.1": "disk",
+            "model.decoder.layers.2": "cpu",
+            "model.decoder.layers.0": "cpu",
+        }
+        device_map |= {
+            f"model.decoder.{name}": "cpu" for name in ("embed_tokens", "embed_positions", "final_layer_norm")
+        }
+        with pytest.raises(ValueError, match="device_map: found no device for lm_head|offload_folder: found None"):
+            OPTForCausalLM.from_pretrained(folder, device_map=device_map | {"lm_head": "cpu"})
+        device_map |= {"lm_head": "cpu"}
+    ours = OPTForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
+    with torch.no_grad():
+        close(ours(ids).logits, wanted(ids).logits)
+    assert torch.equal(ours.generate(ids, max_new_tokens=3), wanted.generate(ids, max_new_tokens=3))
+
+
+def test_loading_options(tiny):
+    folder, _ = tiny()
+    load = OPTForCausalLM.from_pretrained
+    load(folder, low_cpu_mem_usage=True, trust_remote_code=True, use_safetensors=True, variant=None, load_in_8bit=False)
+    for option in ("variant", "load_in_8bit", "quantization_config"):
+        with pytest.raises(ValueError, match=f"{option}: OPT Zoo does not offer this"):
+            load(folder, **{option: "x"})
+    with pytest.raises(TypeError, match="found argument 'num_lables'"):
+        load(folder, num_lables=3)
+    with pytest.raises(ValueError, match="device_map: found 'everywhere'"):
+        load(folder, device_map="everywhere")
+    with pytest.raises(FileNotFoundError, match="pytorch_model"):
+        load(folder, use_safetensors=False)
+    with pytest.warns(UserWarning, match="newly initialized"):
+        model, info = OPTForSequenceClassification.from_pretrained(folder, num_labels=4, output_loading_info=True)
+    assert info["missing_keys"] == ["score.weight"] and model.score.out_features == 4
+
+
+def test_modules_that_a_subclass_adds(tiny, ids):
+    class Mine(OPTForCausalLM):
+        def __init__(self, config, attn_implementation=None):
+            super().__init__(config, attn_implementation)
+            self.value = nn.Linear(config.hidden_size, 1)
+
+    model = Mine.from_pretrained(tiny()[0])
+    assert not any(p.is_meta for p in model.parameters())
+    assert model.value.weight.std() > 0 and (model.value.bias == 0).all()
+    assert model.generate(ids, max_new_tokens=2, eos_token_id=[]).shape == (2, 11)
+
+
+def test_saving_options(tiny, ids, tmp_path):
+    _, ours = pair(tiny()[0])
+    doubled = {name: p * 2 if name.endswith("fc1.bias") else p for name, p in ours.state_dict().items()}
+    ours.save_pretrained(tmp_path / "bin", state_dict=doubled, safe_serialization=False)
+    assert (tmp_path / "bin" / "pytorch_model.bin").is_file()
+    theirs = transformers.OPTForCausalLM.from_pretrained(tmp_path / "bin", dtype=torch.float32)
+    ours.load_state_dict(doubled)
+    with torch.no_grad():
+        close(ours(ids).logits, theirs(ids).logits)
+    ours.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="push_to_hub"):
+        ours.save_pretrained(tmp_path / "none", push_to_hub=True)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["grows", "fixed", "DynamicCache", "StaticCache"])
+def test_caches(tiny, ids, kind, grad):
+    """A hand-written loop over any cache gives what one call gives; with gradients through the past."""
+    ours = OPTForCausalLM.from_pretrained(tiny()[0], dtype="float64")
+    cache = {
+        "grows": lambda: KVCache(),
+        "fixed": lambda: ours.init_cache(2, 12),
+        "DynamicCache": transformers.DynamicCache,
+        "StaticCache": lambda: transformers.StaticCache(ours.config, max_cache_len=12),
+    }[kind]()
+    if grad and kind in ("fixed", "StaticCache"):
+        pytest.skip("written in place")
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    with torch.set_grad_enabled(grad):
+        wanted = ours(ids, mask).logits
+        pieces = []
+        for begin, end in ((0, 4), (4, 5), (5, 9)):
+            out = ours(ids[:, begin:end], mask[:, :end], past_key_values=cache)
+            cache = out.past_key_values
+            pieces.append(out.logits)
+        close(torch.cat(pieces, dim=1)[mask == 1], wanted[mask == 1])
+        if grad:
+            pieces[-1].sum().backward()
+            found = ours.model.decoder.layers[0].self_attn.k_proj.weight.grad
+            ours.zero_grad()
+            ours(ids, mask).logits[:, 5:].sum().backward()
+            close(found, ours.model.decoder.layers[0].self_attn.k_proj.weight.grad)
+
+
+def test_rows_of_a_cache(tiny, ids):
+    _, ours = pair(tiny()[0])
+    token = torch.tensor([[5], [7]])
+    with torch.no_grad():
+        cache = ours(ids).past_key_values
+        assert (len(cache), cache.get_seq_length(), cache[1][0].shape) == (3, 9, (2, 4, 9, 16))
+        cache.reorder_cache(torch.tensor([1, 1]))
+        close(ours(token, past_key_values=cache).logits, ours(torch.cat([ids[[1, 1]], token], 1)).logits[:, -1:])
+        assert ours(token, cache=ours(ids).past_key_values).cache.get_seq_length() == 10  # transformers 5.24's name
+        cache.crop(-4)
+        close(ours(token, past_key_values=cache).logits, ours(torch.cat([ids[[1, 1], :6], token], 1)).logits[:, -1:])
+        cache = ours(ids).past_key_values
+        cache.batch_repeat_interleave(2)
+        close(ours(token[[0, 0, 1, 1]], past_key_values=cache).logits,
+              ours(torch.cat([ids, token], 1)).logits[[0, 0, 1, 1], -1:])  # fmt: skip
