@@ -60,7 +60,8 @@ def runner(decoder: Any, layer: nn.Module, cache: Any) -> Callable[..., Tensor]:
     gradient checkpointing and layerdrop."""
     run: Callable[..., Tensor] = partial(layer_forward, layer)
     if decoder.gradient_checkpointing and decoder.training and cache is None and torch.is_grad_enabled():
-        run = partial(checkpoint, layer, **decoder.checkpoint_options)
+        options = decoder.__dict__.get("checkpoint_options", {})  # absent where only the flag was set, by hand
+        run = partial(checkpoint, layer, **{"use_reentrant": False} | options)
     return partial(layerdrop, decoder.layerdrop, run) if decoder.training and decoder.layerdrop > 0 else run
 
 

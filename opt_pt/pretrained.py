@@ -164,7 +164,7 @@ class OPTPreTrainedModel(nn.Module):
         cache are not affected. gradient_checkpointing_kwargs: those of torch.utils.checkpoint; use_reentrant=False is
         the default."""
         self._decoder.gradient_checkpointing = True
-        self._decoder.checkpoint_options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        self._decoder.checkpoint_options = gradient_checkpointing_kwargs or {}
 
     def activation_checkpointing_enable(
         self,

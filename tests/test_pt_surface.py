@@ -170,6 +170,17 @@ def test_caches(tiny, ids, kind, grad):
             close(found, ours.model.decoder.layers[0].self_attn.k_proj.weight.grad)
 
 
+def test_the_flag_of_gradient_checkpointing_set_by_hand(tiny, ids):
+    """As transformers' users do on its decoder."""
+    _, ours = pair(tiny()[0], dropout=0.0)
+    ours.train()(ids, labels=ids).loss.backward()
+    wanted = ours.model.decoder.layers[0].fc1.weight.grad
+    ours.zero_grad()
+    ours.model.decoder.gradient_checkpointing = True
+    ours(ids, labels=ids).loss.backward()
+    close(ours.model.decoder.layers[0].fc1.weight.grad, wanted)
+
+
 def test_rows_of_a_cache(tiny, ids):
     _, ours = pair(tiny()[0])
     token = torch.tensor([[5], [7]])
