@@ -110,4 +110,27 @@ class QuestionAnsweringOutput(ModelOutput):
     attentions: Any
 
 
-OUTPUTS = (BaseModelOutput, CausalLMOutput, SequenceClassifierOutput, QuestionAnsweringOutput)
+class GenerateOutput(ModelOutput):
+    """Result of a `generate` with `return_dict_in_generate`, as transformers' GenerateDecoderOnlyOutput and
+    GenerateBeamDecoderOnlyOutput. R rows: B · num_return_sequences.
+
+    sequences: [R, T + new], the prompts included.
+    sequences_scores: [R], beam search: each text's log probability over its length to the power of length_penalty.
+    scores: if asked for, of each new token the [B, V] it was chosen from; of beams, [B · num_beams, V] of their sums.
+    logits: if asked for, of each new token the model's logits, of as many rows.
+    beam_indices: [R, new], beam search: the row that each token's scores are in, -1 behind an end.
+    attentions, hidden_states: if asked for, of each pass a tuple of its layers'.
+    past_key_values: the cache of all tokens but the last, if there is one.
+    """
+
+    sequences: Any
+    sequences_scores: Any
+    scores: Any
+    logits: Any
+    beam_indices: Any
+    attentions: Any
+    hidden_states: Any
+    past_key_values: Any
+
+
+OUTPUTS = (BaseModelOutput, CausalLMOutput, SequenceClassifierOutput, QuestionAnsweringOutput, GenerateOutput)
