@@ -9,3 +9,6 @@ from .settings import Settings as Settings
 from .settings import check_generate as check_generate
 from .settings import merged as merged
 from .stops import StopStrings as StopStrings
+from .streaming import TextIteratorStreamer as TextIteratorStreamer
+from .streaming import TextStreamer as TextStreamer
+from .streaming import pieces as pieces
