@@ -1,0 +1,86 @@
+"""`generate` under random settings, token for token as transformers; and the distribution that it samples from.
+
+OPT_ZOO_SETTINGS=2000 tests so many settings instead of 200."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import save_reference
+from random_settings import FORMS, Case, cases, references
+
+COUNT = int(os.environ.get("OPT_ZOO_SETTINGS", 200))
+PARTS = 5
+all_cases = cache(lambda: cases(0, COUNT, FORMS * COUNT // 200))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("settings")
+    return {model: save_reference(references(model)[0], folder / model) for model in ("pre-norm", "350m")}
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_settings(framework, part, folders, load):
+    wrong = []
+    for case in all_cases()[part::PARTS]:
+        found = write(load(framework, folders[case.model]), case)
+        if not np.array_equal(found, case.wanted):
+            wrong.append(f"{case}\nfound {found.tolist()}\nwanted {case.wanted.tolist()}")
+    assert not wrong, f"{len(wrong)} differ:\n\n" + "\n\n".join(wrong[:3])
+
+
+def write(model, case: Case) -> np.ndarray:
+    try:
+        return model.generate(input_ids=case.ids, attention_mask=case.mask, **case.options)
+    except Exception as error:
+        error.add_note(str(case))
+        raise
+
+
+FILTERS = [
+    dict(top_k=7), dict(top_k=0, top_p=0.7), dict(top_k=0, min_p=0.2), dict(top_k=0, typical_p=0.5),
+    dict(top_k=0, epsilon_cutoff=0.012), dict(top_k=0, eta_cutoff=0.02), dict(top_k=20, top_p=0.9, typical_p=0.8),
+    dict(top_k=30, repetition_penalty=1.4, renormalize_logits=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_the_distribution_that_is_sampled(framework, options, folders, load):
+    """Judged by the probabilities themselves: those of transformers to 1e-6."""
+    ids = np.random.default_rng(3).integers(3, 96, (2, 6))
+    arguments = dict(do_sample=True, temperature=8.0, max_new_tokens=1, return_dict_in_generate=True,
+                     output_scores=True, output_logits=True) | options  # fmt: skip
+    wanted = references("350m")[0].generate(torch.tensor(ids), **arguments)
+    backend = load(framework, folders["350m"])
+    found = backend.model.generate(**backend.tensors({"input_ids": ids}), **arguments)
+    probabilities = torch.tensor(backend.as_float64(found.scores[0])).softmax(-1)
+    assert (probabilities - wanted.scores[0].double().softmax(-1)).abs().max() < 1e-6
+    kept = (probabilities > 0).sum(-1)
+    assert (kept < 101).any() and (kept > 1).all(), "the filter did nothing, or left nothing to draw"
+    errors = backend.as_float64(found.logits[0]) - wanted.logits[0].double().numpy()
+    assert np.abs(errors).max() < 1e-4
+
+
+def test_frequencies(framework, folders, load):
+    """100,000 draws, independent rows, against the probabilities: chi-square, five standard deviations."""
+    ids, rows, calls = np.random.default_rng(3).integers(3, 96, (1, 2)), 4000, 25
+    with torch.no_grad():
+        chances = (references("350m")[0](torch.tensor(ids)).logits[0, -1] / 12).softmax(-1).numpy()
+    model, counts = load(framework, folders["350m"]), np.zeros(101)
+    for seed in range(calls):
+        drawn = model.generate(input_ids=np.repeat(ids, rows, axis=0), do_sample=True, temperature=12.0, top_k=0,
+                               max_new_tokens=1, seed=seed)[:, -1]  # fmt: skip
+        counts += np.bincount(drawn, minlength=101)
+    expected = chances * rows * calls
+    seen = expected > 5
+    chi = float(((counts - expected)[seen] ** 2 / expected[seen]).sum())
+    freedom = int(seen.sum()) - 1
+    assert freedom > 50
+    assert abs(chi - freedom) < 5 * (2 * freedom) ** 0.5
