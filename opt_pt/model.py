@@ -17,7 +17,7 @@ from opt_common.outputs import BaseModelOutput, CausalLMOutput
 
 from .attention import View, attend, choose, compact, restore, split_heads
 from .cache import KVCache, past_length, remember
-from .generate import generate
+from .generation import compute_transition_scores, generate, stream
 from .inputs import check, columns, loss_options, place, wanted
 from .layers import ACTIVATIONS, OPTLearnedPositionalEmbedding, cross_entropy, embedding, init_weights, linear, runner
 from .outputs import can_return_tuple
@@ -212,7 +212,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
 
     architecture = "OPTForCausalLM"
     loss_type, _tied_weights_keys = "ForCausalLM", {"lm_head.weight": "model.decoder.embed_tokens.weight"}
-    generate = generate
+    generate, stream, compute_transition_scores = generate, stream, compute_transition_scores
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)

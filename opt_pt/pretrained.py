@@ -205,14 +205,26 @@ class OPTPreTrainedModel(nn.Module):
     pack = pack
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of a call that continues a cache, as peft's language models ask for them."""
+        """The arguments of a call that continues a cache, as peft's language models ask for them: of what is given, the
+        columns that the cache does not hold. inputs_embeds replace the ids."""
         if past_key_values is not None:  # prompt tuning's cache holds more tokens than there are ids
             past = min(int(past_key_values.get_seq_length()), input_ids.shape[1] - 1)
             input_ids = input_ids[:, past:]
+        T = input_ids.shape[1]
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids[:, -T:]
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds[:, -T:]
         return kwargs | {
-            "input_ids": input_ids,
+            "input_ids": input_ids if inputs_embeds is None else None,
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
         }
