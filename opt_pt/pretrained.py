@@ -272,7 +272,7 @@ class OPTPreTrainedModel(nn.Module):
         path_or_name: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or not.
         dtype: a torch dtype, its name, or "auto" for the checkpoint's; float32 by default. `torch_dtype` is its old
             spelling.
-        device: where the weights go, tensor by tensor as they are read; the CPU by default.
+        device: where the weights go, tensor by tensor as they are read; by default PyTorch's default device.
         device_map: the same, or "auto", "balanced", "sequential" or a dictionary from modules to devices, for several;
             with max_memory and offload_folder as in accelerate, which must be installed.
         attn_implementation: "sdpa" (the default), "eager" or "flash_attention_2"; see `opt_pt.attention`.
@@ -286,6 +286,8 @@ class OPTPreTrainedModel(nn.Module):
         name = str(torch_dtype if torch_dtype is not None else dtype or "float32").removeprefix("torch.")
         check_device_map(device_map, max_memory, offload_folder)
         device = single_device(device_map) if device is None else device
+        if device is None and device_map is None:
+            device = torch.get_default_device()
         elsewhere = torch.device(device or "cpu").type != "cpu"
         opened = open_pretrained(path_or_name, cls.architecture, name, copied=elsewhere, **options)
         wanted = getattr(torch, opened.dtype)
