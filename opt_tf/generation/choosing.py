@@ -25,7 +25,7 @@ class Plan(NamedTuple):
 
     room: the columns for new tokens. names: of the processors, in order. least, most: how many tokens the filters keep
     at least, and how many the largest are sought among for top_k. functions: those of `logits_processor`; allowed:
-    `prefix_allowed_tokens_fn`, which no program holds.
+    `prefix_allowed_tokens_fn`, which no program holds. draft: its length, or 0; longest: the most tokens to look for.
     """
 
     room: int
@@ -42,9 +42,11 @@ class Plan(NamedTuple):
     keep_cache: bool
     output_scores: bool
     output_logits: bool
+    draft: int
+    longest: int
 
     @classmethod
-    def of(cls, settings: Settings, room: int, V: int) -> Plan:
+    def of(cls, settings: Settings, room: int, V: int, draft: int) -> Plan:
         processors, least = settings.processors, settings.least
         k = max(processors.get("top_k", 0), least)
         return cls(
@@ -62,6 +64,8 @@ class Plan(NamedTuple):
             keep_cache=settings.return_dict_in_generate,
             output_scores=settings.return_dict_in_generate and settings.output_scores,
             output_logits=settings.return_dict_in_generate and settings.output_logits,
+            draft=draft,
+            longest=settings.max_matching_ngram_size,
         )
 
     @property
