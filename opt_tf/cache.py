@@ -36,8 +36,8 @@ class KVCache(NamedTuple):
         return cls(k, v, ops.zeros((), "int32"), ops.zeros((batch, slots), "int32"))
 
     @property
-    def slots(self) -> int:
-        return self.segments.shape[1]
+    def slots(self) -> Any:
+        return ops.shape(self.segments)[1]
 
 
 class CacheWriter:

@@ -17,7 +17,7 @@ from opt_common.outputs import BaseModelOutput, CausalLMOutput
 from . import layers as nn  # Keras's layers, as PyTorch calls them
 from .attention import Collector, View, attend, choose, heads_first
 from .cache import CacheWriter, KVCache
-from .generate import generate
+from .generation import compute_transition_scores, generate, stream
 from .inputs import check, columns, place
 from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, runner
 from .pretrained import TFOPTPreTrainedModel
@@ -213,7 +213,7 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
     architecture = "OPTForCausalLM"
-    generate = generate
+    generate, stream, compute_transition_scores = generate, stream, compute_transition_scores
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         super().__init__(config, initializer, **kwargs)

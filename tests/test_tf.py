@@ -15,11 +15,13 @@ opt_tf = pytest.importorskip("opt_tf")
 import keras  # noqa: E402  after opt_tf has chosen its backend
 
 from opt_common.config import OPTConfig  # noqa: E402
+from opt_common.generation import prompt as checked  # noqa: E402
 from opt_common.weights import KERAS, table  # noqa: E402
 from opt_tf import TFOPTForCausalLM, TFOPTModel  # noqa: E402
 from opt_tf.attention import Collector, choose  # noqa: E402
 from opt_tf.cache import CacheWriter  # noqa: E402
-from opt_tf.generate import Limits, _generate  # noqa: E402
+from opt_tf.generation.calls import call  # noqa: E402
+from opt_tf.generation.generate import _generate, weights  # noqa: E402
 
 SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
              max_position_embeddings=64)  # fmt: skip
@@ -281,11 +283,12 @@ def test_a_step_does_not_copy_the_cache(tiny, rng, rows):
     folder, _ = tiny()
     model = TFOPTForCausalLM.from_pretrained(folder)
     ids = tf.constant(rng.integers(3, 96, (rows, 32)), tf.int32)
-    numbers = Limits(*map(tf.constant, (24, 0, 1.0, 1.0, [2], 1)))
+    settings = checked(model.config, ids, None, {"max_new_tokens": 21}).settings
+    made = call(model, ids, tf.ones_like(ids), settings, {})
+    start = made.start._replace(text=made.start.text[:, : 32 + 21])
     text = _generate.experimental_get_compiler_ir(
-        model, [tf.convert_to_tensor(w.value) for w in model.weights], ids, tf.ones_like(ids),
-        tf.constant(0, tf.int64), numbers, room=21, do_sample=False, top_k=0, nucleus=False
-    )(stage="optimized_hlo")  # fmt: skip
+        made.models, weights(made.models), start, None, made.numbers, plan=made.plan._replace(room=21)
+    )(stage="optimized_hlo")
     (loop,) = re.findall(r"^%\S*while_body\S* \(.*?^}", text, re.DOTALL | re.MULTILINE)
     size = rows * 4 * (32 + 21) * 16
     made = [line for line in loop.splitlines() if (m := re.match(r".*?= f32\[([\d,]+)\]\S* (?!get-tuple)", line))
