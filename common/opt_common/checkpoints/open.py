@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def open_checkpoint(
     config: OPTConfig | None = None,
     changes: Mapping[str, Any] | None = None,
     resized_heads: bool = False,
+    added: Callable[[OPTConfig], Collection[str]] = lambda config: (),
     **hub: Any,
 ) -> Opened:
     """Find, open and check a checkpoint. This reads no tensor and allocates nothing of its size.
@@ -44,8 +45,8 @@ def open_checkpoint(
     `layout`: one of `LAYOUTS`, or None for the one that is there. If there are several, `prefer` takes the first in the
     order of LAYOUTS; otherwise they are an error. From a Hub repository only the preferred layout is fetched.
     `companions`: whether to fetch the tokenizer and the generation config too.
-    `architecture`: whose table the checkpoint is matched against, and `resized_heads`: see `match`. `config`: to use in
-    place of the checkpoint's. `changes`: config overrides.
+    `architecture`: whose table the checkpoint is matched against, `resized_heads`, and the names that `added` gives for
+    a config: see `match`. `config`: to use in place of the checkpoint's. `changes`: config overrides.
     Raises FileNotFoundError and ValueError as `fetch`, `Checkpoint`, `OPTConfig.from_dict` and `match` do.
     """
     checkpoint, stored = find_checkpoint(path_or_name, layout, prefer, companions, **hub)
@@ -53,7 +54,7 @@ def open_checkpoint(
     config = config or stored
     config = config.changed(**changes) if changes else config
     fewer = (given or "num_hidden_layers" in (changes or ())) and config.num_hidden_layers < stored.num_hidden_layers
-    names, tied = match(checkpoint, config, architecture, fewer, resized_heads)
+    names, tied = match(checkpoint, config, architecture, fewer, resized_heads, added(config))
     return Opened(checkpoint, config, names, tied, architecture or stored_architecture(checkpoint))
 
 
