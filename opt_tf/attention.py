@@ -51,11 +51,11 @@ def attend(
     (B, N, T, D), S = ops.shape(q), ops.shape(k)[-2]
     scaled = ops.cast(wide(q) * module.scaling, q.dtype)
     # XLA's products read these without a copy; of four dimensions they make one if B is 1
-    scaled, k, v = (ops.reshape(x, (B * N, n, D)) for x, n in ((scaled, T), (k, S), (v, S)))
+    query, keys, values = (ops.reshape(x, (B * N, n, D)) for x, n in ((scaled, T), (k, S), (v, S)))
     first, outs, attentions = 0, [], []
     for part in _masks(mask, T, S):
         t, s = ops.shape(part)[2:]
-        scores = tf.matmul(scaled[:, first : first + t], k[:, :s], transpose_b=True)
+        scores = tf.matmul(query[:, first : first + t], keys[:, :s], transpose_b=True)
         scores = wide(ops.reshape(scores, (B, N, t, s)))
         lowest = scores.dtype.min
         if part.dtype == tf.bool:
@@ -65,7 +65,7 @@ def attend(
         weights = ops.cast(tf.nn.softmax(scores), q.dtype)  # [B, N, t, s]
         if head_mask is not None:
             weights *= ops.cast(head_mask, q.dtype)[:, None, None]
-        outs.append(tf.matmul(ops.reshape(module.dropout(weights), (B * N, t, s)), v[:, :s]))
+        outs.append(tf.matmul(ops.reshape(module.dropout(weights), (B * N, t, s)), values[:, :s]))
         if output_attentions:
             attentions.append(tf.pad(weights, ((0, 0), (0, 0), (0, 0), (0, S - s))))
         first += t

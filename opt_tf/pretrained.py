@@ -22,13 +22,13 @@ from opt_common.weights import KERAS, Spec
 
 from .cache import KVCache
 from .inputs import arguments
-from .layers import Embedding, build_parts, normal, wide
+from .layers import Block, Embedding, normal, wide
 from .training import prepare_tf_dataset, with_labels
 
 register = keras.saving.register_keras_serializable(package="opt_zoo")  # for keras.saving.load_model
 
 
-class TFOPTPreTrainedModel(keras.Model):
+class TFOPTPreTrainedModel(Block, keras.Model):
     """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`."""
 
     architecture: str
@@ -46,9 +46,6 @@ class TFOPTPreTrainedModel(keras.Model):
         as dtype, a name or a policy."""
         super().__init__(**kwargs)
         self.config, self.initializer = config, initializer or normal(config)
-
-    def build(self, input_shape: Any = None) -> None:
-        build_parts(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. Its arguments may come in one dictionary or list, as `fit` and its like pass them."""
@@ -209,6 +206,10 @@ class TFOPTPreTrainedModel(keras.Model):
         """
         if push_to_hub:
             raise ValueError(f"push_to_hub: found {push_to_hub!r}; save, then huggingface_hub.upload_folder")
+        if quantized := [w.path for w in self.weights if "int" in w.dtype]:
+            raise ValueError(
+                f"save_pretrained: found quantized weights, {quantized[0]} ..., wanted those of a checkpoint"
+            )
 
         def get(spec: Spec) -> np.ndarray:
             return KERAS.oriented(spec, KERAS.parameter(self, spec).numpy())

@@ -388,7 +388,7 @@ def test_replaced_parts(model, ids):
     np.testing.assert_array_equal(model(ids).logits, by_layer)
 
 
-def test_frozen_and_with_lora(model, ids):
+def test_frozen_and_with_lora(model, ids, tmp_path):
     for variable in model.variables:
         variable.trainable = False
     for layer in model.model.decoder.layers:
@@ -401,11 +401,13 @@ def test_frozen_and_with_lora(model, ids):
     assert float(model(ids, labels=ids).loss) < usual
     changed = {v.path for v, old in zip(model.variables, before, strict=True) if not np.array_equal(v, old)}
     assert len(changed) in (2, 4) and all("lora" in path for path in changed)
+    model.save_pretrained(tmp_path)
+    close(TFOPTForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
     model.model.trainable = False
     assert model.trainable_variables == []
 
 
-def test_quantized(model, ids):
+def test_quantized(model, ids, tmp_path):
     wanted = np.asarray(model(ids).logits)
     model.quantize("int8")
     found = np.asarray(model(ids).logits)
@@ -413,6 +415,8 @@ def test_quantized(model, ids):
     layer = model.model.decoder.layers[1]
     parts = (layer.fc1, layer.fc2, layer.self_attn.q_proj, layer.self_attn.out_proj)
     assert {part._kernel.dtype for part in parts} == {"int8"}
+    with pytest.raises(ValueError, match="save_pretrained: found quantized weights"):
+        model.save_pretrained(tmp_path)
 
 
 # === Files ===
