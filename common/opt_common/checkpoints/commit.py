@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -177,12 +177,14 @@ def _exchange(first: Path, second: Path) -> None:
         raise OSError(code, os.strerror(code), str(first), None, str(second))
 
 
-def _replaced_names(folder: Path, new: Container[str]) -> set[str]:
+def _replaced_names(folder: Path, new: Collection[str]) -> set[str]:
     """What in `folder` a save of the files `new` replaces or removes."""
+    # one file and an index of several are not read together, and the wrong one may be preferred
+    mains = {name for layout in LAYOUTS.values() if {*layout.main} & {*new} for name in layout.main}
     return {
         path.name
         for path in folder.iterdir()
-        if path.name in new or path.name in _OURS or (_CLEARED.fullmatch(path.name) and not path.is_dir())
+        if path.name in {*new, *_OURS, *mains} or (_CLEARED.fullmatch(path.name) and not path.is_dir())
     }
 
 
@@ -238,7 +240,7 @@ def _clear(folder: Path, places: list[Path], warn: bool = False) -> None:
         say(saved, "moved into its folder")
         _finish_moving(saved, folder)
     for left in places:
-        if (left / _LIST).is_file():  # it is the old folder, which others may have written into until it was exchanged
+        if left.parent != folder and (left / _LIST).is_file():  # the old folder: others may have written into it
             _take_over(left, folder, _replaced_names(left, _listed(left / _LIST)))
             (left / _LIST).unlink()
         if left.exists():
@@ -253,8 +255,8 @@ def _finish_moving(saved: Path, folder: Path) -> None:
     if listing.is_file():  # it goes last
         new = _listed(listing) - {*_OURS}
         left = sorted(name for name in new if os.path.lexists(saved / name))
-        moved = new - {*left}
-        for name in _replaced_names(folder, left) & _MAINS - moved:
+        moved = new.difference(left)
+        for name in (_replaced_names(folder, new) & _MAINS) - moved:
             _remove(folder / name)
         for mains in (False, True):
             for name in left:
@@ -262,7 +264,7 @@ def _finish_moving(saved: Path, folder: Path) -> None:
                     if (folder / name).is_dir():
                         _remove(folder / name)
                     os.replace(saved / name, folder / name)
-            for name in _replaced_names(folder, ()) - new - {*_OURS}:
+            for name in _replaced_names(folder, new) - new - {*_OURS}:
                 _remove(folder / name)
         listing.unlink()
     saved.rmdir()
