@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..tensors import Entry, map_bytes, numpy_dtype
+from ..tensors import Entry, fill, map_bytes, numpy_dtype
 from .zips import Records, shown
 
 # A pickle holds names and shapes: that of OPT-175b in one file is 300 kB and 50 thousand steps. An object takes up to
@@ -119,14 +119,7 @@ class Tensor:
         if not (self.contiguous and out.flags.c_contiguous):
             out[...] = self.map()
             return
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._start)
-            view = memoryview(out.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
-            while view.nbytes:
-                got = file.readinto(view)
-                if not got:
-                    raise ValueError(f"{self.path}: ends at {file.tell()} bytes, wanted {file.tell() + view.nbytes}")
-                view = view[got:]
+        fill(self.path, self._start, out)
 
     def read(self) -> np.ndarray:
         """A new array."""
