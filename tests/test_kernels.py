@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-import opt_pt.generate
+import opt_pt.generation.passes
 from conftest import CONFIGS, SMALL, make_reference
 from opt_common.config import OPTConfig
 from opt_pt import OPTForCausalLM
@@ -121,7 +121,7 @@ def test_generate(monkeypatch):
     plain = [ours.generate(ids, mask, max_new_tokens=9, **call) for call in calls]
     used = []
     monkeypatch.setattr("opt_pt.fast.gpu.can_step", lambda model, token: True)
-    monkeypatch.setattr(opt_pt.generate, "_captured", lambda turn, rng: used.append(turn) or turn)
+    monkeypatch.setattr(opt_pt.generation.passes, "_captured", lambda turn, rng: used.append(turn) or turn)
     monkeypatch.setattr(Step, "compile", lambda *arguments: None)
     for call, wanted in zip(calls, plain, strict=True):
         assert torch.equal(ours.generate(ids, mask, max_new_tokens=9, **call), wanted), call

@@ -6,14 +6,16 @@ B rows   E embedding width   H hidden   F feed-forward   S slots   V vocabulary
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import KVCache
-from ..text import Text
 from .plain import standard, unwatched
+
+if TYPE_CHECKING:
+    from ..generation.text import Text
 
 Weights = tuple[Tensor, Tensor | None]
 
@@ -197,8 +199,8 @@ class Step:
         self._run(
             self.kernels.keep, (self.B, CHUNKS if greedy else 1),
             self.logits, self.token if chosen is None else chosen, text.is_eos, self.best, self.where, self.arrived,
-            text.token, text.tokens, text.done, text.step, self.position, self.slot, text.tokens.shape[1],
-            text.settings.pad_token_id, V=V, GREEDY=greedy, CHUNKS=CHUNKS if greedy else 1,
+            text.token, text.ids, text.done, text.at, self.position, self.slot, text.ids.shape[1],
+            text.pad, V=V, GREEDY=greedy, CHUNKS=CHUNKS if greedy else 1,
             BLOCK=_power(-(-V // CHUNKS)), PDL=self.pdl, num_warps=4,
         )  # fmt: skip
 
