@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from opt_common.generation import Options, Settings, pieces
 from opt_common.outputs import GenerateOutput
 
+from . import drafts
 from .callbacks import Callbacks, callbacks, traceable
 from .choosing import Numbers, Plan, chosen, values
 from .loop import Given, Reading, State, run, steps
@@ -50,7 +51,10 @@ def generate(
     call = Call.of(self, input_ids, attention_mask, prng_key, options)
     readings: list[Reading] = []
     scores: list[Array] = []
-    if not call.by_step:
+    if call.drafts:
+        longest = call.settings.max_matching_ngram_size
+        state = drafts.run(self, call.assistant, call.given, call.numbers, longest, plan=call.plan, k=call.drafts)
+    elif not call.by_step:
         state = run(self, call.given, call.numbers, plan=call.plan)
     else:
         if call.streamer is not None:
@@ -93,6 +97,7 @@ class Call:
     ids: Any
     settings: Settings
     streamer: Any
+    assistant: Any
     given: Given
     numbers: Numbers
     plan: Plan
@@ -106,11 +111,12 @@ class Call:
         traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((model, prng_key, prompt.ids, prompt.mask)))
         functions = settings.processors.get("logits_processor", ())
         functions = functions if traceable(functions) else ()
-        # what is traced is as wide as it has to be, and so is what a function sees; a cache has the prompt's columns
-        exact = traced or bool(functions) or options.get("past_key_values") is not None
+        output = settings.return_dict_in_generate
+        shown = output and (settings.output_attentions or settings.output_hidden_states)
+        # what is traced is as wide as it has to be, and so is what the caller sees; a cache has the prompt's columns
+        exact = traced or bool(functions) or shown or options.get("past_key_values") is not None
         room = settings.max_new_tokens if exact else -(-settings.max_new_tokens // NEW_STEP) * NEW_STEP
         found = given(model, prompt, room, exact)
-        output = settings.return_dict_in_generate
         plan = Plan(
             names=tuple(settings.processors),
             functions=functions,
@@ -133,10 +139,24 @@ class Call:
             key(settings, prng_key, traced),
         )
         functions = callbacks(settings, options, found.padding)
-        call = cls(model, prompt.ids, settings, options.get("streamer"), found, numbers, plan, functions, traced)
+        streamer, assistant = options.get("streamer"), options.get("assistant_model")
+        if assistant is not None and assistant.config.vocab_size != vocabulary:
+            size = assistant.config.vocab_size
+            raise ValueError(f"assistant_model: found vocab_size {size}, wanted the model's {vocabulary}")
+        call = cls(model, prompt.ids, settings, streamer, assistant, found, numbers, plan, functions, traced)
         if call.streamer is not None:
             call.check_one("streamer")
         return call
+
+    @property
+    def drafts(self) -> int:
+        """How many tokens are drafted: none unless one text is written from tokens alone, in one program. The text does
+        not depend on it."""
+        settings, plan, given = self.settings, self.plan, self.given
+        k = settings.prompt_lookup_num_tokens if self.assistant is None else settings.num_assistant_tokens
+        one = len(self.ids) == plan.each == 1 and not (self.by_step or plan.functions)
+        cached = plan.use_cache and given.cache is None and given.other is None and given.feed.ndim == 2
+        return k if one and cached else 0
 
     @property
     def by_step(self) -> bool:

@@ -224,7 +224,8 @@ def steps(
     reading, state = _begin(model, given, numbers, plan=plan)
     for step in range(1, numbers.limit + 1):
         if callbacks.processors:
-            scores = _by_name(reading, given, state, numbers, plan, callbacks)
+            there = state.texts[:, start : end + step - 1]
+            scores = _by_name(there, callbacks, reading, given, state, numbers, plan)
         else:
             scores = _scored(reading, given, state, numbers, plan=plan)
         proposal, ended = _propose(scores, state, numbers, plan=plan)
@@ -237,12 +238,14 @@ def steps(
         reading, state = _read(model, given, state, plan=plan)
 
 
-def _by_name(reading: Reading, given: Given, state: State, numbers: Numbers, plan: Plan, callbacks: Callbacks) -> Array:
-    """As `scored`, with one processor after the other."""
+def _by_name(
+    texts: Array, callbacks: Callbacks, reading: Reading, given: Given, state: State, numbers: Numbers, plan: Plan
+) -> Array:
+    """As `scored`, with one processor after the other; texts: [R, T + new]."""
     scores, text, numbers = prepared(reading, given, state, numbers)
     for name in plan.names:
         if name in callbacks.processors:
-            scores = callbacks.processors[name](text.ids[:, text.start : text.end], scores)
+            scores = callbacks.processors[name](texts, scores)
         else:
             scores = _process(scores, text, numbers, plan=replace(plan, names=(name,)))
     return scores
