@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,18 @@ class JAX(Framework):
         import jax.numpy as jnp
 
         return jnp.asarray(array)
+
+    def on(self, device: str | None) -> AbstractContextManager[Any]:
+        import jax
+
+        if device is None:
+            return nullcontext()
+        kind, _, number = device.partition(":")
+        try:
+            return jax.default_device(jax.devices(kind)[int(number or 0)])
+        except (RuntimeError, IndexError, ValueError) as error:
+            here = ", ".join(f"{one.platform}:{one.id}" for one in jax.devices())
+            raise ValueError(f"device: found {device!r}, wanted one of {here}") from error
 
     def numpy(self, tensor: Any) -> np.ndarray:
         return np.asarray(tensor)

@@ -19,7 +19,7 @@ from opt_common.outputs import BaseModelOutput, CausalLMOutput
 
 from .attention import View, attend, choose, compact, heads_first, restore
 from .cache import KVCache, Writer
-from .generate import generate
+from .generation import compute_transition_scores, generate, stream
 from .inputs import check, columns, place
 from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, dropout, embed, embedding, layerdrop, norm, runner
 from .pretrained import FlaxOPTPreTrainedModel
@@ -214,7 +214,7 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
     architecture = "OPTForCausalLM"
-    generate = generate
+    generate, stream, compute_transition_scores = generate, stream, compute_transition_scores
 
     def __init__(
         self, config: OPTConfig, dtype: DTypeLike = "float32", attn_implementation: str | None = None, *, rngs: nnx.Rngs

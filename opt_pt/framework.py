@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import ml_dtypes
@@ -17,7 +18,17 @@ class PyTorch(Framework):
     def tensor(self, array: np.ndarray) -> Any:
         import torch
 
-        return torch.from_numpy(array)
+        return torch.as_tensor(array)
+
+    def on(self, device: str | None) -> AbstractContextManager[Any]:
+        import torch
+
+        try:
+            chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device: found {device!r}, which PyTorch refuses: {error}") from error
+        return chosen
 
     def numpy(self, tensor: Any) -> np.ndarray:
         import torch

@@ -17,10 +17,10 @@ from opt_common.outputs import BaseModelOutput, CausalLMOutput
 
 from .attention import View, attend, choose, compact, restore, split_heads
 from .cache import KVCache, past_length, remember
-from .generate import generate
+from .generation import compute_transition_scores, generate, stream
 from .inputs import check, columns, loss_options, place, wanted
 from .layers import ACTIVATIONS, OPTLearnedPositionalEmbedding, cross_entropy, embedding, init_weights, linear, runner
-from .outputs import can_return_tuple
+from .outputs import can_return_tuple, takes_cache
 from .pretrained import OPTPreTrainedModel
 
 
@@ -38,6 +38,7 @@ class OPTAttention(nn.Module):
         self.q_proj = nn.Linear(H, H, bias=bias)
         self.out_proj = nn.Linear(H, H, bias=bias)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -70,6 +71,7 @@ class OPTDecoderLayer(nn.Module):
         self.fc2 = nn.Linear(F, H, bias=bias)
         self.final_layer_norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -92,8 +94,7 @@ class OPTDecoderLayer(nn.Module):
             hidden_states=hidden_states,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
-            output_attentions=attentions is not None,
-            **kwargs,
+            **{"output_attentions": attentions is not None} | kwargs,
         )
         hidden_states = residual + F.dropout(hidden_states, self.dropout, self.training)
         if not self.do_layer_norm_before:
@@ -144,7 +145,7 @@ class OPTDecoder(nn.Module):
         """Run the decoder.
 
         input_ids: [B, T] whole numbers; or inputs_embeds: [B, T, E], which replace the token embedding's output.
-        attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding.
+        attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding. Or a layer's 4-D mask.
         past_key_values: the cache of the tokens before these, written in place. With use_cache and none given, a new
             KVCache is made, which grows (`init_cache` makes one of a fixed size). One of transformers' serves too.
         position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
@@ -182,7 +183,7 @@ class OPTDecoder(nn.Module):
         all_hidden_states = [restore(x, view) for x in [*all_hidden_states, hidden_states]]
 
         if cache is not None:
-            cache.segments = segments
+            cache.segments = segments if segments is None or segments.ndim == 2 else None
         return BaseModelOutput(
             last_hidden_state=all_hidden_states[-1],
             past_key_values=cache,
@@ -212,7 +213,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
 
     architecture = "OPTForCausalLM"
     loss_type, _tied_weights_keys = "ForCausalLM", {"lm_head.weight": "model.decoder.embed_tokens.weight"}
-    generate = generate
+    generate, stream, compute_transition_scores = generate, stream, compute_transition_scores
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)

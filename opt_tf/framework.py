@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,17 @@ class TensorFlow(Framework):
         import tensorflow as tf
 
         return tf.constant(array)
+
+    def on(self, device: str | None) -> AbstractContextManager[Any]:
+        import tensorflow as tf
+
+        if device is None:
+            return nullcontext()
+        name = f"/{device}" if ":" in device else f"/{device}:0"
+        here = [one.name.removeprefix("/physical_device:").lower() for one in tf.config.list_physical_devices()]
+        if name[1:].lower() not in here:
+            raise ValueError(f"device: found {device!r}, wanted one of {', '.join(here)}")
+        return tf.device(name)
 
     def numpy(self, tensor: Any) -> np.ndarray:
         return np.asarray(tensor)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,28 @@ def test_generate_samples_with_a_seed():
     assert json.loads(first.stdout)["tokens"] == json.loads(second.stdout)["tokens"]
 
 
+def test_generate_from_a_file_to_a_file(tmp_path):
+    """Batches of padded prompts give what each gives alone; options by name; other keys of a line are kept."""
+    prompts = ["Once upon a time", "The dog", "Lily and Tom went to the park and"]
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"prompt": p, "id": i}) + "\n" for i, p in enumerate(prompts))
+    )
+    arguments = ("--max-new-tokens", 12, "--framework", PRESENT[0], "--option", "no_repeat_ngram_size=2")
+    ran = opt_zoo("generate", "--file", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *arguments)
+    assert (ran.returncode, ran.stdout) == (0, ""), ran.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["prompt"]) for row in rows] == list(enumerate(prompts))
+    for row in rows:
+        assert row["text"] == row["prompt"] + row["continuation"]
+        alone = json.loads(opt_zoo("generate", row["prompt"], "--json", *arguments).stdout)
+        assert alone["text"] == row["text"]
+
+
+def test_version():
+    ran = opt_zoo("--version")
+    assert (ran.returncode, ran.stdout) == (0, f"opt-zoo {version('opt-zoo')}\n")
+
+
 def test_convert_and_inspect(tmp_path):
     ran = opt_zoo("convert", DEMO, tmp_path / "new", "--dtype", "bfloat16", "--max-shard-size", "4MB", "--json")
     assert ran.returncode == 0, ran.stderr
@@ -208,6 +231,10 @@ def test_an_ambiguous_folder_in_the_command(tmp_path):
         (("parity", "--framework", "mx"), "error: framework: found 'mx'"),
         (("generate", "The", "--max-new-tokens", 4000), "wanted at most 512 (max_position_embeddings)"),
         (("generate", "The", "--dtype", "int8"), "error: dtype: found 'int8'"),
+        (("generate", "The", "--device", "moon"), "error: device: found 'moon'"),
+        (("generate", "The", "--option", "top_k:3"), "error: --option: found 'top_k:3', wanted NAME=JSON"),
+        (("generate", "The", "--option", "beams=3"), "error: generate: found unknown options beams"),
+        (("generate",), "error: prompts, --file: found neither or both, wanted one of them"),
         (("convert", DEMO, "{tmp}/x", "--dtype", "int8"), "error: dtype: found 'int8'"),
         (("convert", DEMO, "{tmp}/x", "--max-shard-size", "much"), "error: max_shard_size: found 'much'"),
     ],

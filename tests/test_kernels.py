@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-import opt_pt.generate
+import opt_pt.generation.passes
 from conftest import CONFIGS, SMALL, make_reference
 from opt_common.config import OPTConfig
 from opt_pt import OPTForCausalLM
@@ -105,6 +105,54 @@ def test_a_long_cache_is_shared_out(monkeypatch):
     assert excess(ours, reference, 2, 150) < 1.5
 
 
+@pytest.mark.parametrize("config", ["pre-norm", "350m", "odd"])
+def test_several_tokens_of_a_text_in_one_step(config, monkeypatch):
+    """As exact as the forward over all of them; the second step begins where only two of the first three were right."""
+    monkeypatch.setattr("opt_pt.fast.gpu.tiles_attend", lambda B, N, slots: (16, 4, 2))
+    ours, reference = models(**(ODD if config == "odd" else CONFIGS[config]))
+    ids, mask = padded(1, 40)
+    texts = torch.cat([ids, torch.randint(3, SMALL["vocab_size"], (1, 5))], dim=1)
+    seen = torch.cat([mask, torch.ones(1, 5, dtype=torch.long)], dim=1)
+    with torch.inference_mode():
+        wanted = reference(texts, attention_mask=seen, use_cache=False).logits[:, 40:]
+        forward = ours(texts, seen).logits[:, 40:].double()
+        cache, token = ours.init_cache(1, 46), torch.empty(3, dtype=torch.long)
+        ours.model(ids, mask, past_key_values=cache)
+        step = Step(ours, cache, mask, mask.sum(dim=1), token, tail=3)
+        token.copy_(torch.tensor([*texts[0, 40:42], 5]))
+        first = step()[:2].double().clone()
+        step.position += 2
+        step.slot += 2
+        token.copy_(texts[0, 42:])
+        found = torch.cat([first, step().double()])[None]
+    assert (found - wanted).norm() / (forward - wanted).norm() < 1.5
+
+
+def test_rows_that_share_a_cache():
+    """What a row sees by its table is what it would see in a cache of its own."""
+    ours, _ = models()
+    ids, mask = padded(3, 9)
+    rows = torch.tensor([0, 2, 0])
+    with torch.inference_mode():
+        logits = []
+        for shared in (True, False):
+            cache, token = ours.init_cache(3, 12), torch.tensor([7, 8, 9])
+            ours.model(ids, mask.new_ones(3, 9), past_key_values=cache)
+            table = torch.arange(3, dtype=torch.int32)[:, None].repeat(1, 12)
+            if shared:
+                table[:, 4:9] = table[rows, 4:9]
+            else:
+                for tensor in (*cache.k, *cache.v):
+                    tensor[:, :, 4:9] = tensor[rows, :, 4:9]
+            step = Step(ours, cache, mask.new_ones(3, 9), torch.full((3,), 9), token, table)
+            logits.append(step().clone())
+            step.position += 1
+            step.slot += 1
+            logits.append(step().clone())
+    assert torch.equal(torch.stack(logits[:2]), torch.stack(logits[2:]))
+    assert not torch.equal(logits[0][1], logits[0][2])
+
+
 def test_generate(monkeypatch):
     """Every step through the kernels gives the texts of the plain loop; without a GPU there is no graph."""
     ours, _ = models()
@@ -121,7 +169,7 @@ def test_generate(monkeypatch):
     plain = [ours.generate(ids, mask, max_new_tokens=9, **call) for call in calls]
     used = []
     monkeypatch.setattr("opt_pt.fast.gpu.can_step", lambda model, token: True)
-    monkeypatch.setattr(opt_pt.generate, "_captured", lambda turn, rng: used.append(turn) or turn)
+    monkeypatch.setattr(opt_pt.generation.passes, "_captured", lambda turn, rng: used.append(turn) or turn)
     monkeypatch.setattr(Step, "compile", lambda *arguments: None)
     for call, wanted in zip(calls, plain, strict=True):
         assert torch.equal(ours.generate(ids, mask, max_new_tokens=9, **call), wanted), call

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import sys
 import warnings
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +22,11 @@ from rich.table import Table
 from .checkpoints.convert import Plan
 from .checkpoints.layouts import LAYOUTS, WRITABLE
 from .checkpoints.shards import MAX_SHARD_SIZE
+from .continuations import Journal, Row, continue_all, read_prompts, texts
 from .files import plain
 from .frameworks import registered
 from .hub import DEMO
+from .progress import counter
 
 KEYS = " or ".join(registered())
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -32,8 +37,16 @@ From = Annotated[str | None, typer.Option("--from", help=f"which layout to read 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"opt-zoo {version('opt-zoo')}")
+        raise typer.Exit
+
+
 @app.callback()
-def describe() -> None:
+def describe(
+    show: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show it")] = False,
+) -> None:
     """OPT in several frameworks, from one checkpoint."""
 
 
@@ -102,45 +115,96 @@ def parity(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="the text to continue")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="the texts to continue")] = None,
+    file: Annotated[str | None, typer.Option(help='prompts as JSON lines, or "-" for standard input')] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="write JSON lines there; a killed job goes on where it was")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="how many prompts at once")] = 8,
     model: Model = DEMO,
     framework: Annotated[str, typer.Option(help=KEYS)] = "pt",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto for the checkpoint's")] = "float32",
+    device: Annotated[str | None, typer.Option(help="such as cpu or cuda:1; default: a GPU if there is one")] = None,
+    attn: Annotated[str | None, typer.Option(help="attention: sdpa, eager, flash_attention_2 or cudnn")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     sample: Annotated[bool, typer.Option("--sample", help="draw tokens instead of taking the likeliest")] = False,
     temperature: Annotated[float, typer.Option()] = 1.0,
     top_k: Annotated[int, typer.Option()] = 50,
     top_p: Annotated[float, typer.Option()] = 1.0,
     seed: Annotated[int | None, typer.Option()] = None,
+    beams: Annotated[int, typer.Option(min=1, help="beam search")] = 1,
+    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="a string that ends a text; may be repeated")] = None,
+    draft: Annotated[str | None, typer.Option(help="a smaller model that drafts tokens: the same text, faster")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="any other of generate's, as NAME=JSON; repeatable")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a text."""
+    """Continue texts. One is shown as it is written; those of a file are written to a file."""
     from .tokenizer import GPT2Tokenizer
 
     chosen = registered()[_framework(framework)]
     if chosen.missing:
         raise ImportError(chosen.missing)
-    tokenizer = GPT2Tokenizer.from_pretrained(model)
-    with Console(stderr=True).status(f"Generating with {chosen.title}"):
-        tokens = (
-            chosen.model_class()
-            .from_pretrained(model, dtype=dtype)
-            .generate(
-                **tokenizer(prompt, return_tensors=chosen.tensors),
-                max_new_tokens=max_new_tokens,
-                do_sample=sample,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-            )
-        )
-    ids = chosen.numpy(tokens)[0].tolist()
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    if as_json:
-        _print_json({"model": model, "framework": framework, "text": text, "tokens": ids})
-    else:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    options: dict[str, Any] = dict(
+        max_new_tokens=max_new_tokens, do_sample=sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        num_beams=beams, repetition_penalty=repetition_penalty, stop_strings=stop or None,
+    ) | _named(option or [])  # fmt: skip
+    rows = _rows(prompts, file)
+    job = {"model": model, "framework": framework, "dtype": dtype, "attn": attn, "draft": draft, "options": options,
+           "prompts": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}  # fmt: skip
+    journal = None if output is None else Journal(output, job)
+
+    tokenizer = GPT2Tokenizer.from_pretrained(model, padding_side="left")
+    settings = {"dtype": dtype} | ({} if attn is None else {"attn_implementation": attn})
+    load = functools.partial(chosen.model_class().from_pretrained, **settings)
+    with chosen.on(device):
+        with Console(stderr=True).status(f"Loading {chosen.title}"):
+            network = load(model)
+            options["assistant_model"] = None if draft is None else load(draft)
+        options["tokenizer"] = tokenizer
+        if len(rows) == 1 and journal is None and not as_json and console.is_terminal and beams == 1:
+            print(rows[0]["prompt"], end="", flush=True)
+            for piece in network.stream(**chosen.inputs(tokenizer, [rows[0]["prompt"]]), **options):
+                print(piece, end="", flush=True)
+            print()
+            return
+        write = functools.partial(texts, chosen, network, tokenizer, options)
+        lengths = [len(tokenizer(row["prompt"])["input_ids"]) for row in rows]
+        with counter(f"Generating with {chosen.title}", len(rows)) as progress:
+            found = continue_all(rows, lengths, write, batch_size, journal, progress)
+    for row in found if journal is None else []:
+        if file is not None:
+            print(json.dumps(row, ensure_ascii=False))
+        elif as_json:
+            _print_json({"model": model, "framework": framework} | row)
+        else:
+            for text in [row["text"]] if isinstance(row["text"], str) else row["text"]:
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _named(options: list[str]) -> dict[str, Any]:
+    """Options of `generate` given as NAME=JSON."""
+    found = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError as error:
+            wanted = "NAME=JSON, such as num_return_sequences=2"
+            raise ValueError(f"--option: found {option!r}, wanted {wanted}") from error
+    return found
+
+
+def _rows(prompts: list[str] | None, file: str | None) -> list[Row]:
+    """The prompts of a command: its arguments, or the lines of a file or of standard input."""
+    if (file is None) == (not prompts):
+        raise ValueError("prompts, --file: found neither or both, wanted one of them")
+    if file is None:
+        return [{"prompt": prompt} for prompt in prompts or []]
+    if file == "-":
+        return read_prompts(sys.stdin, "standard input")
+    with open(file, encoding="utf-8") as lines:
+        return read_prompts(lines, file)
 
 
 @app.command()

@@ -128,6 +128,8 @@ class OPTConfig:
         torch_dtype = values.pop("torch_dtype", None)
         dtype = values.pop("dtype", None) or torch_dtype
         values["dtype"] = _name(dtype)
+        if "attn_implementation" in unknown:  # transformers' keyword
+            values["_attn_implementation"] = unknown.pop("attn_implementation") or "sdpa"
         labels = unknown.get("id2label")
         if labels is not None:
             if not isinstance(labels, Mapping) or not labels:
@@ -313,14 +315,14 @@ class OPTConfig:
         return cls.from_dict(read_json(Path(path)), source=str(path))
 
     @classmethod
-    def from_pretrained(cls, path_or_name: str | Path, **options: Any) -> OPTConfig:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> OPTConfig:
         """From a folder with a `config.json`, "opt-demo", or a Hub name.
 
         options: what `opt_common.hub.fetch` takes (revision, cache_dir, token, local_files_only), and config overrides:
             `num_labels=3`, `dropout=0.0`.
         """
         hub = {key: options.pop(key) for key in list(options) if key in FETCH_OPTIONS}
-        path = fetch(path_or_name, ["config.json"], **hub) / "config.json"
+        path = fetch(pretrained_model_name_or_path, ["config.json"], **hub) / "config.json"
         return cls.from_dict(read_json(path), source=str(path), **options)
 
     def changed(self, **changes: Any) -> OPTConfig:

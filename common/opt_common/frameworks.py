@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.machinery import PathFinder
 from importlib.metadata import Distribution, EntryPoint, entry_points, version
 from types import ModuleType
@@ -74,6 +75,18 @@ class Framework:
     def numpy(self, tensor: Any) -> np.ndarray:
         """A tensor of the framework as a numpy array."""
         raise NotImplementedError
+
+    def on(self, device: str | None) -> AbstractContextManager[Any]:
+        """A context in which models are loaded and tensors made on a device, by the framework's name for it. Default:
+        a GPU if there is one. Raises ValueError if there is no such device."""
+        if device is not None:
+            raise ValueError(f"device: found {device!r}, wanted none: {self.title} has only one")
+        return nullcontext()
+
+    def inputs(self, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
+        """`input_ids` and `attention_mask` of some texts, as tensors of the framework."""
+        arrays = tokenizer(texts, padding=True, return_tensors="np")
+        return {name: self.tensor(array.astype(self.ids)) for name, array in arrays.items()}
 
 
 @functools.cache

@@ -33,24 +33,31 @@ def prompt(
     options: Mapping[str, Any],
     held: GenerationConfig | None = None,
 ) -> Prompt:
-    """The checked arguments of a `generate`, in numpy. Without a mask, everything but the config's `pad_token_id` is
-    real; without ids, a text begins with `bos_token_id`. Raises ValueError that names the argument."""
+    """The checked arguments of a `generate`, in numpy. Without a mask, everything but `pad_token_id` is real, and
+    all is if that ends a text too; without ids, a text begins with `bos_token_id`. Raises ValueError that names the
+    argument."""
     chosen = merged(held, options)
-    embeds = chosen.get("inputs_embeds")
+    embeds, masked = chosen.get("inputs_embeds"), None if attention_mask is None else np.shape(attention_mask)
     if embeds is None or input_ids is not None:
         ids = np.asarray(started(config, input_ids, chosen))
-        B, T = check_call(config, ids.shape, None, None if attention_mask is None else np.shape(attention_mask))
+        B, T = check_call(config, ids.shape, None, masked if embeds is None else None)
         check_tokens(config, int(ids.min()), int(ids.max()))
-    else:
-        B, T = check_call(config, None, embeds.shape, None if attention_mask is None else np.shape(attention_mask))
-        ids = np.zeros((B, 0), np.int32)
+    if embeds is not None:
+        B, T = check_call(config, None, embeds.shape, masked)
+        ids = np.zeros((B, 0), np.int32) if input_ids is None else ids
     if attention_mask is None:
-        known = config.pad_token_id is not None and ids.shape[1] > 0
-        mask = ids != config.pad_token_id if known else np.ones((B, T), bool)
+        pad = _padding(config, chosen)
+        mask = np.not_equal(ids, pad) if pad is not None and ids.shape == (B, T) else np.ones((B, T), bool)
     else:
         mask = np.asarray(attention_mask) != 0
     counts = mask.sum(axis=1)
     return Prompt(ids, mask, check_generate(config, T, int(counts.max()), int(counts.min()), chosen), chosen)
+
+
+def _padding(config: OPTConfig, options: Options) -> int | None:
+    """The token that can only be padding."""
+    pad, eos = options.get("pad_token_id", config.pad_token_id), options.get("eos_token_id", config.eos_token_id)
+    return None if pad in np.atleast_1d([] if eos is None else eos) else pad
 
 
 def started(config: OPTConfig, input_ids: Any, options: Options) -> Any:

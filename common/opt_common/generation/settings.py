@@ -194,10 +194,11 @@ def _processors(
     if (biases := get("sequence_bias")) is not None:
         pairs = biases.items() if isinstance(biases, Mapping) else biases
         found["sequence_bias"] = _sequences("sequence_bias", pairs, config)
-    number("encoder_repetition_penalty", 1.0, lambda x: x > 0, "a number > 0")
+    read = get("inputs_embeds") is None  # of a prompt of embeddings, transformers knows no tokens
+    number("encoder_repetition_penalty", 1.0, lambda x: x > 0, "a number > 0", read)
     number("repetition_penalty", 1.0, lambda x: x > 0, "a number > 0")
     number("no_repeat_ngram_size", 0, lambda x: x >= 0, "a number ≥ 0")
-    number("encoder_no_repeat_ngram_size", 0, lambda x: x >= 0, "a number ≥ 0")
+    number("encoder_no_repeat_ngram_size", 0, lambda x: x >= 0, "a number ≥ 0", read)
     if (words := get("bad_words_ids")) is not None:
         words = [word for word in words if list(word) not in [[i] for i in eos]]  # eos stays, as in transformers
         if words:
