@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ..config import DTYPES, OPTConfig
+from ..files import read_bytes
 from ..hub import COMPANIONS
 from ..progress import byte_bar
 from ..weights import table
@@ -132,7 +133,9 @@ def _read_headers(source: str | Path, target: str | Path, to: str, dtype: str | 
         for spec, entry in entries
     ]
     texts: dict[str, str | bytes] = {"config.json": config.to_json()}
-    texts |= {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+    texts |= {name: read_bytes(folder / name) for name in COMPANIONS if (folder / name).is_file()}
+    if "tokenizer.json" in texts and not read.companions:
+        written.check_files(folder)  # an error when it is written would name a temporary copy
     if read.companions:
         texts.pop("tokenizer.json", None)
         texts |= read.companions(checkpoint.main)
