@@ -4,8 +4,8 @@ sampling, and drafts.
     python -m benchmarks generation --out generation.json
     python -m benchmarks generation --smoke                   # tiny models on the CPU: proves the code alone
 
-Random weights of the real shapes, float16, the same tensors in both systems; prompt 64. Ours: 96 more new tokens over
-the seconds that a call with 32 + 96 takes longer than one with 32, the two calls in turns; transformers: whole calls, 32
+Random weights of the real shapes, float16, the same tensors in both; prompt 64. Ours: 96 more new tokens over the
+seconds that a call with 32 + 96 takes longer than one with 32, the two in turns; transformers: whole calls, 32
 new tokens. Tokens of beams are those of all rows, as of four texts.
 
 beams      beam search, 4 beams of one prompt, over the likeliest token of 4 prompts
