@@ -10,7 +10,7 @@ from typing import Any
 from ..config import OPTConfig
 from ..files import read_json
 from ..hub import COMPANIONS, DEMO, fetch, local
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, of_one_save
 from .fit import match, stored_architecture
 from .layouts import LAYOUTS, layout_named
 
@@ -67,14 +67,18 @@ def find_checkpoint(
     if not path.exists():
         path = fetch_checkpoint(str(path_or_name), layout, companions, **hub)
         prefer = True  # the cache may hold other layouts, fetched earlier
-    checkpoint = Checkpoint(path, layout, prefer)
-    own = LAYOUTS[checkpoint.layout].config(checkpoint.main, checkpoint)
-    if own is not None:
-        return checkpoint, own
-    config = checkpoint.folder / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{checkpoint.folder}: no config.json; wanted one beside the weights of an OPT")
-    return checkpoint, OPTConfig.from_dict(read_json(config), source=str(config))
+
+    def read() -> tuple[Checkpoint, OPTConfig]:
+        checkpoint = Checkpoint(path, layout, prefer)
+        own = LAYOUTS[checkpoint.layout].config(checkpoint.main, checkpoint)
+        if own is not None:
+            return checkpoint, own
+        config = checkpoint.folder / "config.json"
+        if not config.is_file():
+            raise FileNotFoundError(f"{checkpoint.folder}: no config.json; wanted one beside the weights of an OPT")
+        return checkpoint, OPTConfig.from_dict(read_json(config), source=str(config))
+
+    return of_one_save(path if path.is_dir() else path.parent, read)
 
 
 def fetch_checkpoint(name: str, layout: str | None = None, companions: bool = False, **hub: Any) -> Path:

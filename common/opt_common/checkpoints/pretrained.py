@@ -12,11 +12,12 @@ import numpy as np
 
 from ..config import DTYPES, OPTConfig
 from ..generation import GenerationConfig
-from ..hub import FETCH_OPTIONS
+from ..hub import FETCH_OPTIONS, local
 from ..progress import byte_bar
 from ..weights import Spec, head, table
+from .checkpoint import of_one_save
 from .fit import layer_number
-from .open import open_checkpoint
+from .open import Opened, open_checkpoint
 from .save import save_checkpoint
 from .shards import MAX_SHARD_SIZE
 from .tensors import Source, contiguous
@@ -93,9 +94,15 @@ def open_pretrained(
     changes = {key: options.pop(key) for key in [*options] if key in CHANGEABLE}
     if config is not None and not isinstance(config, OPTConfig):
         config = OPTConfig.from_pretrained(config)
-    opened = open_checkpoint(
-        path_or_name, layout, True, False, architecture, config, changes, ignore_mismatched_sizes, **options
-    )
+    given = config
+
+    def read() -> tuple[Opened, GenerationConfig]:
+        opened = open_checkpoint(
+            path_or_name, layout, True, False, architecture, given, changes, ignore_mismatched_sizes, **options
+        )
+        return opened, GenerationConfig.from_folder(opened.checkpoint.folder, opened.config)
+
+    opened, generation = of_one_save(local(path_or_name) / options.get("subfolder", ""), read)
     checkpoint, config, names, tied = opened.checkpoint, opened.config, opened.names, opened.tied
     path, there = checkpoint.path, set(names.values())
     if architecture == "OPTForCausalLM" and config.tie_word_embeddings and not tied:
@@ -121,7 +128,6 @@ def open_pretrained(
                 yield spec, contiguous(entry.map() if copied else entry.read())
                 advance(entry.nbytes)
 
-    generation = GenerationConfig.from_folder(checkpoint.folder, config)
     return Pretrained(config, dtype, tensors(), new, unused, generation)
 
 

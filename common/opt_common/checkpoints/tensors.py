@@ -10,9 +10,12 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import ml_dtypes
@@ -139,6 +142,30 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return out.view(array.dtype)
 
 
+# Whether an open file can be replaced, and read at an offset: not on Windows.
+CAN_HOLD = hasattr(os, "preadv")
+_HELD: ContextVar[Mapping[Path, FileIO]] = ContextVar("held")
+
+
+@contextmanager
+def holding(files: Mapping[Path, FileIO]) -> Iterator[None]:
+    """Within the block, read these files where they would be opened by their names, which others may have taken."""
+    token = _HELD.set(files)
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[FileIO]:
+    if file := _HELD.get({}).get(path):
+        yield file
+    else:
+        with open(path, "rb", buffering=0) as file:
+            yield file
+
+
 def read_bytes(path: Path, start: int, size: int) -> np.ndarray:
     data = np.empty(size, np.uint8)
     fill(path, start, data)
@@ -149,22 +176,25 @@ def fill(path: Path, start: int, out: np.ndarray) -> None:
     """Read bytes of a file from `start` on into a contiguous array. OSError or ValueError, naming the file, if they
     cannot be read, or if it ends before."""
     # a plain read: the pages of a memory map count as the process's memory while it is open
-    with naming(path), open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        view = memoryview(out.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
+    with naming(path), _opened(path) as file:
+        view, at = memoryview(out.reshape(-1).view(np.uint8)), start  # pyright: ignore[reportArgumentType]
         while view.nbytes:
-            got = file.readinto(view)
+            if CAN_HOLD:
+                got = os.preadv(file.fileno(), [view], at)
+            else:
+                file.seek(at)
+                got = file.readinto(view)
             if not got:
-                raise ValueError(f"{path}: ends at {file.tell()} bytes, wanted {start + out.nbytes}")
-            view = view[got:]
+                raise ValueError(f"{path}: ends at {at} bytes, wanted {start + out.nbytes}")
+            view, at = view[got:], at + got
 
 
 def map_bytes(path: Path, start: int, size: int) -> np.ndarray:
     """Bytes of a file, mapped copy-on-write, perhaps not aligned. OSError, naming the file, if they cannot be read."""
-    if size == 0 or path.stat().st_size < start + size:  # a map cannot be empty or extend beyond the file
-        return read_bytes(path, start, size)
     before = start % mmap.ALLOCATIONGRANULARITY
-    with naming(path), open(path, "rb") as file:
+    with naming(path), _opened(path) as file:
+        if size == 0 or os.fstat(file.fileno()).st_size < start + size:  # a map can be neither empty nor longer
+            return read_bytes(path, start, size)
         pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
     if sys.platform == "linux":
         # all at once, which is faster; and an unreadable page would kill the process later
