@@ -19,9 +19,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """The text in a file. ValueError or OSError, naming the file, if it is not UTF-8 or cannot be read."""
+    """The text in a file, whatever ends its lines. ValueError or OSError, naming the file, if it is not UTF-8 or cannot
+    be read."""
     try:
-        return read_bytes(path).decode("utf-8")
+        with naming(path):
+            return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
 

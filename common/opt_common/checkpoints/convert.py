@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config import DTYPES, OPTConfig
 from ..files import read_bytes
-from ..hub import COMPANIONS
+from ..hub import COMPANIONS, local
 from ..progress import byte_bar
 from ..weights import table
 from .checkpoint import of_one_save
@@ -114,7 +114,7 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
         raise ValueError(f"dtype: found {dtype!r}, wanted one of {', '.join(DTYPES)}")
     if to not in WRITABLE:
         raise ValueError(f"layout: found {to!r}, wanted one of {', '.join(WRITABLE)} to write")
-    return of_one_save(Path(source).expanduser(), lambda: _read_headers(source, target, to, dtype, layout))
+    return of_one_save(local(source), lambda: _read_headers(source, target, to, dtype, layout))
 
 
 def _read_headers(source: str | Path, target: str | Path, to: str, dtype: str | None, layout: str | None) -> _Job:

@@ -173,8 +173,8 @@ def read_bytes(path: Path, start: int, size: int) -> np.ndarray:
 
 
 def fill(path: Path, start: int, out: np.ndarray) -> None:
-    """Read bytes of a file from `start` on into a contiguous array. OSError or ValueError,
-    naming the file, if they cannot be read, or if it ends before."""
+    """Read bytes of a file from `start` on into a contiguous array. OSError or ValueError, naming the file, if they
+    cannot be read, or if it ends before."""
     # a plain read: the pages of a memory map count as the process's memory while it is open
     with naming(path), _opened(path) as file:
         view, at = memoryview(out.reshape(-1).view(np.uint8)), start  # pyright: ignore[reportArgumentType]

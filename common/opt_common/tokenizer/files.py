@@ -73,9 +73,10 @@ def is_gpt2(backend: Tokenizer) -> bool:
 def check_merges(vocab: Mapping[str, int], merges: Iterable[tuple[str, ...]]) -> None:
     """Raise ValueError for a pair that is none, or whose token the vocabulary lacks: the library may crash on one."""
     for pair in merges:
-        if len(pair) != 2 or "".join(pair) not in vocab:
-            found = f"merges: found {' '.join(pair)!r:.80}, whose join is out of vocabulary"
-            raise ValueError(f"vocab and merges make no BPE: {found}")
+        lost = next((f"`{token}` out of vocabulary" for token in (*pair, "".join(pair)) if token not in vocab), None)
+        if lost or len(pair) != 2:
+            found = f"merges: found {' '.join(pair)!r:.80}, {lost or 'wanted two tokens'}"
+            raise ValueError(f"vocab and merges make no BPE: {found:.200}")
 
 
 @contextmanager
