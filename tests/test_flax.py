@@ -17,6 +17,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from opt_common.config import OPTConfig  # noqa: E402
 from opt_flax import FlaxOPTForCausalLM, FlaxOPTModel, attention, products  # noqa: E402
+from opt_flax.generation.loop import run  # noqa: E402
 
 SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
              max_position_embeddings=64)  # fmt: skip

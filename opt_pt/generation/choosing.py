@@ -35,13 +35,18 @@ class Chooser:
         device = text.ids.device
         self.text, self.do_sample = text, settings.do_sample
         functions = PROCESSORS | {"guidance_scale": partial(_guidance_scale, guide)}
-        self.processors = [(functions[name], _on(device, value)) for name, value in _ordered(settings.processors)]
+        ordered = _ordered(settings.processors)
+        self.processors = [(functions[name], _on(device, value)) for name, value in ordered]
         output = settings.return_dict_in_generate
         self.scores: list[Tensor] | None = [] if output and settings.output_scores else None
         self.logits: list[Tensor] | None = [] if output and settings.output_logits else None
         self.rng = _generator(settings.seed, device) if settings.do_sample else None
         self.fixed = self.scores is None and self.logits is None and not HOST & settings.processors.keys()
         self.greedy = self.fixed and not self.processors and not self.do_sample
+        # On a GPU what comes behind top_k sees only what it leaves: to sort a vocabulary takes longer than all the rest
+        self.few, k = None, settings.processors.get("top_k", 0)
+        if device.type == "cuda" and self.fixed and settings.num_beams == 1 and 0 < 2 * k < len(text.is_eos):
+            self.few = [name for name, _ in ordered].index("top_k"), k
         numbers = [(name, v if isinstance(v, int) else None) for name, v in settings.processors.items()]
         self.variant = (settings.do_sample, settings.num_beams, self.fixed, *numbers)
 
@@ -50,8 +55,21 @@ class Chooser:
         logits = logits.float()
         if self.logits is not None:
             self.logits.append(logits.clone())
+        if self.few is not None:
+            return self._of_few(logits, *self.few)
         scores = self.process(logits)
         return self.draw(scores.softmax(dim=-1))[:, 0] if self.do_sample else scores.argmax(dim=-1)
+
+    def _of_few(self, scores: Tensor, at: int, k: int) -> Tensor:
+        """As `__call__`, but from processor `at`, top_k, on with the 2 k likeliest alone: so many, because all that are
+        as likely as the k-th stay."""
+        for function, value in self.processors[:at]:
+            scores = function(self.text, scores, value)
+        scores, ids = scores.topk(2 * k)
+        scores = scores.masked_fill(scores < scores[:, k - 1 : k], -torch.inf)
+        for function, value in self.processors[at + 1 :]:
+            scores = function(self.text, scores, value)
+        return ids.gather(1, self.draw(scores.softmax(dim=-1)))[:, 0]
 
     def process(self, scores: Tensor) -> Tensor:
         """What the tokens are chosen from, [R, V], of their logits or log probabilities, float32."""
@@ -66,7 +84,8 @@ class Chooser:
         if chances.device.type == "cpu":
             return torch.multinomial(chances, n, generator=self.rng)
         # the same draw, which in PyTorch waits for the device: p / Exp(1) is largest where a draw from p would fall
-        return (chances / torch.empty_like(chances).exponential_(generator=self.rng)).topk(n).indices
+        races = chances / torch.empty_like(chances).exponential_(generator=self.rng)
+        return races.argmax(dim=-1, keepdim=True) if n == 1 else races.topk(n).indices
 
 
 def _generator(seed: int | tuple[int, ...] | None, device: torch.device) -> torch.Generator | None:
