@@ -53,6 +53,25 @@ class KVCache(NamedTuple):
         """Whether no slot is taken; False where that is not known yet."""
         return not isinstance(self.length, Tracer) and int(self.length) == 0
 
+    def select(self, rows: Array) -> KVCache:
+        """The cache of those rows, in that order."""
+
+        def taken(x: Array) -> Array:
+            return x.reshape(-1, self.rows, *x.shape[1:])[:, rows].reshape(-1, *x.shape[1:])
+
+        k, v = (tuple(map(taken, layers)) for layers in (self.k, self.v))
+        return KVCache(k, v, self.length, self.segments[rows])
+
+    def between(self, start: int, end: int) -> KVCache:
+        """The cache of those slots, which may be more than there are; `length` must be known."""
+
+        def cut(x: Array) -> Array:
+            x = x[:, start:end]
+            return jnp.pad(x, ((0, 0), (0, end - start - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
+
+        k, v = (tuple(map(cut, layers)) for layers in (self.k, self.v))
+        return KVCache(k, v, self.length - start, cut(self.segments))
+
 
 class Writer:
     """What the layers of one call write their keys and values to. `cache` is the value so far: the cache of the call

@@ -42,7 +42,8 @@ class Packing:
     longest_k: int
 
 
-# A mask [B or 1, 1, T, S], boolean (true: attends) or additive (0: attends); None: all earlier slots and its own
+# A mask [B or 1, 1, T, S], boolean (true: attends) or additive (0: attends). None: all earlier slots and its own; for
+# eager, as in transformers, all slots
 View = Tensor | Packing | None
 
 
@@ -57,8 +58,10 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend by the implementation that the config of `module`, an attention, names; by the eager formula if the
     weights are wanted."""
-    way = eager if output_attentions else IMPLEMENTATIONS[module.config._attn_implementation]
-    return way(q, k, v, mask, module.scaling, module.dropout if module.training else 0.0)
+    name = module.config._attn_implementation
+    if output_attentions and name != "eager":
+        name, mask = "eager", causal(q.shape[2], k.shape[2], q.device) if mask is None else mask
+    return IMPLEMENTATIONS[name](q, k, v, mask, module.scaling, module.dropout if module.training else 0.0)
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: float) -> tuple[Tensor, Tensor]:
@@ -66,11 +69,10 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: 
     trained: in half precision that differs. The softmax is float32 in half precision too."""
     assert not isinstance(mask, Packing)
     scores = torch.matmul(q * scaling, k.mT)
-    if mask is None:
-        mask = causal(q.shape[2], k.shape[2], q.device)
-    if mask.dtype == torch.bool:  # added, as in transformers: filled in, padding would have other gradients
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-    scores = scores + mask
+    if mask is not None:
+        if mask.dtype == torch.bool:  # added, as in transformers: filled in, padding would have other gradients
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        scores = scores + mask
     weights = scores.softmax(dim=-1, dtype=max(q.dtype, torch.float32, key=lambda t: t.itemsize)).to(q.dtype)
     return torch.matmul(F.dropout(weights, dropout), v).transpose(1, 2), weights
 
@@ -181,12 +183,13 @@ def check_flash(device: torch.device, dtype: torch.dtype) -> None:
 
 def choose(decoder: Any, segments: Tensor | None, past: int, x: Tensor, output_attentions: bool) -> View:
     """What each of the new tokens x [B, T, H] may see, in the form that the decoder's implementation takes."""
-    T = x.shape[1]
-    if output_attentions or decoder.config._attn_implementation != "flash_attention_2":
-        return dense(segments, past, T, x.device)
+    T, name = x.shape[1], decoder.config._attn_implementation
+    if output_attentions or name != "flash_attention_2":
+        mask = dense(segments, past, T, x.device)
+        return causal(T, past + T, x.device)[None, None] if mask is None and T > 1 and name == "eager" else mask
     check_flash(x.device, torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype)
-    if segments is None:
-        return None
+    if segments is None or segments.ndim == 4:
+        return segments
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             "attention_mask, position_ids: found one while a CUDA graph is captured, and 'flash_attention_2' removes "
@@ -215,16 +218,21 @@ def dense(segments: Tensor | None, past: int, T: int, device: torch.device) -> T
     """The mask [B or 1, 1, T, S] of eager and sdpa: a token attends to the earlier slots of its own document. None
     where causality alone says it all.
 
-    segments: [B, S], the document of each slot, counted from 1; 0 is padding, which nothing attends to. As in
-    transformers, padding attends to the real tokens before it (here: of the latest document); where there are none, in
-    left padding, sdpa gives 0 and eager the mean over all slots. None: all are one document.
+    segments: [B, S], the document of each slot, counted from 1, or booleans where there is one; 0 is padding, which
+    nothing attends to. As in transformers, padding attends to the real tokens before it (here: of the latest document);
+    where there are none, in left padding, sdpa gives 0 and eager the mean over all slots. None: all are one document.
+    A mask that the call brought stays as it is.
     """
+    if segments is not None and segments.ndim == 4:
+        return segments
     if segments is None and (past == 0 or T == 1):
         return None
     slots = torch.arange(past + T, device=device)
     earlier = slots[past:, None] >= slots
     if segments is None:
         return earlier[None, None]
+    if segments.dtype == torch.bool:
+        return (earlier & segments[:, None])[:, None]
     documents = segments.cummax(dim=1).values[:, past:, None]  # they grow from left to right
     return (earlier & (documents == segments[:, None]) & (segments != 0)[:, None])[:, None]
 

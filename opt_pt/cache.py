@@ -6,7 +6,7 @@ B batch   T new tokens   S slots   N heads   D head width
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from torch.utils import _pytree
 from opt_common.config import OPTConfig
 
 from .attention import Packing, View
+
+
+class CachedLayer(NamedTuple):
+    """What a cache holds of one layer: [B, N, length, D] each."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class KVCache:
@@ -26,7 +33,8 @@ class KVCache:
 
     k, v: a [B, N, S, D] tensor a layer: what one head reads lies in one piece. The first `length` slots are taken, of
     every row the same ones.
-    segments: [B, length], the document each slot belongs to, counted from 1; 0 is padding. None: all are 1.
+    segments: [B, length], the document each slot belongs to, counted from 1, or booleans where there is one; 0 is
+    padding. None: all are 1.
     """
 
     def __init__(
@@ -122,13 +130,18 @@ class KVCache:
         """The number of layers."""
         return len(self.k)
 
-    def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """The keys and values [B, N, length, D] of a layer."""
+    def __getitem__(self, layer_idx: int) -> CachedLayer:
+        """The keys and values of a layer."""
         end = self.taken[layer_idx]
-        return self.k[layer_idx][:, :, :end], self.v[layer_idx][:, :, :end]
+        return CachedLayer(self.k[layer_idx][:, :, :end], self.v[layer_idx][:, :, :end])
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[CachedLayer]:
         return (self[i] for i in range(len(self)))
+
+    @property
+    def layers(self) -> list[CachedLayer]:
+        """The keys and values of every layer."""
+        return list(self)
 
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` tokens, or all but the last so many if it is negative."""

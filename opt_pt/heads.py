@@ -58,7 +58,10 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs)
         x = out.last_hidden_state  # [B, T, E]
         B, T = x.shape[:2]
-        real = x.new_ones((B, T), dtype=torch.bool) if attention_mask is None else attention_mask[:, -T:] != 0
+        if attention_mask is None or attention_mask.ndim == 4:
+            real = x.new_ones((B, T), dtype=torch.bool)
+        else:
+            real = attention_mask[:, -T:] != 0
         if input_ids is not None and self.config.pad_token_id is not None:
             real = real & (input_ids != self.config.pad_token_id)
         last = (real * torch.arange(T, device=x.device)).argmax(1)

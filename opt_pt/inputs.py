@@ -64,15 +64,26 @@ def check(
 ) -> tuple[Tensor | None, int, int]:
     """Check the arguments of a call and return input_ids as [B, T], B and T. As in transformers, ids may come as [T] or
     with more dimensions than two. Raises ValueError that names the argument."""
+    past, whole = past_length(cache), attention_mask is not None and attention_mask.ndim == 4
     if input_ids is not None and input_ids.ndim != 2 and input_ids.numel() > 0:
         input_ids = input_ids.reshape(-1, input_ids.shape[-1])
     B, T = check_call(
         config,
-        *(None if x is None else x.shape for x in (input_ids, inputs_embeds, attention_mask, position_ids)),
-        past=past_length(cache),
+        None if input_ids is None else input_ids.shape,
+        None if inputs_embeds is None else inputs_embeds.shape,
+        None if attention_mask is None or whole else attention_mask.shape,
+        None if position_ids is None else position_ids.shape,
+        past,
         slots=getattr(cache, "slots", None),
         rows=getattr(cache, "rows", None),
     )
+    if whole:
+        rows, heads, *rest = attention_mask.shape  # type: ignore[union-attr]
+        if rows not in (1, B) or heads not in (1, config.num_attention_heads) or rest != [T, past + T]:
+            found = f"attention_mask: found shape {[rows, heads, *rest]}"
+            raise ValueError(f"{found}, wanted [{B}, {past + T}] or [{B}, 1, {T}, {past + T}]")
+        if position_ids is None:
+            raise ValueError("position_ids: found None, wanted the tokens' positions beside a 4-D attention_mask")
     # on a GPU, looking would wait for it
     if input_ids is not None and input_ids.device.type == "cpu" and not recording(input_ids.device):
         check_tokens(config, int(input_ids.min()), int(input_ids.max()))
@@ -91,9 +102,11 @@ def columns(logits_to_keep: int | Tensor, labels: Tensor | None) -> slice | Tens
 
 
 def recording(device: torch.device) -> bool:
-    """Whether a call is being recorded, by a compiler, a tracer or as a CUDA graph: no value may be looked at, or other
-    values would be answered as these."""
+    """Whether a call is being recorded, by a compiler, a tracer or as a CUDA graph, or transformed (torch.func): no
+    value may be looked at, or other values would be answered as these."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -108,10 +121,16 @@ def place(
     cache: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Positions [B or 1, T] of the new tokens (padding is -1), and the segments [B, S]: the document of each slot,
-    counted from 1, and 0 for padding (None: all is one document, and nothing padding).
+    counted from 1, and 0 for padding; as booleans where there is one document (None: and nothing padding).
 
-    With `position_ids`, a document begins at each position 0 and wherever the position does not grow.
+    With `position_ids`, a document begins at each position 0 and wherever the position does not grow. In place of the
+    segments, a 4-D attention_mask stays as it is: it says what each token sees.
     """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        assert position_ids is not None
+        if not recording(device):
+            check_positions(config, int(position_ids.max()), smallest=int(position_ids.min()))
+        return position_ids.long(), attention_mask
     past, before = past_length(cache), getattr(cache, "segments", None)
     tracing = recording(device)
     if attention_mask is not None and before is None and not tracing and bool(attention_mask.all()):
@@ -130,6 +149,8 @@ def place(
         same = (segments == current).long()
         positions = (same.cumsum(dim=1) * same - 1)[:, past:]
         largest_known = past + T <= config.max_position_embeddings
+        if before is None or before.dtype == torch.bool:
+            segments = segments.bool()
     else:
         positions = position_ids.long()
         starts = positions == 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opt_common.config import OPTConfig
+from opt_common.kin import Kin
 
 from .fast.layer import layer_forward
 from .fast.products import linear as linear  # a Linear, by its fastest route
@@ -28,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class OPTLearnedPositionalEmbedding(nn.Embedding):
+class OPTLearnedPositionalEmbedding(Kin, nn.Embedding):
     """The position table. Position p is row p + 2: OPT's table starts two rows in, and padding, at -1, is row 1."""
 
     offset = 2
@@ -60,9 +61,16 @@ def runner(decoder: Any, layer: nn.Module, cache: Any) -> Callable[..., Tensor]:
     gradient checkpointing and layerdrop."""
     run: Callable[..., Tensor] = partial(layer_forward, layer)
     if decoder.gradient_checkpointing and decoder.training and cache is None and torch.is_grad_enabled():
-        options = decoder.__dict__.get("checkpoint_options", {})  # absent where only the flag was set, by hand
-        run = partial(checkpoint, layer, **{"use_reentrant": False} | options)
+        # no options where only the flag was set, by hand
+        run = partial(checkpointed, layer, {"use_reentrant": False} | decoder.__dict__.get("checkpoint_options", {}))
     return partial(layerdrop, decoder.layerdrop, run) if decoder.training and decoder.layerdrop > 0 else run
+
+
+def checkpointed(layer: nn.Module, options: dict[str, Any], hidden_states: Tensor, **how: Any) -> Tensor:
+    """Run a layer under torch.utils.checkpoint, whose reentrant way takes no keywords for it."""
+    if options["use_reentrant"]:
+        return checkpoint(partial(layer, **how), hidden_states, **options)  # type: ignore[return-value]
+    return checkpoint(layer, hidden_states, **how, **options)  # type: ignore[return-value]
 
 
 def layerdrop(rate: float, run: Callable[..., Tensor], hidden_states: Tensor, **how: Any) -> Tensor:

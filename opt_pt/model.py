@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_common.config import OPTConfig
+from opt_common.kin import Kin
 from opt_common.outputs import BaseModelOutput, CausalLMOutput
 
 from .attention import View, attend, choose, compact, restore, split_heads
@@ -20,11 +21,11 @@ from .cache import KVCache, past_length, remember
 from .generation import compute_transition_scores, generate, stream
 from .inputs import check, columns, loss_options, place, wanted
 from .layers import ACTIVATIONS, OPTLearnedPositionalEmbedding, cross_entropy, embedding, init_weights, linear, runner
-from .outputs import can_return_tuple
+from .outputs import can_return_tuple, takes_cache
 from .pretrained import OPTPreTrainedModel
 
 
-class OPTAttention(nn.Module):
+class OPTAttention(Kin, nn.Module):
     """Multi-head causal self-attention."""
 
     def __init__(self, config: OPTConfig, layer_idx: int | None = None) -> None:
@@ -38,6 +39,7 @@ class OPTAttention(nn.Module):
         self.q_proj = nn.Linear(H, H, bias=bias)
         self.out_proj = nn.Linear(H, H, bias=bias)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -55,7 +57,7 @@ class OPTAttention(nn.Module):
         return self.out_proj(out.flatten(2)), weights
 
 
-class OPTDecoderLayer(nn.Module):
+class OPTDecoderLayer(Kin, nn.Module):
     """Attention and feed-forward, each with its residual; the norm comes before them, or after them in 350m."""
 
     def __init__(self, config: OPTConfig, layer_idx: int | None = None) -> None:
@@ -70,6 +72,7 @@ class OPTDecoderLayer(nn.Module):
         self.fc2 = nn.Linear(F, H, bias=bias)
         self.final_layer_norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -92,8 +95,7 @@ class OPTDecoderLayer(nn.Module):
             hidden_states=hidden_states,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
-            output_attentions=attentions is not None,
-            **kwargs,
+            **{"output_attentions": attentions is not None} | kwargs,
         )
         hidden_states = residual + F.dropout(hidden_states, self.dropout, self.training)
         if not self.do_layer_norm_before:
@@ -144,7 +146,7 @@ class OPTDecoder(nn.Module):
         """Run the decoder.
 
         input_ids: [B, T] whole numbers; or inputs_embeds: [B, T, E], which replace the token embedding's output.
-        attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding.
+        attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding. Or a layer's 4-D mask.
         past_key_values: the cache of the tokens before these, written in place. With use_cache and none given, a new
             KVCache is made, which grows (`init_cache` makes one of a fixed size). One of transformers' serves too.
         position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
@@ -166,8 +168,7 @@ class OPTDecoder(nn.Module):
 
         view = choose(self, segments, past, hidden_states, want.attentions)
         hidden_states = compact(hidden_states, view)
-        all_hidden_states: list[Tensor] = []
-        attentions: list[Tensor] = []
+        all_hidden_states, attentions = [], []
         how: dict[str, Any] = {"attention_mask": view, "past_key_values": cache, "use_cache": cache is not None}
         if want.attentions:
             how["attentions"] = attentions
@@ -182,7 +183,7 @@ class OPTDecoder(nn.Module):
         all_hidden_states = [restore(x, view) for x in [*all_hidden_states, hidden_states]]
 
         if cache is not None:
-            cache.segments = segments
+            cache.segments = segments if segments is None or segments.ndim == 2 else None
         return BaseModelOutput(
             last_hidden_state=all_hidden_states[-1],
             past_key_values=cache,

@@ -32,14 +32,24 @@ for _cls in OUTPUTS:
     _register(_cls)
 
 
+def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let past_key_values be called `cache`, as from transformers 5.24 on."""
+
+    @wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "cache" in kwargs:
+            kwargs["past_key_values"] = kwargs.pop("cache")
+        return forward(self, *args, **kwargs)
+
+    return call
+
+
 def can_return_tuple(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a model's forward the argument return_dict: False returns a tuple; the config's by default. And `cache`,
-    transformers 5.24's name of past_key_values."""
+    """Give a model's forward the argument return_dict: False returns a tuple; the config's by default."""
+    forward = takes_cache(forward)
 
     @wraps(forward)
     def call(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
-        if "cache" in kwargs:
-            kwargs["past_key_values"] = kwargs.pop("cache")
         out = forward(self, *args, **kwargs)
         if return_dict is None:  # the config speaks to users, not to the models around a decoder
             return_dict = self.config.return_dict if hasattr(type(self), "architecture") else True

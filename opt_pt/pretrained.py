@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from opt_common.checkpoints.pretrained import open_pretrained, save_pretrained
 from opt_common.checkpoints.shards import MAX_SHARD_SIZE
+from opt_common.checkpoints.tensors import Source
 from opt_common.config import OPTConfig
 from opt_common.generation import GenerationConfig
-from opt_common.weights import TORCH, Spec
+from opt_common.kin import Kin
+from opt_common.weights import TORCH, Spec, table
 
 from .attention import check_implementation
 from .cache import KVCache
@@ -25,7 +27,7 @@ from .fast.products import pack
 from .layers import init_weights
 
 
-class OPTPreTrainedModel(nn.Module):
+class OPTPreTrainedModel(Kin, nn.Module):
     """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`."""
 
     architecture: ClassVar[str]
@@ -43,8 +45,8 @@ class OPTPreTrainedModel(nn.Module):
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__()
         if attn_implementation is not None:
-            check_implementation(attn_implementation)
             config = dataclasses.replace(config, _attn_implementation=attn_implementation)
+        check_implementation(config._attn_implementation)
         self.config = config
         self.generation_config: Any = GenerationConfig.from_model_config(config)
         self.warnings_issued: dict[str, bool] = {}
@@ -188,6 +190,8 @@ class OPTPreTrainedModel(nn.Module):
         """Whether `gradient_checkpointing_enable` is in force."""
         return self._decoder.gradient_checkpointing
 
+    is_activation_checkpointing = is_gradient_checkpointing
+
     def enable_input_require_grads(self) -> None:
         """Let gradients flow to the token embedding's output, for adapters around frozen weights."""
         hook = self.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_(True))
@@ -242,9 +246,12 @@ class OPTPreTrainedModel(nn.Module):
         """Name it for the Hub's model card; kept in `model_tags`."""
         self.model_tags = [*getattr(self, "model_tags", []), *([tags] if isinstance(tags, str) else tags)]
 
-    def is_remote_code(self) -> bool:
+    @classmethod
+    def is_remote_code(cls) -> bool:
         """False: its code comes from this package."""
         return False
+
+    is_custom_code = is_remote_code
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
@@ -257,6 +264,7 @@ class OPTPreTrainedModel(nn.Module):
     def from_config(cls, config: OPTConfig, attn_implementation: str | None = None, **kwargs: Any) -> Self:
         """A model with new weights, in the dtype that `dtype` or `torch_dtype` names."""
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        kwargs.pop("trust_remote_code", None)  # there is none
         if kwargs:
             raise TypeError(f"from_config: found unknown arguments {', '.join(sorted(kwargs))}")
         model = cls(config, attn_implementation)
@@ -267,7 +275,7 @@ class OPTPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_name: str | Path,
+        pretrained_model_name_or_path: str | Path | None,
         *,
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
@@ -277,11 +285,13 @@ class OPTPreTrainedModel(nn.Module):
         offload_folder: str | Path | None = None,
         attn_implementation: str | None = None,
         output_loading_info: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
         **options: Any,
     ) -> Self:
         """Load a checkpoint, in eval mode.
 
-        path_or_name: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or not.
+        pretrained_model_name_or_path: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or
+            not.
         dtype: a torch dtype, its name, or "auto" for the checkpoint's; float32 by default. `torch_dtype` is its old
             spelling.
         device: where the weights go, tensor by tensor as they are read; by default PyTorch's default device.
@@ -289,19 +299,29 @@ class OPTPreTrainedModel(nn.Module):
             with max_memory and offload_folder as in accelerate, which must be installed.
         attn_implementation: "sdpa" (the default), "eager" or "flash_attention_2"; see `opt_pt.attention`.
         output_loading_info: also return which weights were new or not used.
+        state_dict: the weights, with None for pretrained_model_name_or_path and config=.
         options: those of `opt_common.checkpoints.pretrained.open_pretrained`: config=, revision, cache_dir, token,
             local_files_only, use_safetensors ..., and config overrides: num_labels, id2label, dropout ...
-        A head missing from the checkpoint, and modules that a subclass adds, are newly initialized, and a head that is
-        not this model's is dropped; a warning names their weights.
+        Modules that a subclass adds are loaded too. They, or a head, are newly initialized where the checkpoint lacks
+        them, and a head that is not this model's is dropped; a warning names their weights.
         Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
         """
         name = str(torch_dtype if torch_dtype is not None else dtype or "float32").removeprefix("torch.")
+        if state_dict is not None or pretrained_model_name_or_path is None:
+            if state_dict is None or pretrained_model_name_or_path is not None or options.keys() != {"config"}:
+                wanted = "None for pretrained_model_name_or_path beside it, and config= alone"
+                raise ValueError(f"state_dict: found {'None' if state_dict is None else 'one'}, wanted {wanted}")
+            model = cls.from_config(options["config"], attn_implementation, dtype=name)
+            model.load_state_dict(state_dict)
+            return model.to(device or single_device(device_map)).eval()
         check_device_map(device_map, max_memory, offload_folder)
         device = single_device(device_map) if device is None else device
         if device is None and device_map is None:
             device = torch.get_default_device()
         elsewhere = torch.device(device or "cpu").type != "cpu"
-        opened = open_pretrained(path_or_name, cls.architecture, name, copied=elsewhere, **options)
+        opened = open_pretrained(
+            pretrained_model_name_or_path, cls.architecture, name, copied=elsewhere, added=cls._added, **options
+        )
         wanted = getattr(torch, opened.dtype)
         with torch.device("meta"):  # shapes without memory, and no random numbers
             model = cls(opened.config) if attn_implementation is None else cls(opened.config, attn_implementation)
@@ -319,13 +339,22 @@ class OPTPreTrainedModel(nn.Module):
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         added = _initialize_added(model, opened.config, devices)
-        model.config.name_or_path, model.generation_config = str(path_or_name), opened.generation
+        model.load_state_dict({name: _tensor(read()) for name, read in opened.added.items()}, strict=False)
+        model.config.name_or_path, model.generation_config = str(pretrained_model_name_or_path), opened.generation
         model = dispatch(model.eval(), devices, offload_folder)
         if not output_loading_info:
             return model
-        missing = [spec.name for spec in opened.new] + added
+        missing = [spec.name for spec in opened.new] + [name for name in added if name not in opened.added]
         info = {"missing_keys": missing, "unexpected_keys": opened.unused, "mismatched_keys": [], "error_msgs": []}
         return model, info  # type: ignore[return-value]
+
+    @classmethod
+    def _added(cls, config: OPTConfig) -> list[str]:
+        """The names of the tensors that a subclass has besides OPT's."""
+        if cls.__module__.startswith(f"{__package__}."):
+            return []
+        with torch.device("meta"):
+            return list(_besides_the_table(cls(config)))
 
     def save_pretrained(
         self,
@@ -341,7 +370,8 @@ class OPTPreTrainedModel(nn.Module):
         token: str | bool | None = None,
     ) -> None:
         """Write a folder that every framework here and transformers load: config.json, generation_config.json and
-        safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one.
+        safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one. The
+        weights of modules that a subclass adds are written too; only it can load them.
 
         state_dict: weights to write in place of the model's, as from accelerate's `get_state_dict`.
         is_main_process: False writes nothing. safe_serialization: False writes pytorch_model.bin.
@@ -360,9 +390,25 @@ class OPTPreTrainedModel(nn.Module):
 
         dtype = str(next(iter(weights.values())).dtype if weights else self.dtype).removeprefix("torch.")
         layout = "safetensors" if safe_serialization else "torch"
+        added = [
+            Source(name, tuple(x.shape), str(x.dtype).removeprefix("torch."), lambda x=x: _array(x))
+            for name, x in _besides_the_table(self, weights).items()
+        ]
         save_pretrained(
-            save_directory, self.config, self.architecture, dtype, get, max_shard_size, layout, self.generation_config
-        )
+            save_directory, self.config, self.architecture, dtype, get, max_shard_size, layout, self.generation_config,
+            added,
+        )  # fmt: skip
+
+
+def _besides_the_table(model: OPTPreTrainedModel, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Of a state dict, the model's own by default, the tensors of modules that are not OPT's. Raises ValueError for one
+    that is no floating-point tensor, which nothing here reads."""
+    own = {spec.path for spec in table(model.config, model.architecture)} | {"lm_head"}
+    added = {name: x for name, x in (weights or model.state_dict()).items() if name.rpartition(".")[0] not in own}
+    for name, x in added.items():
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            raise ValueError(f"{name}: found {getattr(x, 'dtype', type(x).__name__)}, wanted floating-point numbers")
+    return added
 
 
 def _initialize_added(model: OPTPreTrainedModel, config: OPTConfig, devices: Callable[[str], Any]) -> list[str]:

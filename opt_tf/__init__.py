@@ -20,6 +20,7 @@ from . import outputs as outputs  # registers them
 from .cache import KVCache
 from .heads import TFOPTForQuestionAnswering, TFOPTForSequenceClassification
 from .model import TFOPTForCausalLM, TFOPTModel
+from .pretrained import TFOPTPreTrainedModel as TFOPTPreTrainedModel
 from .pretrained import register
 
 for _model in (TFOPTModel, TFOPTForCausalLM, TFOPTForSequenceClassification, TFOPTForQuestionAnswering):

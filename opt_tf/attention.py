@@ -32,26 +32,30 @@ class Blocks:
 View = Tensor | Blocks | None
 
 
-class Collector(list):
-    """A list that layers append to. Keras would hand them a copy of a plain list."""
-
-
 def attend(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: View, output_attentions: bool = False
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: View,
+    head_mask: Tensor | None = None,
+    output_attentions: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend with the heads, scaling and dropout of `module`, an attention: of q [B·N, T, D] and k, v [B·N, S, D],
-    return the result [B, T, N·D] and, if wanted, the weights [B, N, T, S].
+    """Attend with the scaling and dropout of `module`, an attention: of q [B, N, T, D] and k, v [B, N, S, D] or
+    [B·N, S, D], return the result [B, T, N·D] and, if wanted, the weights [B, N, T, S], each head's times its factor in
+    head_mask [N].
 
     The query is scaled, not the scores, as OPT was trained: in half precision that differs. The factor stays float32:
     rounded to bfloat16, the 80^-½ of 2.7b would be off, for every query alike. The softmax is float32 too.
     """
-    (_, T, D), S, N = ops.shape(q), ops.shape(k)[1], module.num_heads
-    B = ops.shape(q)[0] // N
+    (B, N, T, D), S = ops.shape(q), ops.shape(k)[-2]
     scaled = ops.cast(wide(q) * module.scaling, q.dtype)
+    # XLA's products read these without a copy; of four dimensions they make one if B is 1
+    query, keys, values = (ops.reshape(x, (B * N, n, D)) for x, n in ((scaled, T), (k, S), (v, S)))
     first, outs, attentions = 0, [], []
     for part in _masks(mask, T, S):
         t, s = ops.shape(part)[2:]
-        scores = tf.matmul(scaled[:, first : first + t], k[:, :s], transpose_b=True)
+        scores = tf.matmul(query[:, first : first + t], keys[:, :s], transpose_b=True)
         scores = wide(ops.reshape(scores, (B, N, t, s)))
         lowest = scores.dtype.min
         if part.dtype == tf.bool:
@@ -59,7 +63,9 @@ def attend(
         else:
             scores = ops.maximum(scores + ops.cast(part, scores.dtype), lowest)
         weights = ops.cast(tf.nn.softmax(scores), q.dtype)  # [B, N, t, s]
-        outs.append(tf.matmul(ops.reshape(module.dropout(weights), (B * N, t, s)), v[:, :s]))
+        if head_mask is not None:
+            weights *= ops.cast(head_mask, q.dtype)[:, None, None]
+        outs.append(tf.matmul(ops.reshape(module.dropout(weights), (B * N, t, s)), values[:, :s]))
         if output_attentions:
             attentions.append(tf.pad(weights, ((0, 0), (0, 0), (0, 0), (0, S - s))))
         first += t
@@ -67,10 +73,10 @@ def attend(
     return ops.reshape(out, (B, T, N * D)), ops.concatenate(attentions, axis=2) if output_attentions else None
 
 
-def heads_first(x: Tensor, D: int) -> Tensor:
-    """[B·N, T, D] of [B, T, N·D]."""
+def split_heads(x: Tensor, width: int) -> Tensor:
+    """[B, T, N·D] as [B, N, T, D], of heads D = `width` wide."""
     B, T, H = ops.shape(x)
-    return ops.reshape(ops.transpose(ops.reshape(x, (B, T, H // D, D)), (0, 2, 1, 3)), (B * H // D, T, D))
+    return ops.transpose(ops.reshape(x, (B, T, H // width, width)), (0, 2, 1, 3))
 
 
 def choose(segments: Tensor | None, past: Any, T: Any) -> Blocks:
@@ -80,13 +86,14 @@ def choose(segments: Tensor | None, past: Any, T: Any) -> Blocks:
     transformers, padding attends to the real tokens before it (here: of the latest document); where there are none, in
     left padding, to padding, so that no row of a mask is empty. None: all are one document.
     """
+    known = past if isinstance(past, int) else tf.get_static_value(past)
     if segments is None:
-        return Blocks(_blocks(causal(T, T), 0))
+        return Blocks(_blocks(causal(T, past + T), known))
     # `past` may be a tensor, so the mask is as wide as the cache; causality hides the free slots
     earlier = past + ops.arange(T)[:, None] >= ops.arange(ops.shape(segments)[1])
     documents = ops.max(ops.where(earlier, segments[:, None], 0), axis=2, keepdims=True)  # they grow to the right
     mask = earlier & (documents == segments[:, None])
-    return Blocks(_blocks(mask[:, None], tf.get_static_value(past)))
+    return Blocks(_blocks(mask[:, None], known))
 
 
 def causal(T: Any, S: Any) -> Tensor:

@@ -15,9 +15,10 @@ from opt_common.config import OPTConfig
 from opt_common.inputs import check_labels, check_spans
 from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput
 
-from .cache import KVCache
+from .cache import KVCache, past_length
 from .layers import Linear, mean_cross_entropy, wide
 from .model import TFOPTModel
+from .outputs import can_return_tuple
 from .pretrained import TFOPTPreTrainedModel
 
 
@@ -32,6 +33,7 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
         self.score = Linear(config.embed_dim, config.num_labels, bias=False)
         self.build()
 
+    @can_return_tuple
     def call(
         self,
         input_ids: Tensor | None = None,
@@ -39,7 +41,7 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         position_ids: Tensor | None = None,
         training: bool | None = None,
         **kwargs: Any,
@@ -53,14 +55,13 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
             "multi_label_classification" (numbers 0 to 1): [B, num_labels]; the mean binary cross-entropy.
             The loss is float32.
         """
-        kwargs |= {"use_cache": use_cache, "position_ids": position_ids, "training": training}
+        kwargs |= {"use_cache": use_cache, "position_ids": position_ids, "training": training, "return_dict": True}
         out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, **kwargs)
         x = out.last_hidden_state  # [B, T, E]
         B, T, _ = ops.shape(x)
         real = tf.ones((B, T), tf.bool)
         if attention_mask is not None:
-            first = 0 if past_key_values is None else past_key_values.length
-            real = ops.not_equal(tf.slice(attention_mask, (0, first), (B, T)), 0)
+            real = ops.cast(tf.slice(attention_mask, (0, past_length(past_key_values)), (B, T)), "bool")
         if input_ids is not None and self.config.pad_token_id is not None:
             real = ops.logical_and(real, ops.not_equal(input_ids, self.config.pad_token_id))
         last = ops.argmax(ops.where(real, ops.arange(T), 0), axis=1)
@@ -83,6 +84,7 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
     """OPT with two scores a token: that the answer begins there, and that it ends there."""
 
     architecture = "OPTForQuestionAnswering"
+    label_names = ("start_positions", "end_positions")
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         super().__init__(config, initializer, **kwargs)
@@ -90,6 +92,7 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
         self.qa_outputs = Linear(config.embed_dim, 2)
         self.build()
 
+    @can_return_tuple
     def call(
         self,
         input_ids: Tensor | None = None,
@@ -98,7 +101,7 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         position_ids: Tensor | None = None,
         training: bool | None = None,
         **kwargs: Any,
@@ -109,7 +112,7 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
             columns are left out. (transformers takes negative ones for 0.) The loss is the mean of the two mean
             cross-entropies, in float32.
         """
-        kwargs |= {"use_cache": use_cache, "position_ids": position_ids, "training": training}
+        kwargs |= {"use_cache": use_cache, "position_ids": position_ids, "training": training, "return_dict": True}
         out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, **kwargs)
         starts, ends = ops.unstack(self.qa_outputs(out.last_hidden_state), 2, axis=-1)  # [B, T] each
         loss = None

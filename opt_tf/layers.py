@@ -51,6 +51,19 @@ class Block(keras.layers.Layer):
     def build(self, input_shape: Any = None) -> None:
         build_parts(self)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        old = self.__dict__.get(name)
+        super().__setattr__(name, value)
+        if isinstance(old, keras.layers.Layer) and old is not value:  # Keras would keep the weights of what is replaced
+            self._tracker.untrack(old)
+
+    def _lock_state(self) -> None:
+        pass  # or no part could be replaced
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        # tf.train.Checkpoint would leave out what is in a list of Keras's
+        return super()._trackable_children(save_type, **kwargs) | dict(_parts(self))
+
 
 def build_parts(whole: Any) -> None:
     """Build the layers of a layer or model, each named after its attribute, so that the variables' paths are the
@@ -69,6 +82,16 @@ def _parts(whole: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"layers.{i}", layer) for i, layer in enumerate(value))
 
 
+def replaced(layer: keras.layers.Layer, old: keras.Variable, values: Tensor) -> keras.Variable:
+    """A variable of these values in place of an old one of a layer, which may have another shape."""
+    trainable = old.trainable
+    layer._untrack_variable(old)
+    layer._tracker.unlock()
+    new = layer.add_weight(shape=values.shape, initializer=lambda *_, **__: values, name=old.name, trainable=trainable)
+    layer._tracker.lock()
+    return new
+
+
 class Linear(keras.layers.Dense):
     """A matrix product. XLA gives that of one row, which takes as long as reading the kernel, to a single core: there
     it is computed in parts."""
@@ -82,6 +105,15 @@ class Linear(keras.layers.Dense):
     def build(self, input_shape: Any = None) -> None:
         self.kernel_initializer = self.initializer or self.kernel_initializer
         super().build((None, self.in_features))
+
+    def resize(self, kernel: Tensor) -> None:
+        """Take another kernel [in, out], also one of another shape."""
+        self._kernel = replaced(self, self._kernel, kernel)
+        self.in_features, self.units = kernel.shape
+
+    def quantize(self, mode: Any = None, type_check: bool = True, config: Any = None) -> None:
+        """Keras's `Model.quantize` asks for this, and leaves out subclasses unless told that they are known."""
+        super().quantize(mode, type_check=False, config=config)
 
     def call(self, x: Tensor, training: bool | None = None) -> Tensor:
         one = math.prod(n or 0 for n in x.shape[:-1]) == 1
@@ -116,7 +148,27 @@ class Embedding(keras.layers.Embedding):
         self.embeddings_initializer = self.initializer or self.embeddings_initializer
         super().build()
         if self.padding_idx is not None:
-            self.embeddings.value[self.padding_idx].assign(tf.zeros(self.output_dim, self.variable_dtype))
+            for table in tf.distribute.get_strategy().experimental_local_results(self.embeddings.value):
+                table[self.padding_idx].assign(tf.zeros(self.output_dim, self.variable_dtype))
+
+    def resize(self, table: Tensor) -> None:
+        """Take another table [rows, width], also one of another shape."""
+        self._embeddings = replaced(self, self._embeddings, table)
+        self.input_dim, self.output_dim = table.shape
+
+    # transformers' names
+
+    @property
+    def weight(self) -> Any:
+        return self.embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        return self.input_dim
+
+    @property
+    def hidden_size(self) -> int:
+        return self.output_dim
 
     def call(self, ids: Tensor) -> Tensor:
         padding = -1 if self.padding_idx is None else self.padding_idx
@@ -202,17 +254,17 @@ def runner(layer: Any, checkpointing: bool) -> Callable[..., Any]:
         return layer
     states = [part.seed_generator.state for part in (layer.self_attn.dropout, layer.dropout) if part.rate]
 
-    def run(hidden_states: Tensor, **how: Any) -> Tensor:
+    def run(hidden_states: Tensor, **how: Any) -> tuple[Tensor, None, None]:
         @tf.recompute_grad
         def again(x: Tensor, *seeds: Tensor) -> tuple[Tensor, ...]:
             with keras.StatelessScope(state_mapping=list(zip(states, seeds, strict=True))) as scope:
-                x = layer(x, training=True, **how)
+                x, *_ = layer(x, training=True, **how)
             return x, *(scope.get_current_value(state) for state in states)
 
         hidden_states, *seeds = again(hidden_states, *(tf.convert_to_tensor(state.value) for state in states))
         for state, seed in zip(states, seeds, strict=True):
             state.assign(seed)
-        return hidden_states
+        return hidden_states, None, None
 
     return run
 

@@ -15,11 +15,12 @@ from opt_common.config import OPTConfig
 from opt_common.outputs import BaseModelOutput, CausalLMOutput
 
 from . import layers as nn  # Keras's layers, as PyTorch calls them
-from .attention import Collector, View, attend, choose, heads_first
-from .cache import CacheWriter, KVCache
-from .generate import generate
-from .inputs import check, columns, place
+from .attention import View, attend, choose, split_heads
+from .cache import CacheWriter, KVCache, past_length
+from .generation import compute_transition_scores, generate, stream
+from .inputs import check, columns, place, wanted
 from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, runner
+from .outputs import can_return_tuple
 from .pretrained import TFOPTPreTrainedModel
 
 
@@ -42,14 +43,15 @@ class OPTAttention(nn.Block):
         hidden_states: Tensor,
         past_key_values: CacheWriter | None = None,
         attention_mask: View = None,
+        layer_head_mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the new hidden states [B, T, H] and, if wanted, the attention weights [B, N, T, S]."""
         parts = (f(hidden_states) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (heads_first(x, self.head_dim) for x in parts)  # [B·N, T, D] each
+        q, k, v = (split_heads(x, self.head_dim) for x in parts)  # [B, N, T, D] each
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx, attention_mask)  # [B·N, S, D]
-        out, weights = attend(self, q, k, v, attention_mask, output_attentions)
+            k, v = past_key_values.update(k, v, self.layer_idx, attention_mask)  # of all S slots
+        out, weights = attend(self, q, k, v, attention_mask, layer_head_mask, output_attentions)
         return self.out_proj(out), weights
 
 
@@ -73,17 +75,16 @@ class OPTDecoderLayer(nn.Block):
         self,
         hidden_states: Tensor,
         attention_mask: View = None,
+        layer_head_mask: Tensor | None = None,
         past_key_values: CacheWriter | None = None,
-        use_cache: bool = False,
-        position_ids: Tensor | None = None,
-        attentions: Collector | None = None,
-    ) -> Tensor:
-        """Run the layer on hidden_states [B, T, H].
+        output_attentions: bool = False,
+        use_cache: bool | None = None,
+    ) -> tuple[Tensor, Tensor | None, CacheWriter | None]:
+        """Run the layer on hidden_states [B, T, H]; return the new ones, if wanted the weights [B, N, T, S], the cache.
 
         attention_mask: [B or 1, 1, T, S], true (or 0) where a token attends, false (or very negative) where it does
             not; or the decoder's own view of the batch (`opt_tf.attention`). None: every earlier slot and its own.
-        past_key_values: the cache to extend. attentions: collects the attention weights [B, N, T, S].
-        use_cache, position_ids: as transformers gives them; no effect here.
+        layer_head_mask: [N], a factor for each head's weights. past_key_values: the cache to extend. use_cache: unused.
         """
         residual = hidden_states
         if self.do_layer_norm_before:
@@ -92,7 +93,8 @@ class OPTDecoderLayer(nn.Block):
             hidden_states=hidden_states,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
-            output_attentions=attentions is not None,
+            layer_head_mask=layer_head_mask,
+            output_attentions=output_attentions,
         )
         hidden_states = residual + self.dropout(hidden_states)
         if not self.do_layer_norm_before:
@@ -105,9 +107,7 @@ class OPTDecoderLayer(nn.Block):
         hidden_states = residual + self.dropout(hidden_states)
         if not self.do_layer_norm_before:
             hidden_states = self.final_layer_norm(hidden_states)
-        if attentions is not None:
-            attentions.append(weights)
-        return hidden_states
+        return hidden_states, weights, past_key_values
 
 
 class OPTDecoder(nn.Block):
@@ -128,54 +128,55 @@ class OPTDecoder(nn.Block):
         self.final_layer_norm, self.skip = norm, nn.LayerDrop(config.layerdrop)
         self.layers = [OPTDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
 
+    @can_return_tuple
     def call(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         position_ids: Tensor | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        head_mask: Tensor | None = None,
         training: bool | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutput:
         """Run the decoder.
 
         input_ids: [B, T] whole numbers; or inputs_embeds: [B, T, E], which replace the token embedding's output.
         attention_mask: [B, past + T], 0 for padding, anywhere in a row; in a tf.function also [B, S]. Default: none.
-        past_key_values: the KVCache of the tokens before these; the result holds the next. With use_cache and none
-            given, a new one is made, with room for max_position_embeddings tokens (`init_cache` makes one of any size).
+        past_key_values: the cache of the tokens before these; the result holds the next. With use_cache and none given,
+            a new KVCache is made, which grows (`init_cache` makes one of a fixed size).
         position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
             counted from 0, do not see each other.
-        output_attentions, output_hidden_states: also return what BaseModelOutput says.
-        training: whether there is dropout. Keras takes this, and all else that is not a tensor, by keyword only.
-        Raises ValueError that names the argument; in a tf.function for shapes alone, as there are no values to check.
+        head_mask: [layers, N], a factor for each head's attention weights. training: whether there is dropout.
+        output_attentions, output_hidden_states: also return what BaseModelOutput says. return_dict: False for a tuple.
+        These and, in inference, use_cache default to the config's. Raises ValueError that names the argument; a
+        tf.function has no values to check, only shapes.
         """
-        config, cache = self.config, past_key_values
-        B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, use_cache, position_ids)
+        config, cache, want = self.config, past_key_values, wanted(self, use_cache, training, kwargs)
+        B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, position_ids)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, E]
         if self.project_in is not None:
             hidden_states = self.project_in(hidden_states)  # [B, T, H]
-        if cache is None and use_cache:
-            cache = KVCache.empty(config, B, config.max_position_embeddings, self.compute_dtype)
+        if cache is None and want.cache:
+            cache = KVCache()
         positions, segments = place(config, B, T, attention_mask, position_ids, cache)
-        past = 0 if cache is None else cache.length
+        past = past_length(cache)
         hidden_states += self.embed_positions(attention_mask, past_key_values_length=past, position_ids=positions)
 
-        view = choose(segments, past, T)
         writer = None if cache is None else CacheWriter(cache)
         all_hidden_states: list[Tensor] = []
-        attentions = Collector()
-        how: dict[str, Any] = {"attention_mask": view, "past_key_values": writer, "use_cache": cache is not None}
-        if output_attentions:
-            how["attentions"] = attentions
-        checkpointing = self.gradient_checkpointing and training and cache is None and not output_attentions
-        for layer in self.layers:
-            if output_hidden_states:
+        attentions: list[Tensor] = []
+        how: dict[str, Any] = {"attention_mask": choose(segments, past, T), "past_key_values": writer}
+        how["output_attentions"] = want.attentions
+        checkpointing = self.gradient_checkpointing and training and cache is None and not want.attentions
+        for i, layer in enumerate(self.layers):
+            if want.hidden_states:
                 all_hidden_states.append(hidden_states)
-            before = hidden_states
-            hidden_states = runner(layer, checkpointing)(hidden_states, position_ids=positions, **how)
+            before, how["layer_head_mask"] = hidden_states, None if head_mask is None else head_mask[i]
+            hidden_states, weights, _ = runner(layer, checkpointing)(hidden_states, **how)
+            attentions.append(weights)
             if training and self.layerdrop > 0:
                 hidden_states = self.skip(before, hidden_states)
         if self.final_layer_norm is not None:
@@ -183,37 +184,40 @@ class OPTDecoder(nn.Block):
         if self.project_out is not None:
             hidden_states = self.project_out(hidden_states)
         all_hidden_states.append(hidden_states)
-
-        if writer is not None:
-            cache = writer.advance(T, segments)
         return BaseModelOutput(
             last_hidden_state=all_hidden_states[-1],
-            past_key_values=cache,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            past_key_values=None if writer is None else writer.advance(T, segments),
+            hidden_states=tuple(all_hidden_states) if want.hidden_states else None,
+            attentions=tuple(attentions) if want.attentions else None,
         )
 
 
 class TFOPTModel(TFOPTPreTrainedModel):
     """OPT without a head. New weights are drawn from N(0, init_std²), biases and the padding row are 0."""
 
-    architecture = "OPTModel"
+    architecture, label_names = "OPTModel", ()
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         super().__init__(config, initializer, **kwargs)
         self.decoder = OPTDecoder(self.config)
         self.build()
 
+    @can_return_tuple
     @wraps(OPTDecoder.call)
     def call(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         return self.decoder(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # transformers' name of what holds the decoder; as a property Keras would save it as a part
+            return self
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
 
 class TFOPTForCausalLM(TFOPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
     architecture = "OPTForCausalLM"
-    generate = generate
+    generate, stream, compute_transition_scores = generate, stream, compute_transition_scores
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         super().__init__(config, initializer, **kwargs)
@@ -222,6 +226,7 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(E, V, bias=False)
         self.build()
 
+    @can_return_tuple
     def call(
         self,
         input_ids: Tensor | None = None,
@@ -229,7 +234,7 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         training: bool | None = None,
@@ -242,7 +247,7 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
             padding may be scored against a token behind it: give -100 for the first token of a left-padded row.
         logits_to_keep: the logits of the last so many tokens only, or of the columns in a tensor; 0 for all.
         """
-        kwargs |= {"use_cache": use_cache, "position_ids": position_ids, "training": training}
+        kwargs |= {"use_cache": use_cache, "position_ids": position_ids, "training": training, "return_dict": True}
         out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, **kwargs)
         head = self.model.decoder.embed_tokens.attend if self.lm_head is None else self.lm_head
         logits = head(columns(out.last_hidden_state, logits_to_keep, labels))  # [B, T, V]

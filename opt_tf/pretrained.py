@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+import math
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import keras
 import numpy as np
@@ -20,16 +21,25 @@ from opt_common.generation import GenerationConfig
 from opt_common.weights import KERAS, Spec
 
 from .cache import KVCache
-from .layers import build_parts, normal
+from .inputs import arguments
+from .layers import Block, Embedding, normal, wide
+from .training import prepare_tf_dataset, with_labels
 
 register = keras.saving.register_keras_serializable(package="opt_zoo")  # for keras.saving.load_model
 
 
-class TFOPTPreTrainedModel(keras.Model):
+class TFOPTPreTrainedModel(Block, keras.Model):
     """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`."""
 
     architecture: str
     generation_config: GenerationConfig | None = None  # the config's token ids, if None
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)
+
+    # What scripts and libraries read, with transformers' values
+    config_class = OPTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    framework = "tf"
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         """initializer: of the matrices and embeddings, in place of N(0, init_std²). kwargs: those of keras.Model, such
@@ -37,18 +47,62 @@ class TFOPTPreTrainedModel(keras.Model):
         super().__init__(**kwargs)
         self.config, self.initializer = config, initializer or normal(config)
 
-    def build(self, input_shape: Any = None) -> None:
-        build_parts(self)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model. Its tensors may come in a dictionary, as `fit` and its like pass them."""
-        if args and isinstance(args[0], Mapping):
-            return super().__call__(*args[1:], **args[0], **kwargs)
-        return super().__call__(*args, **kwargs)
+        """Run the model. Its arguments may come in one dictionary or list, as `fit` and its like pass them."""
+        return super().__call__(**arguments([*inspect.signature(self.call).parameters], args, kwargs))
+
+    # === Its parts ===
 
     @property
     def _decoder(self) -> Any:
         return getattr(self, "model", self).decoder
+
+    def get_input_embeddings(self) -> Embedding:
+        """The token embedding."""
+        return self._decoder.embed_tokens
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace the token embedding: by a layer, or by a table [rows, E] of new values."""
+        if isinstance(value, keras.layers.Layer):
+            self._decoder.embed_tokens = value
+        else:
+            self.get_input_embeddings().resize(tf.convert_to_tensor(value))
+        rows = self.get_input_embeddings().input_dim
+        self.config.vocab_size = self._decoder.vocab_size = rows
+        self.train_function = self.test_function = self.predict_function = None  # made for the old table
+
+    def get_output_embeddings(self) -> keras.layers.Layer | None:
+        """The language-modelling head, which is the token embedding if they are tied; None if it has none."""
+        head = getattr(self, "lm_head", None)
+        return self.get_input_embeddings() if head is None and hasattr(self, "lm_head") else head
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Embedding:
+        """Make the token embedding and the head `new_num_tokens` rows long, rounded up to `pad_to_multiple_of`, and
+        return the embedding. New rows are the mean of the old ones, or with mean_resizing=False N(0, init_std²).
+        Compile after it, not before: an optimizer that has begun keeps the old shape."""
+        embedding, head = self.get_input_embeddings(), getattr(self, "lm_head", None)
+        rows = embedding.input_dim if new_num_tokens is None else new_num_tokens
+        rows += -rows % (pad_to_multiple_of or 1)
+
+        def resized(table: Any) -> Tensor:
+            table = tf.convert_to_tensor(table)
+            more = max(0, rows - table.shape[0])
+            mean = tf.repeat(tf.reduce_mean(wide(table), axis=0, keepdims=True), more, axis=0)
+            new = mean if mean_resizing else tf.random.normal(mean.shape, stddev=self.config.init_std, dtype=mean.dtype)
+            return tf.concat([table[:rows], tf.cast(new, table.dtype)], axis=0)
+
+        if head is not None:
+            head.resize(tf.transpose(resized(tf.transpose(head.kernel))))
+        self.set_input_embeddings(resized(embedding.embeddings))
+        return self.get_input_embeddings()
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many numbers the weights hold; a tied head counts once."""
+        return sum(math.prod(w.shape) for w in (self.trainable_weights if only_trainable else self.weights))
+
+    # === How it runs ===
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens a row."""
@@ -63,21 +117,55 @@ class TFOPTPreTrainedModel(keras.Model):
         """Keep everything that the backward pass needs, as by default."""
         self._decoder.gradient_checkpointing = False
 
+    def can_generate(self) -> bool:
+        """Whether it has `generate`."""
+        return hasattr(self, "generate")
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Some input ids, for tracing."""
+        return {"input_ids": tf.constant([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]])}
+
+    def prepare_inputs_for_generation(
+        self, inputs: Tensor, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The arguments of a call that continues a cache, for a loop of your own."""
+        return {
+            "input_ids": inputs if past_key_values is None else inputs[:, -1:],
+            "attention_mask": kwargs.get("attention_mask"),
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+
+    # === Loading and saving ===
+
     @classmethod
-    def from_pretrained(cls, path_or_name: str | Path, *, dtype: str | tf.DType = "float32", **options: Any) -> Self:
+    def from_pretrained(
+        cls,
+        path_or_name: str | Path,
+        *,
+        dtype: str | tf.DType | keras.DTypePolicy | None = None,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Self:
         """Load a checkpoint.
 
         path_or_name: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or not.
-        dtype: a TensorFlow dtype, its name, or "auto" for the checkpoint's.
-        options: revision, cache_dir, token, local_files_only, as in huggingface_hub; and config overrides: num_labels,
-            id2label, problem_type, dropout ...
+        dtype: a TensorFlow dtype, its name, "auto" for the checkpoint's, or one of Keras's policies, such as
+            "mixed_bfloat16"; `keras.config.dtype_policy()` by default, which is float32 unless it is set.
+        output_loading_info: also return which weights were new or not used.
+        options: those of `opt_common.checkpoints.pretrained.open_pretrained`: config=, revision, cache_dir, token,
+            local_files_only, use_safetensors ..., and config overrides: num_labels, id2label, output_hidden_states ...
         A head missing from the checkpoint is newly initialized, and one that is not this model's is dropped; a warning
         names their weights.
         Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
         """
-        name = dtype if isinstance(dtype, str) else tf.as_dtype(dtype).name
+        policy: Any = tf.as_dtype(dtype).name if isinstance(dtype, tf.DType) else dtype
+        if policy != "auto":
+            policy = keras.dtype_policies.get(policy or keras.config.dtype_policy())
+        name = policy if policy == "auto" else policy.variable_dtype
         opened = open_pretrained(path_or_name, cls.architecture, name, **options)
-        model = cls(opened.config, initializer=_empty, dtype=opened.dtype)
+        model = cls(opened.config, initializer=_empty, dtype=opened.dtype if policy == "auto" else policy)
         draw = normal(opened.config)
         for spec in opened.new:
             parameter = KERAS.parameter(model, spec)
@@ -86,31 +174,85 @@ class TFOPTPreTrainedModel(keras.Model):
             array = KERAS.oriented(spec, array).astype(numpy_dtype(opened.dtype), copy=False)
             KERAS.parameter(model, spec).assign(array)
             del array  # or it would be held while the next is read
-        model.generation_config = opened.generation
-        return model
+        model.config.name_or_path, model.generation_config = str(path_or_name), opened.generation
+        if not output_loading_info:
+            return model
+        missing = [spec.name for spec in opened.new]
+        info = {"missing_keys": missing, "unexpected_keys": opened.unused, "mismatched_keys": [], "error_msgs": []}
+        return model, info  # type: ignore[return-value]
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+    @property
+    def name_or_path(self) -> str:
+        """What it was loaded from; empty if made by hand."""
+        return self.config.name_or_path
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        saved_model: bool = False,
+        version: int = 1,
+        push_to_hub: bool = False,
+        signatures: Any = None,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+        safe_serialization: bool | None = None,
+    ) -> None:
         """Write a folder that every framework here and transformers load: config.json, generation_config.json and
-        safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one."""
+        safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one.
+
+        saved_model: also write a SavedModel to saved_model/`version`, with `signatures` as in tf.saved_model.save, or
+            without any as `export` writes it, and the same for int64 as "int64_serving".
+        safe_serialization: False writes tf_model.h5 in place of safetensors.
+        Raises ValueError for push_to_hub: upload the folder with `huggingface_hub.upload_folder`.
+        """
+        if push_to_hub:
+            raise ValueError(f"push_to_hub: found {push_to_hub!r}; save, then huggingface_hub.upload_folder")
+        if quantized := [w.path for w in self.weights if "int" in w.dtype]:
+            raise ValueError(
+                f"save_pretrained: found quantized weights, {quantized[0]} ..., wanted those of a checkpoint"
+            )
 
         def get(spec: Spec) -> np.ndarray:
             return KERAS.oriented(spec, KERAS.parameter(self, spec).numpy())
 
+        layout = "tf-h5" if safe_serialization is False else "safetensors"
         save_pretrained(
-            folder,
+            save_directory,
             self.config,
             self.architecture,
             self.variable_dtype,
             get,
             max_shard_size,
-            generation=self.generation_config,
+            layout,
+            self.generation_config,
         )
+        if saved_model:
+            if signatures is None:
+                serve, dtypes = tf.function(self._serve), {"serving_default": "int32", "int64_serving": "int64"}
+                signatures = {name: serve.get_concrete_function(*_signature(dtype)) for name, dtype in dtypes.items()}
+            tf.saved_model.save(self, str(Path(save_directory, "saved_model", str(version))), signatures)
+
+    # === Keras's training ===
+
+    prepare_tf_dataset = prepare_tf_dataset
+
+    def train_step(self, data: Any) -> Any:
+        """Keras's; without a compiled loss, the labels go to the model, whose own it then is."""
+        return super().train_step(with_labels(self, data))
+
+    def test_step(self, data: Any) -> Any:
+        """As `train_step`."""
+        return super().test_step(with_labels(self, data))
+
+    def predict_step(self, data: Any) -> Any:
+        """Keras's, without the cache."""
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        return self(x, training=False, use_cache=False)
 
     def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss given to `compile` is of the logits. Without targets, as in `fit` on dictionaries with labels, it is
-        the model's own."""
-        if y is None and y_pred.loss is not None:
-            return y_pred.loss
+        """The loss given to `compile` is of the logits. Without one, or without targets, as in `fit` on dictionaries
+        with labels, it is the model's own; of several replicas, each one's share of it."""
+        if y_pred.get("loss") is not None and (y is None or self._compile_loss is None):
+            return y_pred.loss / tf.distribute.get_strategy().num_replicas_in_sync
         return super().compute_loss(x, y, self.scores(y_pred), *args, **kwargs)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -133,19 +275,22 @@ class TFOPTPreTrainedModel(keras.Model):
         input_ids and attention_mask, [B, T] int32, or those of the two in input_signature, and returns a dictionary of
         the output's tensors by their names."""
         if format != "tf_saved_model":
-            return super().export(filepath, format, verbose, input_signature, **kwargs)
+            use_cache, self.config.use_cache = self.config.use_cache, False
+            try:
+                return super().export(filepath, format, verbose, input_signature, **kwargs)
+            finally:
+                self.config.use_cache = use_cache
 
-        def serve(input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-            out = self(input_ids, attention_mask=attention_mask, training=False)
-            return {name: tensor for name, tensor in out.items() if isinstance(tensor, Tensor)}
-
-        names = ("input_ids", "attention_mask")
         archive = keras.export.ExportArchive()
         archive.track(self)
-        archive.add_endpoint(
-            "serve", serve, input_signature or [tf.TensorSpec((None, None), "int32", n) for n in names]
-        )
+        archive.add_endpoint("serve", self._serve, input_signature or _signature("int32"))
         archive.write_out(filepath, verbose=True if verbose is None else verbose, **kwargs)
+
+    def _serve(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        out = self(input_ids, attention_mask=attention_mask, training=False, use_cache=False, return_dict=True)
+        return {name: tensor for name, tensor in out.items() if isinstance(tensor, Tensor)}
+
+    # === Keras's files ===
 
     def get_config(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self.config)
@@ -153,8 +298,15 @@ class TFOPTPreTrainedModel(keras.Model):
         return super().get_config() | {"config": fields}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        return cls(**config | {"config": OPTConfig(**config["config"])})
+    def from_config(cls, config: dict[str, Any] | OPTConfig, custom_objects: Any = None) -> Any:
+        """A model with new weights, of an OPTConfig, or of what `get_config` returns."""
+        return (
+            cls(config) if isinstance(config, OPTConfig) else cls(**config | {"config": OPTConfig(**config["config"])})
+        )
+
+
+def _signature(dtype: str) -> list[tf.TensorSpec]:
+    return [tf.TensorSpec((None, None), dtype, name) for name in ("input_ids", "attention_mask")]
 
 
 def _empty(shape: tuple[int, ...], dtype: str) -> Tensor:

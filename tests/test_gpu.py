@@ -27,6 +27,7 @@ import transformers
 from torch import Tensor, nn
 
 import opt_pt
+import random_settings
 from conftest import CONFIGS, SMALL, make_reference, save_reference
 from learners import Learner
 from opt_common.config import OPTConfig
@@ -438,6 +439,24 @@ def test_greedy(config, dtype):
     assert len(set(found[0, 12:].tolist())) > 3, "a text of one repeated token would hide mistakes"
     for row in (0, 1, 3):
         greedy(models, ids[row : row + 1], mask[row : row + 1])
+
+
+@gpu
+@pytest.mark.parametrize("part", range(3))
+def test_random_settings(part, tmp_path):
+    """Texts that do not hang on half precision, token for token as transformers' in float64: processors and beams in
+    the graph."""
+    models = {}
+    for name in random_settings.MODELS:
+        folder = save_reference(random_settings.reference(name), tmp_path / name)
+        models[name] = OPTForCausalLM.from_pretrained(folder, dtype="float16", device=DEVICE)
+    wrong = []
+    for case in random_settings.cases(part, 50, distance=4e-3):
+        ids, mask = torch.tensor(case.ids, device=DEVICE), torch.tensor(case.mask, device=DEVICE)
+        found = models[case.model].generate(ids, mask, **case.options).cpu().numpy()
+        if not np.array_equal(found, case.wanted):
+            wrong.append(f"{case}\nfound {found.tolist()}\nwanted {case.wanted.tolist()}")
+    assert not wrong, f"{len(wrong)} differ:\n\n" + "\n\n".join(wrong[:3])
 
 
 @gpu

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from opt_pt import KVCache, OPTForCausalLM, OPTForSequenceClassification
+from opt_pt import KVCache, OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 
 
 @pytest.fixture
@@ -97,6 +97,11 @@ def test_device_maps(tiny, ids, tmp_path, device_map):
 def test_loading_options(tiny):
     folder, _ = tiny()
     load = OPTForCausalLM.from_pretrained
+    config = OPTConfig.from_pretrained(pretrained_model_name_or_path=folder, attn_implementation="eager")
+    assert load(pretrained_model_name_or_path=folder, config=config).config._attn_implementation == "eager"
+    config._attn_implementation = "by eye"
+    with pytest.raises(ValueError, match="attn_implementation: found 'by eye'"):
+        OPTForCausalLM(config)
     load(folder, low_cpu_mem_usage=True, trust_remote_code=True, use_safetensors=True, variant=None, load_in_8bit=False)
     for option in ("variant", "load_in_8bit", "quantization_config"):
         with pytest.raises(ValueError, match=f"{option}: OPT Zoo does not offer this"):
@@ -112,7 +117,7 @@ def test_loading_options(tiny):
     assert info["missing_keys"] == ["score.weight"] and model.score.out_features == 4
 
 
-def test_modules_that_a_subclass_adds(tiny, ids):
+def test_modules_that_a_subclass_adds(tiny, ids, tmp_path):
     class Mine(OPTForCausalLM):
         def __init__(self, config, attn_implementation=None):
             super().__init__(config, attn_implementation)
@@ -122,6 +127,29 @@ def test_modules_that_a_subclass_adds(tiny, ids):
     assert not any(p.is_meta for p in model.parameters())
     assert model.value.weight.std() > 0 and (model.value.bias == 0).all()
     assert model.generate(ids, max_new_tokens=2, eos_token_id=[]).shape == (2, 11)
+    model.value.bias.data.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    again, info = Mine.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == []
+    assert torch.equal(again.value.weight, model.value.weight) and again.value.bias == 0.5
+    with pytest.raises(ValueError, match="value.bias: unexpected"):
+        OPTForCausalLM.from_pretrained(tmp_path)
+    model.value.register_buffer("steps", torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match="steps: found torch.int64"):
+        model.save_pretrained(tmp_path)
+
+
+def test_weights_from_a_state_dict(tiny, ids):
+    folder, _ = tiny()
+    theirs, ours = pair(folder)
+    model = OPTForCausalLM.from_pretrained(None, config=ours.config, state_dict=theirs.state_dict())
+    assert not model.training
+    with torch.no_grad():
+        close(model(ids).logits, theirs(ids).logits)
+    with pytest.raises(ValueError, match="state_dict: found one, wanted None"):
+        OPTForCausalLM.from_pretrained(folder, state_dict=theirs.state_dict())
+    with pytest.raises(ValueError, match="state_dict: found None"):
+        OPTForCausalLM.from_pretrained(None, config=ours.config)
 
 
 def test_saving_options(tiny, ids, tmp_path):
@@ -170,6 +198,78 @@ def test_caches(tiny, ids, kind, grad):
             close(found, ours.model.decoder.layers[0].self_attn.k_proj.weight.grad)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("config", ["pre-norm", "350m"])
+def test_layers_called_one_by_one(tiny, config, implementation, rng):
+    """With the arguments of transformers' layers; without a mask its eager attention sees all, its sdpa what is
+    earlier."""
+    theirs, ours = pair(tiny(config)[0], attn_implementation=implementation)
+    x = torch.from_numpy(rng.normal(size=(2, 5, theirs.config.hidden_size)).astype("float32"))
+
+    def answers(model):
+        layer, cache = model.model.decoder.layers[0], transformers.DynamicCache(config=model.config)
+        yield layer(x)
+        yield layer(x, output_attentions=True)
+        yield layer(x, use_cache=False, position_ids=torch.arange(5)[None])
+        yield layer.self_attn(hidden_states=x, past_key_values=cache)[0]
+        yield layer.self_attn(x[:, :1], cache)[0]
+        name = "cache" if hasattr(model, "init_cache") else "past_key_values"  # ours takes both names
+        yield layer(x[:, :1], **{name: cache})
+
+    with torch.no_grad():
+        for found, wanted in zip(answers(ours), answers(theirs), strict=True):
+            close(found, wanted)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_masks_of_four_dimensions(tiny, ids, implementation):
+    """What each token sees, written out: here the first four see each other, and the last does not see the second."""
+    theirs, ours = pair(tiny()[0], attn_implementation=implementation)
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    seen[:4, :4] = True
+    seen[8, 1] = False
+    mask = torch.zeros(1, 1, 9, 9).masked_fill(~seen, torch.finfo(torch.float32).min)
+    positions = torch.arange(9)[None]
+    with torch.no_grad():
+        whole = theirs(ids, attention_mask=mask, position_ids=positions).logits
+        for given in (mask, seen[None, None]):
+            close(ours(ids, attention_mask=given, position_ids=positions).logits, whole)
+            begin = ours(ids[:, :4], attention_mask=given[..., :4, :4], position_ids=positions[:, :4])
+            cut = {"past_key_values": begin.past_key_values, "position_ids": positions[:, 4:]}
+            close(ours(ids[:, 4:], attention_mask=given[..., 4:, :], **cut).logits, whole[:, 4:])
+    with pytest.raises(ValueError, match="position_ids: found None"):
+        ours(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"attention_mask: found shape \[1, 1, 9, 8\]"):
+        ours(ids, attention_mask=mask[..., :8], position_ids=positions)
+
+
+def test_reentrant_gradient_checkpointing(tiny, ids):
+    theirs, ours = pair(tiny()[0], dropout=0.0)
+    for model in (theirs.train(), ours.train()):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+        model(ids, labels=ids).loss.backward()
+    assert ours.is_activation_checkpointing
+    close(ours.model.decoder.layers[0].fc1.weight.grad, theirs.model.decoder.layers[0].fc1.weight.grad)
+
+
+def test_gradients_of_each_row(tiny, ids):
+    """torch.func.vmap, under which no value can be looked at."""
+    _, ours = pair(tiny()[0], attn_implementation="eager")
+    bias = "model.decoder.layers.0.fc1.bias"
+
+    def loss(value, row, mask):
+        call = {"attention_mask": mask[None], "labels": row[None], "use_cache": False}
+        return torch.func.functional_call(ours, {bias: value}, (row[None],), call).loss
+
+    value = ours.get_parameter(bias).detach()
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(value, ids, torch.ones_like(ids))
+    for row, gradient in zip(ids, found, strict=True):
+        ours.zero_grad()
+        ours(row[None], labels=row[None]).loss.backward()
+        close(gradient, ours.get_parameter(bias).grad)
+
+
 def test_the_flag_of_gradient_checkpointing_set_by_hand(tiny, ids):
     """As transformers' users do on its decoder."""
     _, ours = pair(tiny()[0], dropout=0.0)
@@ -187,6 +287,7 @@ def test_rows_of_a_cache(tiny, ids):
     with torch.no_grad():
         cache = ours(ids).past_key_values
         assert (len(cache), cache.get_seq_length(), cache[1][0].shape) == (3, 9, (2, 4, 9, 16))
+        assert torch.equal(cache.layers[1].values, cache[1][1])
         cache.reorder_cache(torch.tensor([1, 1]))
         close(ours(token, past_key_values=cache).logits, ours(torch.cat([ids[[1, 1]], token], 1)).logits[:, -1:])
         assert ours(token, cache=ours(ids).past_key_values).cache.get_seq_length() == 10  # transformers 5.24's name

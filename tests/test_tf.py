@@ -15,11 +15,13 @@ opt_tf = pytest.importorskip("opt_tf")
 import keras  # noqa: E402  after opt_tf has chosen its backend
 
 from opt_common.config import OPTConfig  # noqa: E402
+from opt_common.generation import prompt as checked  # noqa: E402
 from opt_common.weights import KERAS, table  # noqa: E402
 from opt_tf import TFOPTForCausalLM, TFOPTModel  # noqa: E402
-from opt_tf.attention import Collector, choose  # noqa: E402
+from opt_tf.attention import choose  # noqa: E402
 from opt_tf.cache import CacheWriter  # noqa: E402
-from opt_tf.generate import Limits, _generate  # noqa: E402
+from opt_tf.generation.calls import call  # noqa: E402
+from opt_tf.generation.generate import _generate, weights  # noqa: E402
 
 SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
              max_position_embeddings=64)  # fmt: skip
@@ -167,7 +169,7 @@ def test_a_layer_called_by_hand(case, compiled, drawn, ids):
         before, after = wanted.hidden_states[i], wanted.hidden_states[i + 1].numpy()
 
         def run(x, layer=layer):
-            return layer(x, attention_mask=given, position_ids=tf.range(12)[None], use_cache=False)
+            return layer(x, attention_mask=given, use_cache=False)[0]
 
         found = (tf.function(run, jit_compile=True) if compiled else run)(before)
         same(found.numpy()[real], after[real])
@@ -180,9 +182,9 @@ def test_a_layer_called_by_hand(case, compiled, drawn, ids):
         out, weights = layer.self_attn(hidden_states=normed, attention_mask=given, output_attentions=True)
         rows = np.where(real[:, None, :, None], 1, 0)
         same(weights * rows, wanted.attentions[i] * rows)
-        attentions = Collector()
-        same(layer(before, given, attentions=attentions), found)
-        same(attentions[0], weights)
+        found_again, weights_again, _ = layer(before, given, output_attentions=True)
+        same(found_again, found)
+        same(weights_again, weights)
 
 
 def test_a_mask_of_another_rank_is_refused(drawn):
@@ -197,7 +199,8 @@ def test_a_layer_called_by_hand_writes_the_cache(masked, drawn, ids):
     writer = CacheWriter(past)
     mask = tf.constant(CAUSAL[:, :, 7:]) if masked else None
     for i, layer in enumerate(drawn.decoder.layers):
-        found = layer(wanted.hidden_states[i], mask, past_key_values=writer)
+        found, _, kept = layer(wanted.hidden_states[i], mask, past_key_values=writer)
+        assert kept is writer
         if i + 1 < len(drawn.decoder.layers):
             same(found, wanted.hidden_states[i + 1])
     cache = writer.advance(5, wanted.past_key_values.segments)
@@ -281,11 +284,12 @@ def test_a_step_does_not_copy_the_cache(tiny, rng, rows):
     folder, _ = tiny()
     model = TFOPTForCausalLM.from_pretrained(folder)
     ids = tf.constant(rng.integers(3, 96, (rows, 32)), tf.int32)
-    numbers = Limits(*map(tf.constant, (24, 0, 1.0, 1.0, [2], 1)))
+    settings = checked(model.config, ids, None, {"max_new_tokens": 21}).settings
+    made = call(model, ids, tf.ones_like(ids), settings, {})
+    start = made.start._replace(text=made.start.text[:, : 32 + 21])
     text = _generate.experimental_get_compiler_ir(
-        model, [tf.convert_to_tensor(w.value) for w in model.weights], ids, tf.ones_like(ids),
-        tf.constant(0, tf.int64), numbers, room=21, do_sample=False, top_k=0, nucleus=False
-    )(stage="optimized_hlo")  # fmt: skip
+        made.models, weights(made.models), start, None, made.numbers, plan=made.plan._replace(room=21)
+    )(stage="optimized_hlo")
     (loop,) = re.findall(r"^%\S*while_body\S* \(.*?^}", text, re.DOTALL | re.MULTILINE)
     size = rows * 4 * (32 + 21) * 16
     made = [line for line in loop.splitlines() if (m := re.match(r".*?= f32\[([\d,]+)\]\S* (?!get-tuple)", line))

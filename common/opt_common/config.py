@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import reprlib
 import sys
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .files import read_json, write_atomically
+from .files import json_text, read_json, write_atomically
 from .hub import FETCH_OPTIONS, fetch
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
@@ -128,6 +127,8 @@ class OPTConfig:
         torch_dtype = values.pop("torch_dtype", None)
         dtype = values.pop("dtype", None) or torch_dtype
         values["dtype"] = _name(dtype)
+        if "attn_implementation" in unknown:  # transformers' keyword
+            values["_attn_implementation"] = unknown.pop("attn_implementation") or "sdpa"
         labels = unknown.get("id2label")
         if labels is not None:
             if not isinstance(labels, Mapping) or not labels:
@@ -313,14 +314,14 @@ class OPTConfig:
         return cls.from_dict(read_json(Path(path)), source=str(path))
 
     @classmethod
-    def from_pretrained(cls, path_or_name: str | Path, **options: Any) -> OPTConfig:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> OPTConfig:
         """From a folder with a `config.json`, "opt-demo", or a Hub name.
 
         options: what `opt_common.hub.fetch` takes (revision, cache_dir, token, local_files_only), and config overrides:
             `num_labels=3`, `dropout=0.0`.
         """
         hub = {key: options.pop(key) for key in list(options) if key in FETCH_OPTIONS}
-        path = fetch(path_or_name, ["config.json"], **hub) / "config.json"
+        path = fetch(pretrained_model_name_or_path, ["config.json"], **hub) / "config.json"
         return cls.from_dict(read_json(path), source=str(path), **options)
 
     def changed(self, **changes: Any) -> OPTConfig:
@@ -366,7 +367,7 @@ class OPTConfig:
 
     def to_json(self) -> str:
         """`to_dict` as the text of a `config.json`."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        return json_text(self.to_dict()) + "\n"
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder/config.json`, whole or not at all."""

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from ..files import abridged, read_json
+from .commit import SAVED
 from .layouts import LAYOUTS, layout_named
-from .save import finish_interrupted_save
-from .tensors import Entry, numpy_dtype
+from .tensors import CAN_HOLD, Entry, holding, numpy_dtype
 
 # The files that a folder can be opened by.
 FILES = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.main))
+_MOST_HELD = 128  # files; a process may have 1,024 open
+T = TypeVar("T")
 
 
 class Checkpoint(Mapping[str, Entry]):
@@ -22,12 +29,17 @@ class Checkpoint(Mapping[str, Entry]):
 
     `path` is a folder or a weight file. `layout` is one of `LAYOUTS`, or None for the one that is there; if there are
     several, `prefer` takes the first. `main` is the file that the checkpoint was opened by, `files` the weight files.
+    What is read is of one save, also if others take its place: the files stay open, save for those of layouts of very
+    many, whose tensors raise OSError when they have been replaced.
     Raises FileNotFoundError if there are no weights, ValueError if there are weights of several layouts and neither
     `layout` nor `prefer` chooses, and ValueError, naming the file, if one is damaged.
     """
 
     def __init__(self, path: str | Path, layout: str | None = None, prefer: bool = False) -> None:
         self.path = Path(path)
+        of_one_save(self.folder, lambda: self._open(layout, prefer))
+
+    def _open(self, layout: str | None, prefer: bool) -> None:
         found = recognize(self.path, layout)
         if len(found) > 1 and not prefer:
             there = ", ".join(f"{name} ({main.name})" for name, main in found.items())
@@ -35,7 +47,35 @@ class Checkpoint(Mapping[str, Entry]):
                 f"{self.path}: holds weights of {len(found)} layouts: {there}; choose one (--from, layout=)"
             )
         self.layout, self.main = next(iter(found.items()))
-        self.files, self._entries = LAYOUTS[self.layout].read(self.main)
+        self.files, entries = LAYOUTS[self.layout].read(self.main)
+        self._entries = {name: self._of_this_save(entry) for name, entry in entries.items()}
+        # the layouts that make folders make very many files
+        self._all_held = len(self.files) <= _MOST_HELD and all(f.parent == self.main.parent for f in self.files)
+        held, stack = {self.main, *(self.files if self._all_held else ())}, ExitStack()
+        weakref.finalize(self, stack.close)
+        self._held = {path: stack.enter_context(open(path, "rb", buffering=0)) for path in held if CAN_HOLD}
+        self._all_held &= CAN_HOLD
+        self._stamp = _stamp(self.main)
+
+    def _of_this_save(self, entry: Entry) -> Entry:
+        def checked(read: Callable[[], np.ndarray]) -> np.ndarray:
+            with holding(self._held):
+                try:
+                    array = read()
+                except (OSError, ValueError):
+                    if self._is_there():
+                        raise
+                else:
+                    if self._is_there():
+                        return array
+            raise OSError(f"{self.main}: another save took its place while it was read; open it again")
+
+        return Entry(entry.shape, entry.dtype, entry.file, lambda: checked(entry.read), lambda: checked(entry.map))
+
+    def _is_there(self) -> bool:
+        """Whether the files are open, or still those that were opened. `main` is the first that a save removes, and its
+        number is not given to another file while it is open."""
+        return self._all_held or _stamp(self.main) == self._stamp
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -69,6 +109,44 @@ class Checkpoint(Mapping[str, Entry]):
         return max(sizes, key=lambda name: sizes[name])
 
 
+def of_one_save(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` gives of the files in `folder`, all of one save: again, if another took its place meanwhile.
+
+    Raises what `read` does, and OSError if it has been tried a hundred times."""
+    problem: Exception = OSError(f"{folder}: saved into too often to be read")
+    for _ in range(100):
+        with ExitStack() as held:
+            if CAN_HOLD and folder.is_dir():  # while it is open, its number is not given to another folder
+                held.callback(os.close, os.open(folder, os.O_RDONLY))
+            before = _version(folder)
+            try:
+                result = read()
+            except (OSError, ValueError) as error:
+                if (folder / SAVED).is_dir():  # files are being moved in
+                    problem = error
+                    time.sleep(0.01)
+                elif _version(folder) == before:
+                    raise
+            else:
+                if _version(folder) == before:
+                    return result
+    raise problem
+
+
+def _version(folder: Path) -> list[tuple[int, ...] | None]:
+    """What is another after another save."""
+    there = _stamp(folder)
+    return [there and there[:1], *(_stamp(folder / name) for name in ("config.json", *FILES))]
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # a name may hold a null byte
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def recognize(path: Path, layout: str | None = None) -> dict[str, Path]:
     """The layouts of the weights at `path`, the preferred first, and the file to open each by.
 
@@ -77,7 +155,6 @@ def recognize(path: Path, layout: str | None = None) -> dict[str, Path]:
     Raises FileNotFoundError, listing what it found, if there are no weights, or none of `layout`.
     """
     path, chosen = Path(path), [layout] if layout else list(LAYOUTS)
-    finish_interrupted_save(path)
     found: dict[str, Path] = {}
     for name in chosen:
         kind = layout_named(name)
@@ -92,6 +169,11 @@ def recognize(path: Path, layout: str | None = None) -> dict[str, Path]:
             found[name] = main
     if found:
         return found
+    if (path / SAVED).is_dir():
+        raise FileNotFoundError(
+            f"{path}: no weights: a save was stopped while it moved its files in; move the rest out of {path / SAVED}, "
+            "or save again"
+        )
     wanted = f"weights of layout {layout}" if layout else "weights"
     names = ", ".join(layout_named(layout).main if layout else FILES)
     there = abridged(sorted(p.name for p in path.iterdir())) if path.is_dir() else "a file" if path.exists() else ""
@@ -116,5 +198,5 @@ def _newest(mains: list[Path]) -> Path:
     read = indexes[0] if complete else next(main for main in mains if main not in indexes)
     ignored = [main.name for main in mains if main != read]
     why = "whose shards are all there" if complete else "because shards of the index are missing"
-    warnings.warn(f"{read.parent}: reading {read.name}, {why}, and not {', '.join(ignored)}", stacklevel=4)
+    warnings.warn(f"{read.parent}: reading {read.name}, {why}, and not {', '.join(ignored)}", stacklevel=7)
     return read

@@ -14,9 +14,11 @@ import ml_dtypes
 import numpy as np
 
 from ..config import DTYPES, OPTConfig
-from ..hub import COMPANIONS
+from ..files import read_bytes
+from ..hub import COMPANIONS, local
 from ..progress import byte_bar
 from ..weights import table
+from .checkpoint import of_one_save
 from .layouts import HEADED, LAYOUTS, WRITABLE, layout_named
 from .open import open_checkpoint
 from .save import save_checkpoint
@@ -112,6 +114,10 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
         raise ValueError(f"dtype: found {dtype!r}, wanted one of {', '.join(DTYPES)}")
     if to not in WRITABLE:
         raise ValueError(f"layout: found {to!r}, wanted one of {', '.join(WRITABLE)} to write")
+    return of_one_save(local(source), lambda: _read_headers(source, target, to, dtype, layout))
+
+
+def _read_headers(source: str | Path, target: str | Path, to: str, dtype: str | None, layout: str | None) -> _Job:
     opened = open_checkpoint(source, layout, companions=True)
     checkpoint, folder = opened.checkpoint, opened.checkpoint.folder
     read, written = LAYOUTS[checkpoint.layout], LAYOUTS[to]
@@ -127,13 +133,15 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
         for spec, entry in entries
     ]
     texts: dict[str, str | bytes] = {"config.json": config.to_json()}
-    texts |= {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+    texts |= {name: read_bytes(folder / name) for name in COMPANIONS if (folder / name).is_file()}
+    if "tokenizer.json" in texts and not read.companions:
+        written.check_files(folder)  # an error when it is written would name a temporary copy
     if read.companions:
         texts.pop("tokenizer.json", None)
         texts |= read.companions(checkpoint.main)
     if read is not written:
         for lost in {text for text in (read.lost, written.lost) if text}:
-            warnings.warn(lost, stacklevel=3)
+            warnings.warn(lost, stacklevel=6)
     memory = 2 * max(t.nbytes for t in [*sources, *(entry for _, entry in entries)])
     return _Job(checkpoint.path.name, checkpoint.files, config, sources, texts, memory)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 from ..config import DTYPES, OPTConfig
 from ..weights import HEADS, is_head, table
+
+SHOWN = 10  # misfits in an error
 
 
 class Stored(Protocol):
@@ -32,6 +34,7 @@ def match(
     architecture: str | None = None,
     fewer_layers: bool = False,
     resized_heads: bool = False,
+    added: Collection[str] = (),
 ) -> tuple[dict[str, str], bool]:
     """The stored name of each tensor of the table.
 
@@ -42,13 +45,16 @@ def match(
     or `qa_outputs` may be missing; the result then lacks their names. An OPTModel's begin with "model." here.
 
     `fewer_layers`: whether the checkpoint may hold more layers than the config; the last are then ignored.
-    `resized_heads`: whether a stored head may have another shape; it is then ignored.
+    `resized_heads`: whether a stored head may have another shape; it is then ignored. `added`: names that it may hold
+    besides the table's.
 
-    Raises ValueError that lists every missing, unexpected, repeated, misshapen or wrongly typed tensor by name.
+    Raises ValueError that counts the missing, unexpected, repeated, misshapen and wrongly typed tensors and names the
+    first ten; `compare` gives all.
     """
-    names, tied, wrong = compare(checkpoint, config, architecture, fewer_layers, resized_heads)
+    names, tied, wrong = compare(checkpoint, config, architecture, fewer_layers, resized_heads, added)
     if wrong:
-        shown = "\n  ".join(wrong)
+        more = [f"and {len(wrong) - SHOWN} more: opt-zoo inspect --json lists all"] if len(wrong) > SHOWN else []
+        shown = "\n  ".join([*wrong[:SHOWN], *more])
         raise ValueError(f"{checkpoint.path}: {len(wrong)} tensor(s) do not fit the config:\n  {shown}")
     return names, tied
 
@@ -59,6 +65,7 @@ def compare(
     architecture: str | None = None,
     fewer_layers: bool = False,
     resized_heads: bool = False,
+    added: Collection[str] = (),
 ) -> tuple[dict[str, str], bool, list[str]]:
     """As `match`, with the mismatches as a list of sentences; the names are those of the tensors found."""
     layers, tensors = config.num_hidden_layers, len(list(checkpoint))
@@ -106,7 +113,7 @@ def compare(
             wrong.append(f"{found[name]}: found dtype {entry.dtype}, wanted one of {', '.join(DTYPES)}")
     for name in found:
         spare = fewer_layers and layer_number(name) >= layers
-        if name not in specs and not spare and not (architecture and is_head(name)):
+        if name not in specs and not spare and not (architecture and is_head(name)) and found[name] not in added:
             wrong.append(f"{found[name]}: unexpected, no such tensor in this OPT")
     return {name: found[name] for name in specs if name in found}, tied, wrong
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import OPTConfig
 from ..files import read_json
-from ..hub import COMPANIONS, DEMO, fetch
-from .checkpoint import Checkpoint
+from ..hub import COMPANIONS, DEMO, fetch, local
+from .checkpoint import Checkpoint, of_one_save
 from .fit import match, stored_architecture
 from .layouts import LAYOUTS, layout_named
 
@@ -36,6 +36,7 @@ def open_checkpoint(
     config: OPTConfig | None = None,
     changes: Mapping[str, Any] | None = None,
     resized_heads: bool = False,
+    added: Callable[[OPTConfig], Collection[str]] = lambda config: (),
     **hub: Any,
 ) -> Opened:
     """Find, open and check a checkpoint. This reads no tensor and allocates nothing of its size.
@@ -44,8 +45,8 @@ def open_checkpoint(
     `layout`: one of `LAYOUTS`, or None for the one that is there. If there are several, `prefer` takes the first in the
     order of LAYOUTS; otherwise they are an error. From a Hub repository only the preferred layout is fetched.
     `companions`: whether to fetch the tokenizer and the generation config too.
-    `architecture`: whose table the checkpoint is matched against, and `resized_heads`: see `match`. `config`: to use in
-    place of the checkpoint's. `changes`: config overrides.
+    `architecture`: whose table the checkpoint is matched against, `resized_heads`, and the names that `added` gives for
+    a config: see `match`. `config`: to use in place of the checkpoint's. `changes`: config overrides.
     Raises FileNotFoundError and ValueError as `fetch`, `Checkpoint`, `OPTConfig.from_dict` and `match` do.
     """
     checkpoint, stored = find_checkpoint(path_or_name, layout, prefer, companions, **hub)
@@ -53,7 +54,7 @@ def open_checkpoint(
     config = config or stored
     config = config.changed(**changes) if changes else config
     fewer = (given or "num_hidden_layers" in (changes or ())) and config.num_hidden_layers < stored.num_hidden_layers
-    names, tied = match(checkpoint, config, architecture, fewer, resized_heads)
+    names, tied = match(checkpoint, config, architecture, fewer, resized_heads, added(config))
     return Opened(checkpoint, config, names, tied, architecture or stored_architecture(checkpoint))
 
 
@@ -61,20 +62,24 @@ def find_checkpoint(
     path_or_name: str | Path, layout: str | None = None, prefer: bool = False, companions: bool = False, **hub: Any
 ) -> tuple[Checkpoint, OPTConfig]:
     """As `open_checkpoint`, without checking the two against each other."""
-    path = Path(path_or_name).expanduser()
+    path = local(path_or_name)
     if path.is_dir():
         path /= hub.get("subfolder", "")
     if not path.exists():
         path = fetch_checkpoint(str(path_or_name), layout, companions, **hub)
         prefer = True  # the cache may hold other layouts, fetched earlier
-    checkpoint = Checkpoint(path, layout, prefer)
-    own = LAYOUTS[checkpoint.layout].config(checkpoint.main, checkpoint)
-    if own is not None:
-        return checkpoint, own
-    config = checkpoint.folder / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{checkpoint.folder}: no config.json; wanted one beside the weights of an OPT")
-    return checkpoint, OPTConfig.from_dict(read_json(config), source=str(config))
+
+    def read() -> tuple[Checkpoint, OPTConfig]:
+        checkpoint = Checkpoint(path, layout, prefer)
+        own = LAYOUTS[checkpoint.layout].config(checkpoint.main, checkpoint)
+        if own is not None:
+            return checkpoint, own
+        config = checkpoint.folder / "config.json"
+        if not config.is_file():
+            raise FileNotFoundError(f"{checkpoint.folder}: no config.json; wanted one beside the weights of an OPT")
+        return checkpoint, OPTConfig.from_dict(read_json(config), source=str(config))
+
+    return of_one_save(path if path.is_dir() else path.parent, read)
 
 
 def fetch_checkpoint(name: str, layout: str | None = None, companions: bool = False, **hub: Any) -> Path:

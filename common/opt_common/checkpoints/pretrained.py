@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import numpy as np
 
 from ..config import DTYPES, OPTConfig
 from ..generation import GenerationConfig
-from ..hub import FETCH_OPTIONS
+from ..hub import FETCH_OPTIONS, local
 from ..progress import byte_bar
 from ..weights import Spec, head, table
+from .checkpoint import of_one_save
 from .fit import layer_number
-from .open import open_checkpoint
+from .open import Opened, open_checkpoint
 from .save import save_checkpoint
 from .shards import MAX_SHARD_SIZE
 from .tensors import Source, contiguous
@@ -29,8 +30,8 @@ CHANGEABLE = _FIELDS - {"unknown", "dtype", "_attn_implementation"} | {"id2label
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """An opened checkpoint: its config, the dtype to load in, its tensors in the order of the table, read one at a
-    time as they are asked for, those of the head that it does not hold, for the framework to draw, and the stored names
-    that are not used."""
+    time as they are asked for, those of the head that it does not hold, for the framework to draw, the stored names
+    that are not used, and how to read those that the caller's `added` names."""
 
     config: OPTConfig
     dtype: str
@@ -38,6 +39,7 @@ class Pretrained:
     new: list[Spec]
     unused: list[str]
     generation: GenerationConfig
+    added: dict[str, Callable[[], np.ndarray]]
 
 
 # transformers' options that say which weights to read ...
@@ -63,6 +65,7 @@ def open_pretrained(
     layout: str | None = None,
     config: OPTConfig | str | Path | None = None,
     ignore_mismatched_sizes: bool = False,
+    added: Callable[[OPTConfig], Collection[str]] = lambda config: (),
     **options: Any,
 ) -> Pretrained:
     """Find, open and check a checkpoint; no tensor is read yet.
@@ -70,7 +73,8 @@ def open_pretrained(
     `architecture`: one of `weights.HEADS`. `dtype` is a name, or "auto" for the checkpoint's own. `copied`: the caller
     copies each array elsewhere and drops it, so it may be a map of the file. `layout`: which to read of several, as on
     the Hub; the preferred one by default (`open_checkpoint`). `config`: replaces the checkpoint's; an OPTConfig, or a
-    folder or Hub name. `ignore_mismatched_sizes`: a head of another shape is newly initialized. `options`: config
+    folder or Hub name. `ignore_mismatched_sizes`: a head of another shape is newly initialized. `added`: the names of
+    tensors that a model of this config has besides the table's. `options`: config
     overrides (`num_labels`, `dropout` ...; fewer `num_hidden_layers` drop the last layers), what `opt_common.hub.fetch`
     takes, and transformers' use_safetensors, from_tf, from_flax, and others that cannot change what is loaded.
     Warns, in one line, of weights that are not used, and of those that the checkpoint does not hold. Raises before
@@ -93,9 +97,15 @@ def open_pretrained(
     changes = {key: options.pop(key) for key in [*options] if key in CHANGEABLE}
     if config is not None and not isinstance(config, OPTConfig):
         config = OPTConfig.from_pretrained(config)
-    opened = open_checkpoint(
-        path_or_name, layout, True, False, architecture, config, changes, ignore_mismatched_sizes, **options
-    )
+    given = config
+
+    def read() -> tuple[Opened, GenerationConfig]:
+        opened = open_checkpoint(
+            path_or_name, layout, True, False, architecture, given, changes, ignore_mismatched_sizes, added, **options
+        )
+        return opened, GenerationConfig.from_folder(opened.checkpoint.folder, opened.config)
+
+    opened, generation = of_one_save(local(path_or_name) / options.get("subfolder", ""), read)
     checkpoint, config, names, tied = opened.checkpoint, opened.config, opened.names, opened.tied
     path, there = checkpoint.path, set(names.values())
     if architecture == "OPTForCausalLM" and config.tie_word_embeddings and not tied:
@@ -106,6 +116,8 @@ def open_pretrained(
     stored = [(spec, names[bare + spec.name]) for spec in table(config, architecture) if bare + spec.name in names]
     new = [spec for spec in head(config, architecture) if spec.name not in names]
     silent = {"lm_head.weight"} if tied else set()  # it is the embedding
+    more = {name: checkpoint[name].read for name in added(config) if name in checkpoint}
+    silent |= more.keys()
     unused = [name for name in checkpoint if name not in there | silent and not name.endswith("decoder.version")]
     layers = sorted({number for name in unused if (number := layer_number(name)) >= 0})
     dropped = [f"layers {layers[0]} to {layers[-1]}"] if layers else []
@@ -121,8 +133,7 @@ def open_pretrained(
                 yield spec, contiguous(entry.map() if copied else entry.read())
                 advance(entry.nbytes)
 
-    generation = GenerationConfig.from_folder(checkpoint.folder, config)
-    return Pretrained(config, dtype, tensors(), new, unused, generation)
+    return Pretrained(config, dtype, tensors(), new, unused, generation, more)
 
 
 def save_pretrained(
@@ -134,14 +145,17 @@ def save_pretrained(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     layout: str = "safetensors",
     generation: GenerationConfig | None = None,
+    added: Sequence[Source] = (),
 ) -> None:
     """Write config.json, generation_config.json and weights that transformers loads; see `save_checkpoint`.
 
-    `get` returns the array of a tensor in the checkpoint's orientation and in `dtype`.
+    `get` returns the array of a tensor in the checkpoint's orientation and in `dtype`. `added`: tensors besides those
+    of the table.
     """
     unknown = {**config.unknown, "architectures": [architecture]}
     config = dataclasses.replace(config, dtype=dtype, unknown=unknown)
     sources = [Source(s.name, s.shape, dtype, lambda s=s: get(s)) for s in table(config, architecture)]
+    sources += added
     generation = generation or GenerationConfig.from_model_config(config)
     texts = {"config.json": config.to_json(), "generation_config.json": generation.to_json_string()}
     with byte_bar(f"Saving {Path(folder).name}", sum(source.nbytes for source in sources)) as advance:

@@ -10,17 +10,23 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from ..files import naming
+
 PIECE = 2**19  # bytes to write at once
 _BLOCK = 2**23  # bytes: stays in the processor's cache between transposing and writing
 _MADV_POPULATE_READ = 22
+_AXES, _NUMBERS = 32, 2**59  # of any tensor: HDF5's limit; numpy's, for complex numbers
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -39,6 +45,13 @@ class Entry:
     file: Path
     read: Callable[[], np.ndarray]
     map: Callable[[], np.ndarray]
+
+    def __post_init__(self) -> None:
+        # Sizes beside a 0 need no bytes, so that a file can claim any; numpy cannot hold them.
+        if len(self.shape) > _AXES or math.prod(size or 1 for size in self.shape) >= _NUMBERS:
+            shown = ", ".join(map(str, self.shape[:6])) + (", ..." if len(self.shape) > 6 else "")
+            wanted = f"at most {_AXES} axes and {_NUMBERS:,} numbers"
+            raise ValueError(f"{self.file}: found a tensor of shape [{shown}], wanted {wanted}")
 
     @property
     def nbytes(self) -> int:
@@ -129,20 +142,59 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return out.view(array.dtype)
 
 
+# Whether an open file can be replaced, and read at an offset: not on Windows.
+CAN_HOLD = hasattr(os, "preadv")
+_HELD: ContextVar[Mapping[Path, FileIO]] = ContextVar("held")
+
+
+@contextmanager
+def holding(files: Mapping[Path, FileIO]) -> Iterator[None]:
+    """Within the block, read these files where they would be opened by their names, which others may have taken."""
+    token = _HELD.set(files)
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[FileIO]:
+    if file := _HELD.get({}).get(path):
+        yield file
+    else:
+        with open(path, "rb", buffering=0) as file:
+            yield file
+
+
 def read_bytes(path: Path, start: int, size: int) -> np.ndarray:
-    # a plain read: the pages of a memory map count as the process's memory while it is open
-    data = np.fromfile(path, np.uint8, size, offset=start)
-    if data.nbytes != size:
-        raise ValueError(f"{path}: ends at {start + data.nbytes} bytes, wanted {start + size}")
+    data = np.empty(size, np.uint8)
+    fill(path, start, data)
     return data
+
+
+def fill(path: Path, start: int, out: np.ndarray) -> None:
+    """Read bytes of a file from `start` on into a contiguous array. OSError or ValueError, naming the file, if they
+    cannot be read, or if it ends before."""
+    # a plain read: the pages of a memory map count as the process's memory while it is open
+    with naming(path), _opened(path) as file:
+        view, at = memoryview(out.reshape(-1).view(np.uint8)), start  # pyright: ignore[reportArgumentType]
+        while view.nbytes:
+            if CAN_HOLD:
+                got = os.preadv(file.fileno(), [view], at)
+            else:
+                file.seek(at)
+                got = file.readinto(view)
+            if not got:
+                raise ValueError(f"{path}: ends at {at} bytes, wanted {start + out.nbytes}")
+            view, at = view[got:], at + got
 
 
 def map_bytes(path: Path, start: int, size: int) -> np.ndarray:
     """Bytes of a file, mapped copy-on-write, perhaps not aligned. OSError, naming the file, if they cannot be read."""
-    if size == 0 or path.stat().st_size < start + size:  # a map cannot be empty or extend beyond the file
-        return read_bytes(path, start, size)
     before = start % mmap.ALLOCATIONGRANULARITY
-    with open(path, "rb") as file:
+    with naming(path), _opened(path) as file:
+        if size == 0 or os.fstat(file.fileno()).st_size < start + size:  # a map can be neither empty nor longer
+            return read_bytes(path, start, size)
         pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
     if sys.platform == "linux":
         # all at once, which is faster; and an unreadable page would kill the process later

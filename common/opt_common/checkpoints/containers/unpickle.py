@@ -19,12 +19,27 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..tensors import Entry, map_bytes, numpy_dtype
+from ...files import naming
+from ..tensors import Entry, fill, map_bytes, numpy_dtype
 from .zips import Records, shown
 
-# A pickle holds names and shapes: that of OPT-175b in one file is 300 kB and 50 thousand steps. An object takes up to
-# 130 times the byte that asks for it, so steps are counted too.
-_PICKLE_BYTES, _STEPS = 1 << 26, 1_000_000
+# A pickle holds names and shapes: that of OPT-175b in one file is 300 kB and 50 thousand steps.
+_PICKLE_BYTES, _STEPS = 1 << 26, 500_000
+# What an instruction of one byte makes takes up to 170 bytes, so a file may ask for some times its size, most of which
+# is numbers if it holds weights; and for half a megabyte, as tensors of one number take more than they fill.
+_GROWTH, _FREE = 8, 1 << 19
+_COST: dict[bytes, int] = {
+    **dict.fromkeys((
+        pickle.EMPTY_LIST, pickle.LIST, pickle.EMPTY_DICT, pickle.DICT, pickle.MARK, pickle.MEMOIZE, pickle.BINPUT,
+        pickle.LONG_BINPUT, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
+    ), 80),
+    **dict.fromkeys((
+        pickle.EMPTY_SET, pickle.FROZENSET, pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.GLOBAL,
+        pickle.STACK_GLOBAL, pickle.BINPERSID,
+    ), 170),
+}  # fmt: skip
+_NAME = 200  # bytes of a class's name
+_PLACE, _OBJECT, _PAIR = 16, 48, 100  # on the stack; a number or an empty string; of a dict
 
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -59,7 +74,7 @@ _NAMES = {
 _PACKAGES = ("omegaconf.", "metaseq.", "fairseq.", "fairscale.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Global:
     """The name of a class or function, module first."""
 
@@ -76,7 +91,7 @@ class Named:
     items: list[Any] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Storage:
     """The memory behind tensors: `numel` numbers from byte `start` of the file."""
 
@@ -85,7 +100,7 @@ class Storage:
     start: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Tensor:
     """A tensor in a file, not read yet. `offset` and `stride` count elements in its storage."""
 
@@ -119,14 +134,7 @@ class Tensor:
         if not (self.contiguous and out.flags.c_contiguous):
             out[...] = self.map()
             return
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._start)
-            view = memoryview(out.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
-            while view.nbytes:
-                got = file.readinto(view)
-                if not got:
-                    raise ValueError(f"{self.path}: ends at {file.tell()} bytes, wanted {file.tell() + view.nbytes}")
-                view = view[got:]
+        fill(self.path, self._start, out)
 
     def read(self) -> np.ndarray:
         """A new array."""
@@ -158,7 +166,7 @@ def load(path: Path) -> Any:
     Raises ValueError that names the file, and what in it is damaged, forbidden, or not plain data.
     """
     try:
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             zipped = file.read(4) == b"PK\3\4"
             file.seek(0)
             return _load_zip(path, file) if zipped else _load_legacy(path, file)
@@ -201,9 +209,10 @@ def _load_zip(path: Path, file: BinaryIO) -> Any:
             raise ValueError(f"storage {key}: {numel} of {dtype}, elsewhere {storages[key].numel} of another")
         return storages[key]
 
+    length = file.seek(0, 2)
     start, size = records.locate(mains[0])
     file.seek(start)
-    return _Unpickler(path, io.BytesIO(file.read(min(size, _PICKLE_BYTES))), size, persistent).run()
+    return _Unpickler(path, io.BytesIO(file.read(min(size, _PICKLE_BYTES))), size, length, persistent).run()
 
 
 def _load_legacy(path: Path, file: BinaryIO) -> Any:
@@ -215,7 +224,7 @@ def _load_legacy(path: Path, file: BinaryIO) -> Any:
         raise ValueError("a storage where none belongs")
 
     def run(persistent: Callable[..., Storage] = forbidden) -> Any:
-        return _Unpickler(path, file, length - file.tell(), persistent).run()
+        return _Unpickler(path, file, length - file.tell(), length, persistent).run()
 
     if file.read(1) != pickle.PROTO:
         file.seek(0)
@@ -263,10 +272,12 @@ def _load_legacy(path: Path, file: BinaryIO) -> Any:
 
 
 class _Unpickler:
-    """Runs one pickle of at most `size` bytes, from the position of `file` on. `persistent` finds a storage."""
+    """Runs one pickle of at most `size` bytes, from the position of `file` on, of a file of `whole` bytes. `persistent`
+    finds a storage."""
 
-    def __init__(self, path: Path, file: BinaryIO, size: int, persistent: Callable[..., Storage]) -> None:
+    def __init__(self, path: Path, file: BinaryIO, size: int, whole: int, persistent: Callable[..., Storage]) -> None:
         self.path, self.file, self.left, self.persistent = path, file, min(size, _PICKLE_BYTES), persistent
+        self.memory = self.allowed = _FREE + _GROWTH * whole
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -276,8 +287,15 @@ class _Unpickler:
             op = self.take(1)
             if op == pickle.STOP:
                 return self.stack[-1]
+            self.spend(_COST.get(op, _PLACE))
             self.step(op)
         raise ValueError(f"its pickle takes more than {_STEPS} steps")
+
+    def spend(self, size: int) -> None:
+        """Count memory that the pickle asks for, before it gets it."""
+        self.memory -= size
+        if self.memory < 0:
+            raise ValueError(f"its pickle asks for more than {self.allowed} bytes of memory, which no weights need")
 
     def take(self, size: int) -> bytes:
         self.left -= size
@@ -289,8 +307,19 @@ class _Unpickler:
     def number(self, form: str) -> int:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
+    def text(self, form: str) -> bytes:
+        """A string after its length."""
+        data = self.take(self.number(form))
+        self.spend(_OBJECT + 4 * len(data))  # one character of four bytes makes four of each
+        return data
+
+    def numeral(self, form: str) -> float:
+        """A number that is an object of its own."""
+        self.spend(_OBJECT)
+        return self.number(form)
+
     def line(self) -> str:
-        line = self.file.readline(200)
+        line = self.file.readline(_NAME)
         self.left -= len(line)
         if not line.endswith(b"\n"):
             raise ValueError("a name in its pickle does not end")
@@ -317,34 +346,35 @@ class _Unpickler:
                 self.marks.append(stack)
                 self.stack = []
             case pickle.BINUNICODE:
-                stack.append(self.take(self.number("<L")).decode("utf-8", "surrogatepass"))
+                stack.append(self.text("<L").decode("utf-8", "surrogatepass"))
             case pickle.SHORT_BINUNICODE:
-                stack.append(self.take(self.number("<B")).decode("utf-8", "surrogatepass"))
+                stack.append(self.text("<B").decode("utf-8", "surrogatepass"))
             case pickle.BINUNICODE8:
-                stack.append(self.take(self.number("<Q")).decode("utf-8", "surrogatepass"))
+                stack.append(self.text("<Q").decode("utf-8", "surrogatepass"))
             case pickle.BINSTRING:  # Python 2's str
-                stack.append(self.take(self.number("<L")).decode("latin-1"))
+                stack.append(self.text("<L").decode("latin-1"))
             case pickle.SHORT_BINSTRING:
-                stack.append(self.take(self.number("<B")).decode("latin-1"))
+                stack.append(self.text("<B").decode("latin-1"))
             case pickle.SHORT_BINBYTES:
-                stack.append(self.take(self.number("<B")))
+                stack.append(self.text("<B"))
             case pickle.BINBYTES:
-                stack.append(self.take(self.number("<L")))
+                stack.append(self.text("<L"))
             case pickle.BINBYTES8 | pickle.BYTEARRAY8:
-                stack.append(self.take(self.number("<Q")))
+                stack.append(self.text("<Q"))
             case pickle.BININT:
-                stack.append(self.number("<l"))
+                stack.append(self.numeral("<l"))
             case pickle.BININT1:
                 stack.append(self.number("<B"))
             case pickle.BININT2:
-                stack.append(self.number("<H"))
+                stack.append(self.numeral("<H"))
             case pickle.LONG1:
                 size = self.number("<B")
                 if size > 16:
                     raise ValueError(f"a number of {size} bytes in its pickle")
+                self.spend(_OBJECT)
                 stack.append(int.from_bytes(self.take(size), "little", signed=True))
             case pickle.BINFLOAT:
-                stack.append(struct.unpack(">d", self.take(8))[0])
+                stack.append(self.numeral(">d"))
             case pickle.NONE:
                 stack.append(None)
             case pickle.NEWTRUE:
@@ -439,6 +469,7 @@ class _Unpickler:
         elif type(target) is not dict or len(items) % 2:
             raise TypeError(f"SETITEMS on {type(target).__name__}")
         else:
+            self.spend(_PAIR * (len(items) // 2))
             for key, value in zip(items[::2], items[1::2], strict=True):
                 target[_key(key)] = value
 
@@ -501,8 +532,8 @@ class _Unpickler:
 
 
 def _global(module: Any, name: Any) -> Global:
-    if type(module) is not str or type(name) is not str:
-        raise TypeError("a class that is not called by name")
+    if type(module) is not str or type(name) is not str or len(module) + len(name) > _NAME:
+        raise TypeError("a class that is not called by a name")
     full = f"{module}.{name}"
     if full not in _NAMES and not full.startswith(_PACKAGES):
         raise ValueError(f"its pickle names {full[:200]!r}, which is neither a tensor nor plain data; nothing was run")

@@ -1,0 +1,196 @@
+"""The arguments of a `generate`, as its programs take them.
+
+B prompts   T columns of the prompts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+from opt_common.generation import Options, Settings, check_generate, merged, prompt
+from opt_common.generation.prompts import started
+
+from ..cache import KVCache
+from .choosing import Numbers, Plan
+from .loop import Start
+
+# Prompts and new tokens are padded to a multiple of so many columns, or half of it: one program serves the lengths
+# between.
+STEP = 64
+
+# What the host does after each step
+HOST = ("prefix_allowed_tokens_fn", "stop_strings", "stopping_criteria", "streamer", "max_time")
+
+
+class Call(NamedTuple):
+    """One `generate`: the prompts as they were given, the settings, and what its program takes: the model and the
+    assistant, or None, what they begin with, and the settings again."""
+
+    models: tuple[Any, Any]
+    prompts: Tensor
+    settings: Settings
+    options: Options
+    start: Start
+    ahead: Start | None
+    numbers: Numbers
+    plan: Plan
+
+    @property
+    def hosted(self) -> bool:
+        """Whether the host has something to do at each step."""
+        return _hosted(self.settings, self.options)
+
+
+def _hosted(settings: Settings, options: Options) -> bool:
+    layers = settings.output_attentions or settings.output_hidden_states
+    return any(options.get(name) is not None for name in HOST) or (settings.return_dict_in_generate and layers)
+
+
+def prepared(model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str, Any]) -> Call:
+    input_ids, attention_mask, options = _arguments(input_ids, attention_mask, options)
+    given = prompt(model.config, input_ids, attention_mask, options, model.generation_config)
+    ids = given.options.get("inputs") if input_ids is None else input_ids
+    prompts = tf.constant(given.ids, tf.int32) if ids is None else tf.convert_to_tensor(ids)
+    return call(model, prompts, tf.constant(given.mask), given.settings, given.options)
+
+
+def traced(model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str, Any]) -> Call:
+    """The arguments in a tf.function, where only shapes are known, and perhaps not all of them."""
+    config = model.config
+    input_ids, attention_mask, options = _arguments(input_ids, attention_mask, options)
+    chosen = merged(model.generation_config, options)
+    for name in (*HOST, "past_key_values", "output_attentions", "output_hidden_states"):
+        if chosen.get(name):
+            raise ValueError(f"{name}: found in a tf.function, wanted a call outside of one")
+    embeds, ids = chosen.get("inputs_embeds"), None
+    if embeds is None or input_ids is not None:
+        ids = tf.convert_to_tensor(started(config, input_ids, chosen))
+    T = (embeds if ids is None else ids).shape[1]
+    for name, wanted in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if T is None and chosen.get(name) is not None:
+            raise ValueError(f"{name}: found with prompts of unknown width, wanted {wanted}")
+    settings = check_generate(config, T or 1, T or 1, 1, chosen)
+    if ids is None:
+        ids, mask = tf.zeros((tf.shape(embeds)[0], 0), tf.int32), tf.ones(tf.shape(embeds)[:2], tf.bool)
+    else:
+        mask = tf.ones_like(ids, tf.bool) if config.pad_token_id is None else ids != config.pad_token_id
+    if attention_mask is not None:
+        mask = tf.convert_to_tensor(attention_mask) != 0
+    if T is None:
+        longest = tf.reduce_max(tf.reduce_sum(tf.cast(mask, tf.int32), axis=1))
+        message = "max_new_tokens: found more, with the prompts, than max_position_embeddings"
+        limit = config.max_position_embeddings
+        tf.debugging.assert_less_equal(longest + settings.max_new_tokens, limit, message=message)
+    return call(model, ids, mask, settings, chosen)
+
+
+def _arguments(input_ids: Any, attention_mask: Any, options: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """The arguments, from a dictionary if they come in one."""
+    if not isinstance(input_ids, Mapping):
+        return input_ids, attention_mask, dict(options)
+    given = {"attention_mask": attention_mask} | dict(input_ids) | options
+    return given.pop("input_ids", None), given.pop("attention_mask"), given
+
+
+def call(model: Any, prompts: Tensor, mask: Tensor, settings: Settings, options: Options) -> Call:
+    """The call of checked arguments."""
+    length, assistant = _draft(model, prompts, settings, options)
+    room = settings.max_new_tokens + (length + 1 if length else 0)  # the last draft may reach so far beyond the end
+    room = _columns(room) if tf.executing_eagerly() else room
+    plan = Plan.of(settings, room, model.config.vocab_size, length)
+    numbers = Numbers.of(settings, _seed(settings))
+    start = _start(prompts, mask, numbers, options, plan)
+    ahead = None if assistant is None else _start(prompts, mask, numbers, {}, plan._replace(names=()))
+    return Call((model, assistant), prompts, settings, options, start, ahead, numbers, plan)
+
+
+def _draft(model: Any, prompts: Tensor, settings: Settings, options: Options) -> tuple[int, Any]:
+    """How long a draft is, and which model writes it. There are none where the host chooses, or without a cache."""
+    assistant = None if settings.prompt_lookup_num_tokens else options.get("assistant_model")
+    name = "prompt_lookup_num_tokens" if assistant is None else "assistant_model"
+    length = settings.prompt_lookup_num_tokens if assistant is None else settings.num_assistant_tokens
+    if assistant is None and not settings.prompt_lookup_num_tokens:
+        return 0, None
+    rows = prompts.shape[0] and prompts.shape[0] * settings.num_return_sequences
+    if rows != 1:
+        raise ValueError(f"{name}: found {rows} texts, wanted one")
+    if options.get("inputs_embeds") is not None:
+        raise ValueError(f"{name}: found with inputs_embeds, wanted input_ids alone")
+    if assistant is not None and assistant.config.vocab_size != model.config.vocab_size:
+        found, wanted = assistant.config.vocab_size, model.config.vocab_size
+        raise ValueError(f"assistant_model: found a vocabulary of {found}, wanted {wanted}")
+    return (0, None) if _hosted(settings, options) or not settings.use_cache else (length, assistant)
+
+
+def _start(prompts: Tensor, mask: Tensor, numbers: Numbers, options: Options, plan: Plan) -> Start:
+    """All padding goes to the left: every row then ends in its last token, and more padding changes nothing."""
+    ids, real = tf.cast(prompts, tf.int32), tf.cast(mask, tf.int32)
+    embeds, past = options.get("inputs_embeds"), options.get("past_key_values")
+    eager, W = tf.executing_eagerly(), tf.shape(ids)[1]
+    order = tf.argsort(real, axis=1, stable=True)
+    text = tf.gather(ids, order, batch_dims=1) if ids.shape[1] != 0 else ids
+    padding = (W - tf.reduce_sum(real, axis=1)) if ids.shape[1] != 0 else tf.zeros_like(real[:, 0])
+    away, away_mask = _away(text, options) if "guidance_scale" in plan.names else (None, None)
+    if embeds is not None:
+        inputs = tf.gather(tf.convert_to_tensor(embeds), order, batch_dims=1)
+    else:
+        inputs = text
+    seen = tf.gather(real, order, batch_dims=1)
+    if past is not None:
+        inputs, seen, past = _rest(ids, real, past, plan.room)
+    elif eager and not plan.keep_cache:
+        longest = int(tf.reduce_max(tf.reduce_sum(real, axis=1)))
+        extra = _columns(longest) - longest
+        inputs, seen = (_left(x[:, x.shape[1] - longest :], extra) for x in (inputs, seen))
+    behind = plan.room + (_columns(int(W)) - int(W) if eager else 0)
+    text = tf.pad(text, ((0, 0), (0, behind)), constant_values=numbers.pad_token_id)
+    ids, embeds = (inputs, None) if embeds is None else (None, inputs)
+    return Start(text, padding, W, ids, embeds, seen, past, away, away_mask)
+
+
+def _away(text: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """What guidance moves away from: `negative_prompt_ids`, or the last token of each prompt."""
+    ids, mask = options.get("negative_prompt_ids"), options.get("negative_prompt_attention_mask")
+    ids = text[:, -1:] if ids is None else tf.cast(tf.convert_to_tensor(ids), tf.int32)
+    if len(ids.shape) != 2 or ids.shape[0] != text.shape[0] or ids.shape[1] == 0:
+        raise ValueError(f"negative_prompt_ids: found shape {list(ids.shape)}, wanted [{text.shape[0]}, tokens]")
+    return ids, tf.ones_like(ids) if mask is None else tf.cast(tf.convert_to_tensor(mask) != 0, tf.int32)
+
+
+def _rest(ids: Tensor, real: Tensor, past: KVCache, room: int) -> tuple[Tensor, Tensor, KVCache]:
+    """The columns behind those in a cache, the mask of both, and the cache with room for the new tokens."""
+    L, T = int(past.length), ids.shape[1]
+    if not L < T:
+        raise ValueError(f"past_key_values: found {L} tokens, wanted fewer than the {T} columns of input_ids")
+    order = tf.argsort(real[:, L:], axis=1, stable=True)
+    rest, seen = (tf.gather(x[:, L:], order, batch_dims=1) for x in (ids, real))
+    if int(tf.reduce_min(tf.reduce_sum(seen, axis=1))) == 0:
+        raise ValueError(f"attention_mask: found a row without tokens behind the {L} of past_key_values, wanted one")
+    k, v = ([tf.pad(x[:, :L], ((0, 0), (0, T - L + room), (0, 0))) for x in part] for part in (past.k, past.v))
+    segments = tf.pad(past.segments[:, :L], ((0, 0), (0, T - L + room)))
+    return rest, tf.concat([real[:, :L], seen], axis=1), KVCache(tuple(k), tuple(v), past.length, segments)
+
+
+def _left(x: Tensor, n: int) -> Tensor:
+    return tf.pad(x, ((0, 0), (n, 0)) + ((0, 0),) * (len(x.shape) - 2))
+
+
+def _columns(n: int) -> int:
+    return STEP // 2 if n <= STEP // 2 else n + -n % STEP
+
+
+def _seed(settings: Settings) -> Tensor:
+    """Two numbers, as TensorFlow's stateless functions take them; without a seed, from the global state."""
+    seed = settings.seed
+    if not settings.do_sample:
+        return tf.zeros(2, tf.int64)
+    if seed is None:
+        return tf.random.uniform((2,), 0, tf.int64.max, tf.int64)
+    pair = (seed, 0) if isinstance(seed, int) else seed
+    if len(pair) != 2:
+        raise ValueError(f"seed: found {seed!r}, wanted a number or two")
+    return tf.constant([part % 2**63 for part in pair], tf.int64)

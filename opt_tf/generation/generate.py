@@ -1,0 +1,227 @@
+"""Text from a model: the prompts, the way that the settings ask for, and the result. All of it is one compiled program,
+but for what only the host can do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Unpack
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow import Tensor
+
+from opt_common.generation import Options, StopStrings, pieces
+from opt_common.outputs import GenerateOutput
+
+from .beams import Beams
+from .calls import Call, prepared, traced
+from .choosing import Numbers, Plan
+from .drafts import draft
+from .loop import Pass, Result, Rows, Start, Stops, first, further
+
+
+@tf.autograph.experimental.do_not_convert
+def generate(
+    self: Any,
+    input_ids: Tensor | np.ndarray | Mapping[str, Any] | None = None,
+    attention_mask: Tensor | np.ndarray | None = None,
+    **options: Unpack[Options],
+) -> Tensor | GenerateOutput:
+    """Continue each row of `input_ids` [B, T]; returns [B, T + new], the prompts included, or a GenerateOutput.
+
+    input_ids: the prompts, or a dictionary of the arguments. Default: one that is `bos_token_id`.
+    attention_mask: [B, T], 0 for padding on either side. Default: everything that is not `pad_token_id`.
+    options: see `opt_common.generation.Options`.
+    In a tf.function the result is always max_new_tokens wide, with padding behind the ends.
+    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
+    """
+    if not tf.executing_eagerly():
+        call = traced(self, input_ids, attention_mask, options)
+        return _output(call, _run(*call.models, call.start, call.ahead, call.numbers, call.plan))
+    call = prepared(self, input_ids, attention_mask, options)
+    streamer = call.options.get("streamer")
+    if not call.hosted:
+        return _output(
+            call, _generate(call.models, weights(call.models), call.start, call.ahead, call.numbers, plan=call.plan)
+        )
+    if streamer is not None:
+        streamer.put(np.asarray(call.prompts))
+    passes, state = [], None
+    for out, state in _steps(call):
+        passes.append((out.attentions, out.hidden_states))
+        if streamer is not None:
+            streamer.put(_last(call, state))
+    if streamer is not None:
+        streamer.end()
+    attentions, hidden_states = zip(*passes, strict=True)
+    return _output(call, _way(call.start, call.numbers, call.plan).result(state), attentions, hidden_states)
+
+
+def stream(
+    self: Any,
+    input_ids: Tensor | np.ndarray | Mapping[str, Any] | None = None,
+    attention_mask: Tensor | np.ndarray | None = None,
+    *,
+    tokenizer: Any,
+    **options: Unpack[Options],
+) -> Iterator[str]:
+    """Continue the one row of `input_ids` [1, T]; an iterator of pieces of the new text, each as soon as it is known.
+    Arguments and errors as in `generate`."""
+    call = prepared(self, input_ids, attention_mask, options | {"tokenizer": tokenizer})
+    rows = call.plan.copies * call.start.text.shape[0]
+    if rows != 1 or call.plan.num_beams > 1:
+        raise ValueError(f"stream: found {rows} texts, wanted one")
+    return pieces(_tokens(call), tokenizer)
+
+
+def compute_transition_scores(
+    self: Any,
+    sequences: Tensor,
+    scores: tuple[Tensor, ...],
+    beam_indices: Tensor | None = None,
+    normalize_logits: bool = False,
+) -> Tensor:
+    """The score of each new token of `sequences` [R, T + new], [R, new], from the fields of a GenerateOutput: its entry
+    in `scores`, or with normalize_logits its log probability. 0 behind the end of a beam search's text."""
+    kept = tf.stack(scores, axis=1)  # [rows, new, V]
+    if normalize_logits:
+        kept = tf.nn.log_softmax(kept)
+    if beam_indices is None:
+        beam_indices = tf.broadcast_to(tf.range(kept.shape[0])[:, None], kept.shape[:2])
+    there = beam_indices >= 0
+    new = int(tf.reduce_max(tf.reduce_sum(tf.cast(there, tf.int32), axis=1)))
+    there, rows = there[:, :new], tf.maximum(tf.cast(beam_indices[:, :new], tf.int32), 0)
+    tokens = tf.cast(sequences[:, sequences.shape[1] - new :], tf.int32)
+    steps = tf.broadcast_to(tf.range(new), rows.shape)
+    return tf.where(there, tf.gather_nd(kept, tf.stack([rows, steps, tokens], axis=-1)), 0)
+
+
+def _way(start: Start, numbers: Numbers, plan: Plan, stops: Stops | None = None) -> Rows | Beams:
+    return (Beams if plan.num_beams > 1 else Rows)(start, numbers, plan, stops)
+
+
+def _run(model: Any, assistant: Any, start: Start, ahead: Start | None, numbers: Numbers, plan: Plan) -> Result:
+    """The whole of it, in a graph."""
+    if plan.draft:
+        return draft(model, assistant, start, ahead, numbers, plan)[0]
+    way: Any = _way(start, numbers, plan)
+
+    def advance(state: Any) -> tuple[Any]:
+        end = start.width + state.step
+        return (way.write(further(model, state.text, way.padding, end, state.cache, state.guide_cache), state),)
+
+    state = way.begin(first(model, start, plan.room, plan.copies, plan.use_cache))
+    (state,) = tf.while_loop(way.unfinished, advance, (state,))
+    return way.result(state)
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """The program of a function of some models and tensors; it takes the models, then their weights, then the rest.
+
+    TensorFlow keeps every program for good, and one that took the weights from the models would keep them as well, long
+    after the models are gone."""
+
+    def run(models: tuple[Any, ...], weights: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        with keras.StatelessScope(state_mapping=list(zip(_variables(models), weights, strict=True))):
+            return function(*models, *args, **kwargs)
+
+    return tf.function(run, jit_compile=True, autograph=False)
+
+
+def _variables(models: tuple[Any, ...]) -> list[Any]:
+    return [variable for model in models if model is not None for variable in model.weights]
+
+
+def weights(models: tuple[Any, ...]) -> list[Tensor]:
+    return [tf.convert_to_tensor(variable.value) for variable in _variables(models)]
+
+
+_generate, _first, _further = map(_compiled, (_run, first, further))
+
+
+def _steps(call: Call) -> Iterator[tuple[Pass, Any]]:
+    """Each pass with the state after it: the passes are compiled, what is chosen from them is the host's."""
+    settings, plan, start = call.settings, call.plan, call.start
+    on = settings.return_dict_in_generate
+    wanted = {
+        "output_attentions": on and settings.output_attentions,
+        "output_hidden_states": on and settings.output_hidden_states,
+    }
+    models, way = call.models[:1], _way(start, call.numbers, plan, _stops(call))
+    tensors = weights(models)
+    out = _first(models, tensors, start, plan.room, plan.copies, plan.use_cache, **wanted)
+    state: Any = way.begin(out)
+    end = int(start.width)
+    while True:
+        yield _cut(out, end, plan.use_cache), state
+        if not way.unfinished(state):
+            return
+        end += 1
+        caches = state.cache, state.guide_cache
+        out = _further(models, tensors, state.text, way.padding, tf.constant(end), *caches, **wanted)
+        state = way.write(out, state)
+
+
+def _cut(out: Pass, end: int, use_cache: bool) -> Pass:
+    """Without the slots and columns that are not taken yet."""
+    attentions = tuple(x[..., :end] if use_cache else x[:, :, :end, :end] for x in out.attentions)
+    hidden_states = out.hidden_states if use_cache else tuple(x[:, :end] for x in out.hidden_states)
+    return out._replace(attentions=attentions, hidden_states=hidden_states)
+
+
+def _last(call: Call, state: Any) -> np.ndarray:
+    """The tokens of the last step, [R]."""
+    return state.text[:, int(call.start.width + state.step) - 1].numpy()
+
+
+def _tokens(call: Call) -> Iterator[np.ndarray]:
+    return (_last(call, state) for _, state in _steps(call))
+
+
+def _stops(call: Call) -> Stops | None:
+    """What the host says about ends."""
+    settings, options = call.settings, call.options
+    criteria = options.get("stopping_criteria") or ()
+    criteria = tuple(criteria) if isinstance(criteria, (list, tuple)) else (criteria,)
+    strings = StopStrings(options.get("tokenizer"), settings.stop_strings) if settings.stop_strings else None
+    if not criteria and strings is None and settings.max_time is None:
+        return None
+    began, padding = time.monotonic(), call.start.padding.numpy()
+
+    def stops(text: Tensor, scores: tuple[Tensor, ...] | None) -> Tensor:
+        rows = text.shape[0]
+        ended = np.zeros(rows, bool)
+        for criterion in criteria:
+            ended |= np.asarray(criterion(text, scores), bool)
+        if strings is not None:
+            for row, ids in enumerate(text.numpy()):
+                ended[row] |= strings(ids[padding[row * len(padding) // rows] :])
+        if settings.max_time is not None:
+            ended |= time.monotonic() - began > settings.max_time
+        return tf.constant(ended)
+
+    return stops
+
+
+def _output(call: Call, found: Result, attentions: Any = (), hidden_states: Any = ()) -> Tensor | GenerateOutput:
+    settings, n = call.settings, call.settings.num_return_sequences
+    eager = tf.executing_eagerly()
+    length, steps = (int(found.length), int(found.steps)) if eager else (settings.max_new_tokens,) * 2
+    W = int(call.start.width) if eager else call.start.width
+    tokens = tf.cast(found.text[:, W : W + length], call.prompts.dtype)
+    sequences = tf.concat([tf.repeat(call.prompts, n, axis=0), tokens], axis=1)
+    if not settings.return_dict_in_generate:
+        return sequences
+    beams = settings.num_beams > 1
+    return GenerateOutput(
+        sequences=sequences,
+        sequences_scores=found.sequences_scores if beams and settings.output_scores else None,
+        scores=tuple(tf.unstack(found.scores[:steps])) if settings.output_scores else None,
+        logits=tuple(tf.unstack(found.logits[:steps])) if settings.output_logits else None,
+        beam_indices=found.beam_indices[:, :length] if beams else None,
+        attentions=attentions if settings.output_attentions else None,
+        hidden_states=hidden_states if settings.output_hidden_states else None,
+        past_key_values=found.cache or None,
+    )
