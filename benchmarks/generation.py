@@ -12,8 +12,8 @@ beams      beam search, 4 beams of one prompt, over the likeliest token of 4 pro
 sampling   top-p 0.9 with a repetition penalty of 1.2, over the likeliest token
 drafts     a draft of 5 tokens by opt-125m, its guesses replaced by the text that is written, and one of 5 tokens by a
            wrong one, so that the machinery is measured and not what two random models agree in; over no draft
-lookup     10 tokens that followed the last two where they stand earlier; the position table is zero, with which a random
-           model soon repeats itself. Over no draft
+lookup     10 tokens that followed the last two where they stand earlier; the position table is zero, with which a
+           random model soon repeats itself. Over no draft
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def cases(seed: int, count: int, forms: int = FORMS, distance: float = 1e-5) -> 
     rng, found, tried = np.random.default_rng(seed), [], 0
     while len(found) < count:
         tried += 1
-        assert tried < 5 * count, "most texts hang on the last digits"
+        assert tried < 20 * count, "most texts hang on the last digits"
         model, ids, mask, options = one(np.random.default_rng([seed, int(rng.integers(forms))]), rng)
         wanted = text(reference(model), ids, mask, options)
         if np.array_equal(wanted, text(reference(model, distance), ids, mask, options)):

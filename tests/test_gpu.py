@@ -451,7 +451,7 @@ def test_random_settings(part, tmp_path):
         folder = save_reference(random_settings.reference(name), tmp_path / name)
         models[name] = OPTForCausalLM.from_pretrained(folder, dtype="float16", device=DEVICE)
     wrong = []
-    for case in random_settings.cases(part, 50, distance=1e-2):
+    for case in random_settings.cases(part, 30, distance=8e-3):
         if "exponential_decay_length_penalty" in case.options:
             continue  # of an end that is suppressed as well, transformers before 5.20 makes NaN, and then the end
         ids, mask = torch.tensor(case.ids, device=DEVICE), torch.tensor(case.mask, device=DEVICE)
