@@ -256,6 +256,8 @@ class OPTConfig:
     def name_or_path(self, name: str) -> None:
         self.__dict__["_loaded_from"] = str(name)
 
+    _name_or_path = name_or_path  # as TRL reads it
+
     @property
     def torch_dtype(self) -> Any:
         """`dtype`, as PyTorch's own where PyTorch is loaded."""

@@ -39,7 +39,8 @@ class Kin:
         if theirs is None or issubclass(ours, theirs):
             return ours
         if (ours, theirs) not in _known:
-            named = {"__module__": ours.__module__, "__qualname__": ours.__qualname__, "__doc__": ours.__doc__}
+            same = ("__module__", "__qualname__", "__doc__", "__annotations__")
+            named = {name: getattr(ours, name, {}) for name in same}
             meta = _Both if type(theirs) is type else type("_Both", (_Both, type(theirs)), {})
             _known[ours, theirs] = meta(ours.__name__, (ours, theirs), {"_ours": ours} | named)
         return _known[ours, theirs]
@@ -49,12 +50,12 @@ class Kin:
         object.__dict__["__class__"].__set__(self, cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        made, args, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
         # pickle takes copyreg.__newobj__ only for an object whose __class__ is its type
-        return (_new, args, *rest) if made.__name__ == "__newobj__" else (made, args, *rest)
+        return (_new, *reduced[1:]) if reduced[0].__name__ == "__newobj__" else reduced
 
 
-def _new(cls: type) -> Any:
+def _new(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
