@@ -20,8 +20,8 @@ from opt_common.weights import KERAS, table  # noqa: E402
 from opt_tf import TFOPTForCausalLM, TFOPTModel  # noqa: E402
 from opt_tf.attention import choose  # noqa: E402
 from opt_tf.cache import CacheWriter  # noqa: E402
-from opt_tf.generation.calls import call  # noqa: E402
 from opt_tf.generation.generate import _generate, weights  # noqa: E402
+from opt_tf.generation.prompts import call  # noqa: E402
 
 SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
              max_position_embeddings=64)  # fmt: skip

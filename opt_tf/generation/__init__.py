@@ -1,5 +1,5 @@
 """Text from a model."""
 
-from .generate import compute_transition_scores as compute_transition_scores
 from .generate import generate as generate
 from .generate import stream as stream
+from .results import compute_transition_scores as compute_transition_scores

@@ -12,8 +12,9 @@ from keras import ops
 from tensorflow import Tensor
 
 from ..cache import KVCache
+from .callbacks import Stops
 from .choosing import Numbers, Plan, Seen, among, gumbel, process
-from .loop import Pass, Result, Start, Stops, listed, record, records, written
+from .loop import Pass, Result, Start, listed, record, records, written
 
 WORST = -1e9
 

@@ -16,6 +16,8 @@ from tensorflow import Tensor
 
 from opt_common.generation import Sequences, Settings
 
+from .callbacks import allowed
+
 # A filter that needs the likeliest tokens looks at so many of them first: to sort all takes XLA ten times as long.
 FEW, MORE = 64, 1024
 
@@ -227,21 +229,6 @@ def _forced(scores: Tensor, ids: Tensor, now: Tensor) -> Tensor:
     return tf.where(now, tf.where(_among(scores, ids), 0.0, -np.inf)[None], scores)
 
 
-def _allowed(scores: Tensor, _: None, seen: Seen) -> Tensor:
-    """Only what `prefix_allowed_tokens_fn` allows; that and nothing else where it excludes all that was left."""
-    allowed, each = seen.plan.allowed, max(seen.plan.num_beams, seen.plan.num_return_sequences)
-    assert allowed is not None
-    masks = np.full(scores.shape, -np.inf, np.float32)
-    for row in range(scores.shape[0]):
-        tokens = list(allowed(row // each, seen.text[row, : int(seen.end)]))
-        if not tokens:
-            raise ValueError(f"prefix_allowed_tokens_fn: found no token for row {row // each}, wanted at least one")
-        masks[row, tokens] = 0
-    found = scores + masks
-    none = np.isneginf(found.numpy().max(axis=-1)).reshape(-1, each).all(axis=1).repeat(each)
-    return tf.where(none[:, None], masks, found)
-
-
 def _finite(scores: Tensor, _: Tensor, seen: Seen) -> Tensor:
     scores = tf.where(tf.math.is_nan(scores), 0.0, scores)
     return tf.clip_by_value(scores, scores.dtype.min, scores.dtype.max)
@@ -354,7 +341,9 @@ PROCESSORS: dict[str, Callable[..., Tensor]] = {
     "encoder_no_repeat_ngram_size": lambda scores, n, seen: _no_repeat(scores, n, seen, prompt_only=True),
     "bad_words_ids": _biases,
     "min_new_tokens": _min_new_tokens,
-    "prefix_allowed_tokens_fn": _allowed,
+    "prefix_allowed_tokens_fn": lambda scores, _, seen: allowed(
+        scores, seen.plan.allowed, seen.text[:, : seen.end], seen.plan.copies
+    ),
     "forced_bos_token_id": lambda scores, ids, seen: _forced(scores, ids, seen.end == 1),
     "forced_eos_token_id": lambda scores, ids, seen: _forced(scores, ids, seen.step == seen.numbers.max_new_tokens - 1),
     "remove_invalid_values": _finite,

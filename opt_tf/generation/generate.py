@@ -3,7 +3,6 @@ but for what only the host can do."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Unpack
 
@@ -12,14 +11,16 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_common.generation import Options, StopStrings, pieces
+from opt_common.generation import Options, pieces
 from opt_common.outputs import GenerateOutput
 
 from .beams import Beams
-from .calls import Call, prepared, traced
+from .callbacks import Stops, stops
 from .choosing import Numbers, Plan
 from .drafts import draft
-from .loop import Pass, Result, Rows, Start, Stops, first, further
+from .loop import Pass, Result, Rows, Start, first, further
+from .prompts import Call, prepared, traced
+from .results import output
 
 
 @tf.autograph.experimental.do_not_convert
@@ -39,13 +40,12 @@ def generate(
     """
     if not tf.executing_eagerly():
         call = traced(self, input_ids, attention_mask, options)
-        return _output(call, _run(*call.models, call.start, call.ahead, call.numbers, call.plan))
+        return output(call, _run(*call.models, call.start, call.ahead, call.numbers, call.plan))
     call = prepared(self, input_ids, attention_mask, options)
     streamer = call.options.get("streamer")
     if not call.hosted:
-        return _output(
-            call, _generate(call.models, weights(call.models), call.start, call.ahead, call.numbers, plan=call.plan)
-        )
+        models = call.models
+        return output(call, _generate(models, weights(models), call.start, call.ahead, call.numbers, plan=call.plan))
     if streamer is not None:
         streamer.put(np.asarray(call.prompts))
     passes, state = [], None
@@ -56,7 +56,7 @@ def generate(
     if streamer is not None:
         streamer.end()
     attentions, hidden_states = zip(*passes, strict=True)
-    return _output(call, _way(call.start, call.numbers, call.plan).result(state), attentions, hidden_states)
+    return output(call, _way(call.start, call.numbers, call.plan).result(state), attentions, hidden_states)
 
 
 def stream(
@@ -76,30 +76,8 @@ def stream(
     return pieces(_tokens(call), tokenizer)
 
 
-def compute_transition_scores(
-    self: Any,
-    sequences: Tensor,
-    scores: tuple[Tensor, ...],
-    beam_indices: Tensor | None = None,
-    normalize_logits: bool = False,
-) -> Tensor:
-    """The score of each new token of `sequences` [R, T + new], [R, new], from the fields of a GenerateOutput: its entry
-    in `scores`, or with normalize_logits its log probability. 0 behind the end of a beam search's text."""
-    kept = tf.stack(scores, axis=1)  # [rows, new, V]
-    if normalize_logits:
-        kept = tf.nn.log_softmax(kept)
-    if beam_indices is None:
-        beam_indices = tf.broadcast_to(tf.range(kept.shape[0])[:, None], kept.shape[:2])
-    there = beam_indices >= 0
-    new = int(tf.reduce_max(tf.reduce_sum(tf.cast(there, tf.int32), axis=1)))
-    there, rows = there[:, :new], tf.maximum(tf.cast(beam_indices[:, :new], tf.int32), 0)
-    tokens = tf.cast(sequences[:, sequences.shape[1] - new :], tf.int32)
-    steps = tf.broadcast_to(tf.range(new), rows.shape)
-    return tf.where(there, tf.gather_nd(kept, tf.stack([rows, steps, tokens], axis=-1)), 0)
-
-
-def _way(start: Start, numbers: Numbers, plan: Plan, stops: Stops | None = None) -> Rows | Beams:
-    return (Beams if plan.num_beams > 1 else Rows)(start, numbers, plan, stops)
+def _way(start: Start, numbers: Numbers, plan: Plan, ends: Stops | None = None) -> Rows | Beams:
+    return (Beams if plan.num_beams > 1 else Rows)(start, numbers, plan, ends)
 
 
 def _run(model: Any, assistant: Any, start: Start, ahead: Start | None, numbers: Numbers, plan: Plan) -> Result:
@@ -149,7 +127,8 @@ def _steps(call: Call) -> Iterator[tuple[Pass, Any]]:
         "output_attentions": on and settings.output_attentions,
         "output_hidden_states": on and settings.output_hidden_states,
     }
-    models, way = call.models[:1], _way(start, call.numbers, plan, _stops(call))
+    ends = stops(settings, call.options, start.padding.numpy())
+    models, way = call.models[:1], _way(start, call.numbers, plan, ends)
     tensors = weights(models)
     out = _first(models, tensors, start, plan.room, plan.copies, plan.use_cache, **wanted)
     state: Any = way.begin(out)
@@ -178,50 +157,3 @@ def _last(call: Call, state: Any) -> np.ndarray:
 
 def _tokens(call: Call) -> Iterator[np.ndarray]:
     return (_last(call, state) for _, state in _steps(call))
-
-
-def _stops(call: Call) -> Stops | None:
-    """What the host says about ends."""
-    settings, options = call.settings, call.options
-    criteria = options.get("stopping_criteria") or ()
-    criteria = tuple(criteria) if isinstance(criteria, (list, tuple)) else (criteria,)
-    strings = StopStrings(options.get("tokenizer"), settings.stop_strings) if settings.stop_strings else None
-    if not criteria and strings is None and settings.max_time is None:
-        return None
-    began, padding = time.monotonic(), call.start.padding.numpy()
-
-    def stops(text: Tensor, scores: tuple[Tensor, ...] | None) -> Tensor:
-        rows = text.shape[0]
-        ended = np.zeros(rows, bool)
-        for criterion in criteria:
-            ended |= np.asarray(criterion(text, scores), bool)
-        if strings is not None:
-            for row, ids in enumerate(text.numpy()):
-                ended[row] |= strings(ids[padding[row * len(padding) // rows] :])
-        if settings.max_time is not None:
-            ended |= time.monotonic() - began > settings.max_time
-        return tf.constant(ended)
-
-    return stops
-
-
-def _output(call: Call, found: Result, attentions: Any = (), hidden_states: Any = ()) -> Tensor | GenerateOutput:
-    settings, n = call.settings, call.settings.num_return_sequences
-    eager = tf.executing_eagerly()
-    length, steps = (int(found.length), int(found.steps)) if eager else (settings.max_new_tokens,) * 2
-    W = int(call.start.width) if eager else call.start.width
-    tokens = tf.cast(found.text[:, W : W + length], call.prompts.dtype)
-    sequences = tf.concat([tf.repeat(call.prompts, n, axis=0), tokens], axis=1)
-    if not settings.return_dict_in_generate:
-        return sequences
-    beams = settings.num_beams > 1
-    return GenerateOutput(
-        sequences=sequences,
-        sequences_scores=found.sequences_scores if beams and settings.output_scores else None,
-        scores=tuple(tf.unstack(found.scores[:steps])) if settings.output_scores else None,
-        logits=tuple(tf.unstack(found.logits[:steps])) if settings.output_logits else None,
-        beam_indices=found.beam_indices[:, :length] if beams else None,
-        attentions=attentions if settings.output_attentions else None,
-        hidden_states=hidden_states if settings.output_hidden_states else None,
-        past_key_values=found.cache or None,
-    )

@@ -6,7 +6,6 @@ V vocabulary   S slots
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -14,10 +13,8 @@ from keras import ops
 from tensorflow import Tensor
 
 from ..cache import KVCache
+from .callbacks import Stops
 from .choosing import Numbers, Plan, Seen, among, choose, process
-
-# Which texts end with their last token, [rows], of the texts so far [rows, columns] and the recorded scores
-Stops = Callable[[Tensor, tuple[Tensor, ...] | None], Tensor]
 
 
 class Start(NamedTuple):

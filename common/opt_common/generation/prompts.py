@@ -48,7 +48,7 @@ def prompt(
         B, T = check_call(config, None, embeds.shape, masked)
         ids = np.zeros((B, 0), np.int32) if input_ids is None else ids
     if attention_mask is None:
-        pad = _padding(config, chosen)
+        pad = padding(config, chosen)
         mask = np.not_equal(ids, pad) if pad is not None and ids.shape == (B, T) else np.ones((B, T), bool)
     else:
         mask = np.asarray(attention_mask) != 0
@@ -56,7 +56,7 @@ def prompt(
     return Prompt(ids, mask, check_generate(config, T, int(counts.max()), int(counts.min()), chosen), chosen)
 
 
-def _padding(config: OPTConfig, options: Options) -> int | None:
+def padding(config: OPTConfig, options: Options) -> int | None:
     """The token that can only be padding."""
     pad, eos = options.get("pad_token_id", config.pad_token_id), options.get("eos_token_id", config.eos_token_id)
     return None if pad in np.atleast_1d([] if eos is None else eos) else pad

@@ -1,4 +1,4 @@
-"""The arguments of a `generate`, as its programs take them.
+"""What `generate` continues, as its programs take it.
 
 B prompts   T columns of the prompts
 """
@@ -12,7 +12,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_common.generation import Options, Settings, check_generate, merged, prompt
-from opt_common.generation.prompts import started
+from opt_common.generation.prompts import padding, started
 
 from ..cache import KVCache
 from .choosing import Numbers, Plan
@@ -74,12 +74,15 @@ def traced(model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str
         if T is None and chosen.get(name) is not None:
             raise ValueError(f"{name}: found with prompts of unknown width, wanted {wanted}")
     settings = check_generate(config, T or 1, T or 1, 1, chosen)
-    if ids is None:
-        ids, mask = tf.zeros((tf.shape(embeds)[0], 0), tf.int32), tf.ones(tf.shape(embeds)[:2], tf.bool)
-    else:
-        mask = tf.ones_like(ids, tf.bool) if config.pad_token_id is None else ids != config.pad_token_id
+    pad = padding(config, chosen)
     if attention_mask is not None:
         mask = tf.convert_to_tensor(attention_mask) != 0
+    elif embeds is None and pad is not None:
+        mask = ids != pad
+    else:
+        mask = tf.ones(tf.shape(ids if embeds is None else embeds)[:2], tf.bool)
+    if ids is None:
+        ids = tf.zeros((tf.shape(embeds)[0], 0), tf.int32)
     if T is None:
         longest = tf.reduce_max(tf.reduce_sum(tf.cast(mask, tf.int32), axis=1))
         message = "max_new_tokens: found more, with the prompts, than max_position_embeddings"
@@ -102,6 +105,8 @@ def call(model: Any, prompts: Tensor, mask: Tensor, settings: Settings, options:
     room = settings.max_new_tokens + (length + 1 if length else 0)  # the last draft may reach so far beyond the end
     room = _columns(room) if tf.executing_eagerly() else room
     plan = Plan.of(settings, room, model.config.vocab_size, length)
+    if options.get("inputs_embeds") is not None:
+        plan = plan._replace(use_cache=True)  # they cannot be had again from the text
     numbers = Numbers.of(settings, _seed(settings))
     start = _start(prompts, mask, numbers, options, plan)
     ahead = None if assistant is None else _start(prompts, mask, numbers, {}, plan._replace(names=()))
@@ -131,9 +136,9 @@ def _start(prompts: Tensor, mask: Tensor, numbers: Numbers, options: Options, pl
     ids, real = tf.cast(prompts, tf.int32), tf.cast(mask, tf.int32)
     embeds, past = options.get("inputs_embeds"), options.get("past_key_values")
     eager, W = tf.executing_eagerly(), tf.shape(ids)[1]
-    order = tf.argsort(real, axis=1, stable=True)
-    text = tf.gather(ids, order, batch_dims=1) if ids.shape[1] != 0 else ids
-    padding = (W - tf.reduce_sum(real, axis=1)) if ids.shape[1] != 0 else tf.zeros_like(real[:, 0])
+    order, text, padding = tf.argsort(real, axis=1, stable=True), ids, tf.zeros_like(real[:, 0])
+    if ids.shape[1] == real.shape[1]:  # else the mask is of embeddings
+        text, padding = tf.gather(ids, order, batch_dims=1), W - tf.reduce_sum(real, axis=1)
     away, away_mask = _away(text, options) if "guidance_scale" in plan.names else (None, None)
     if embeds is not None:
         inputs = tf.gather(tf.convert_to_tensor(embeds), order, batch_dims=1)
