@@ -17,7 +17,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from opt_common.config import OPTConfig  # noqa: E402
 from opt_flax import FlaxOPTForCausalLM, FlaxOPTModel, attention, products  # noqa: E402
-from opt_flax.generation.loop import run  # noqa: E402
+from opt_flax.generation.loop import run as generation_run  # noqa: E402
 
 SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
              max_position_embeddings=64)  # fmt: skip
@@ -130,13 +130,13 @@ def test_the_bare_model_jits_with_a_cache(tiny, ids):
 def test_generate_compiles_once_for_many_calls(tiny, ids):
     folder, _ = tiny("pre-norm-narrow")
     model = FlaxOPTForCausalLM.from_pretrained(folder)
-    before = run._cache_size()
-    for n, prompt, settings in ((3, ids, {}), (9, ids[:, :5], {}), (5, ids, {"eos_token_id": 7})):
+    before = generation_run._cache_size()
+    for n, prompt, settings in ((3, ids, {}), (9, ids[:, :5], {}), (5, ids, {"eos_token_id": [7, 8]})):
         model.generate(prompt, max_new_tokens=n, **settings)
-    assert run._cache_size() == before + 1
+    assert generation_run._cache_size() == before + 1
     for seed in range(3):
         model.generate(ids, max_new_tokens=4, do_sample=True, seed=seed, temperature=1.0 + seed)
-    assert run._cache_size() == before + 2
+    assert generation_run._cache_size() == before + 2
 
 
 def test_attention_implementations(tiny, ids):
@@ -338,7 +338,7 @@ def test_a_gpu_writes_half_precision_products(monkeypatch):
     """One token's product is wide until the bias is added; that of many is written in half precision. On a CPU both are
     wide."""
     config = OPTConfig(**SMALL)
-    linear = FlaxOPTModel(config, dtype="bfloat16", rngs=nnx.Rngs(0)).decoder.layers[0].fc1
+    linear = FlaxOPTModel(config, "bfloat16", rngs=nnx.Rngs(0)).decoder.layers[0].fc1
 
     def rounded_first(tokens: int) -> bool:
         return "f32" not in str(jax.make_jaxpr(lambda x: linear(x))(jnp.ones((1, tokens, 64), jnp.bfloat16)))
@@ -380,8 +380,8 @@ def test_one_row_on_a_gpu_reads_kernels_by_rows(tiny, ids, monkeypatch, free, wa
     gpu = SimpleNamespace(**vars(GPU) | {"memory_stats": lambda: {"bytes_limit": 10**9 + free, "bytes_in_use": 10**9}})
     monkeypatch.setattr(products, "default_device", lambda: gpu)
     monkeypatch.setattr(products, "_one_on_gpu", seen)
-    run.clear_cache()
+    generation_run.clear_cache()
     np.testing.assert_array_equal(generate(), wanted)
-    run.clear_cache()
+    generation_run.clear_cache()
     assert set(axes) == wanted_axes
     assert model.model.decoder.layers[0].fc1.kernel.shape == (64, 128)

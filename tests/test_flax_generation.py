@@ -45,9 +45,7 @@ OUTPUTS = dict(return_dict_in_generate=True, output_scores=True, output_logits=T
                output_hidden_states=True)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "options", [dict(repetition_penalty=1.3), dict(use_cache=False), dict(num_beams=3, num_return_sequences=2)], ids=str
-)
+@pytest.mark.parametrize("options", [dict(repetition_penalty=1.3), dict(num_beams=3, num_return_sequences=2)], ids=str)
 def test_outputs(options, pair):
     reference, model = pair
     reference.set_attn_implementation("eager")
@@ -86,18 +84,14 @@ def test_a_cache_goes_on(pair):
     wanted = model.generate(further, mask, max_new_tokens=9, **FREE)
     found = model.generate(further, mask, past_key_values=first.past_key_values, max_new_tokens=9, **FREE)
     np.testing.assert_array_equal(found, wanted)
-    cache = model(IDS[:, :3], attention_mask=MASK[:, :3], past_key_values=model.init_cache(2, 4)).past_key_values
-    found = model.generate(IDS, MASK, past_key_values=cache, num_beams=2, max_new_tokens=9, **FREE)
-    np.testing.assert_array_equal(found, model.generate(IDS, MASK, num_beams=2, max_new_tokens=9, **FREE))
-    with pytest.raises(ValueError, match="past_key_values: found 3 tokens, wanted fewer than the prompt's 3"):
-        model.generate(IDS[:, :3], past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values: found 10 tokens, wanted fewer than the prompt's 5"):
+        model.generate(IDS, past_key_values=first.past_key_values)
 
 
-@pytest.mark.parametrize("beams", [1, 2])
-def test_embeddings(beams, pair):
+def test_embeddings(pair):
     reference, model = pair
     embeds = reference.get_input_embeddings()(torch.tensor(IDS)).detach()
-    options = dict(max_new_tokens=6, num_beams=beams, repetition_penalty=1.5, no_repeat_ngram_size=2, do_sample=False,
+    options = dict(max_new_tokens=6, repetition_penalty=1.5, no_repeat_ngram_size=2, do_sample=False,
                    **FREE)  # fmt: skip
     mask, given = torch.tensor(MASK), embeds.float().numpy()
     wanted = reference.generate(inputs_embeds=embeds, attention_mask=mask, **options)
@@ -111,12 +105,8 @@ def test_right_padding_gives_what_a_row_gives_alone(pair):
     _, model = pair
     options = dict(repetition_penalty=1.7, no_repeat_ngram_size=2, max_new_tokens=8, **FREE)
     right = np.array([[40, 17, 63, 1, 1], IDS[1]])
-    alone = model.generate(right[:1, :3], **options)
-    for beams in (1, 3):
-        found = model.generate(right, num_beams=beams, **options)
-        wanted = model.generate(right[:1, :3], num_beams=beams, **options)
-        np.testing.assert_array_equal(found[0, 5:], wanted[0, 3:])
-    assert not np.array_equal(alone, model.generate(right[:1, :3], **options | {"repetition_penalty": None}))
+    found, wanted = model.generate(right, **options), model.generate(right[:1, :3], **options)
+    np.testing.assert_array_equal(found[0, 5:], wanted[0, 3:])
 
 
 # === The caller's functions ===
@@ -140,19 +130,18 @@ def test_logits_processor(beams, pair):
     reference, model = pair
     options = dict(num_beams=beams, max_new_tokens=8, repetition_penalty=1.2, renormalize_logits=True, **FREE)
     wanted = judged(reference, IDS, MASK, logits_processor=[below], **options)
-    for function in (below, [below], below_traced, [below_traced]):
+    for function in (below, [below_traced]):
         np.testing.assert_array_equal(model.generate(IDS, MASK, logits_processor=function, **options), wanted)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(num_beams=2, num_return_sequences=2)], ids=str)
-def test_prefix_allowed_tokens_fn(options, pair):
+def test_prefix_allowed_tokens_fn(pair):
     reference, model = pair
 
     def allowed(row, ids):
         last = int(ids[-1])
         return [(last * 7 + i) % 90 + 3 + row for i in range(4)] if len(ids) < 9 else [44]
 
-    options = options | dict(prefix_allowed_tokens_fn=allowed, max_new_tokens=6, **FREE)
+    options = dict(prefix_allowed_tokens_fn=allowed, num_beams=2, num_return_sequences=2, max_new_tokens=6, **FREE)
     wanted = judged(reference, IDS, MASK, **options)
     np.testing.assert_array_equal(model.generate(IDS, MASK, **options), wanted)
     with pytest.raises(ValueError, match="prefix_allowed_tokens_fn: found no tokens for row 0"):
@@ -222,25 +211,22 @@ def test_sequences(pair):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(eos_token_id=17, pad_token_id=1), dict(num_beams=2, early_stopping=True), dict(use_cache=False),
-     dict(logits_processor=below), dict(do_sample=True, seed=3, top_p=0.9, temperature=9.0)],
-    ids=["rows", "beams", "whole", "function", "sampled"],
+    [dict(do_sample=True, seed=3, temperature=9.0), dict(num_beams=2, use_cache=False), dict(logits_processor=below)],
+    ids=["rows", "beams", "function"],
 )  # fmt: skip
 def test_under_jit_and_pmap(options, pair):
     """The same text, with all columns."""
     _, model = pair
-    options = FREE | options | dict(max_new_tokens=6)
+    options = dict(max_new_tokens=4, eos_token_id=80, pad_token_id=1) | options
     wanted = np.asarray(model.generate(IDS, MASK, **options))
-    wanted = np.pad(wanted, ((0, 0), (0, 11 - wanted.shape[1])), constant_values=1)
+    wanted = np.pad(wanted, ((0, 0), (0, 9 - wanted.shape[1])), constant_values=1)
 
     def write(ids, mask):
         return model.generate(ids, mask, **options).sequences
 
     np.testing.assert_array_equal(jax.jit(write)(IDS, MASK), wanted)
-    np.testing.assert_array_equal(jax.jit(jax.vmap(write))(IDS[:, None], MASK[:, None])[:, 0, :8], wanted[:, :8]) if (
-        "do_sample" not in options
-    ) else None
-    np.testing.assert_array_equal(jax.pmap(write)(IDS[None], MASK[None])[0], wanted)
+    if "seed" in options:
+        np.testing.assert_array_equal(jax.pmap(write)(IDS[None], MASK[None])[0], wanted)
 
 
 def test_outputs_under_jit(pair):
@@ -253,7 +239,7 @@ def test_outputs_under_jit(pair):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3), found[name], wanted[name])
 
 
-def test_keys(pair):
+def test_keys_and_what_jit_cannot_have(pair):
     _, model = pair
     options = dict(do_sample=True, temperature=9.0, max_new_tokens=8, **FREE)
 
@@ -265,6 +251,8 @@ def test_keys(pair):
     assert draw(seed=(3, 4)) == draw(seed=(3, 4)) != draw(seed=(3, 5))
     drawn = jax.jit(lambda key: model.generate(IDS, MASK, prng_key=key, **options))(jax.random.key(5))
     assert drawn.tolist() == draw(prng_key=jax.random.key(5))
+    with pytest.raises(ValueError, match="max_time: found one under jit"):
+        jax.jit(lambda ids: model.generate(ids, max_time=1.0))(IDS)
     with pytest.raises(ValueError, match="prng_key: found None under jit"):
         jax.jit(lambda ids: model.generate(ids, **options))(IDS)
 
@@ -307,9 +295,11 @@ class Counted(FlaxOPTForCausalLM):
 DRAFTED = dict(do_sample=True, seed=3, temperature=6.0, no_repeat_ngram_size=3, max_new_tokens=30)
 
 
-@pytest.mark.parametrize("options", [dict(max_new_tokens=57), dict(eos_token_id=[17]), DRAFTED], ids=str)
-@pytest.mark.parametrize("help", ["itself", "another", "lookup"])
-def test_drafts_change_nothing_but_the_passes(options, help, pair, tmp_path):
+@pytest.mark.parametrize(
+    ("help", "options"),
+    [("itself", DRAFTED), ("another", dict(eos_token_id=[17])), ("lookup", dict(max_new_tokens=57))],
+)
+def test_drafts_change_nothing_but_the_passes(help, options, pair, tmp_path):
     """Greedy, with an end, and drawn; up to the last position that there is."""
     _, model = pair
     model.save_pretrained(tmp_path)

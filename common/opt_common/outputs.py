@@ -118,7 +118,7 @@ class GenerateOutput(ModelOutput):
 
     sequences: [R, T + new], the prompts included.
     sequences_scores: [R], beam search: each text's log probability over its length to the power of length_penalty.
-    scores: if asked for, of each new token the [B, V] it was chosen from; of beams, [B · num_beams, V] of their sums.
+    scores: if asked for, of each new token the [B, V] it was chosen from; of beams, [B · num_beams, V].
     logits: if asked for, of each new token the model's logits, of as many rows.
     beam_indices: [R, new], beam search: the row that each token's scores are in, -1 behind an end.
     attentions, hidden_states: if asked for, of each pass a tuple of its layers'.

@@ -60,8 +60,9 @@ def generate(
         if call.streamer is not None:
             call.streamer.put(np.asarray(call.ids))
         for step, (reading, scored, state) in enumerate(call.steps()):
-            readings.append(reading)
-            scores.append(scored)
+            if call.settings.return_dict_in_generate:
+                readings.append(reading)
+                scores.append(scored)
             if call.streamer is not None:
                 call.streamer.put(call.token(state, step))
         if call.streamer is not None:
@@ -89,8 +90,7 @@ def stream(
 class Call:
     """A `generate` whose arguments are checked.
 
-    ids: [B, T], the prompts as they were given. traced: whether arrays are, so that nothing can depend on them.
-    by_step: whether the caller's functions take part, or what each step computes is wanted.
+    ids: [B, T], the prompts as they were given. traced: whether any array is, so that no width can depend on tokens.
     """
 
     model: Any
@@ -108,7 +108,12 @@ class Call:
     def of(cls, model: Any, input_ids: Any, attention_mask: Any, prng_key: Any, options: Mapping[str, Any]) -> Call:
         prompt = asked(model, input_ids, attention_mask, options)
         settings, options = prompt.settings, prompt.options
-        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((model, prng_key, prompt.ids, prompt.mask)))
+        arrays = [options.get(name) for name in ("inputs_embeds", "past_key_values", "negative_prompt_ids")]
+        leaves = jax.tree.leaves((model, prng_key, prompt.ids, prompt.mask, arrays))
+        traced = any(isinstance(x, Tracer) for x in leaves)
+        for name in ("prefix_allowed_tokens_fn", "stop_strings", "max_time", "streamer"):
+            if traced and options.get(name) is not None:
+                raise ValueError(f"{name}: found one under jit, where no token is known; wanted a call outside of it")
         functions = settings.processors.get("logits_processor", ())
         functions = functions if traceable(functions) else ()
         output = settings.return_dict_in_generate

@@ -33,11 +33,10 @@ def asked(model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str,
     if not any(isinstance(x, Tracer) for x in arrays):
         return prompt(config, input_ids, attention_mask, options, held)
     chosen = merged(held, options)
-    embeds: Any = chosen.get("inputs_embeds")
-    alone = embeds is not None and input_ids is None
-    ids = None if alone else jnp.asarray(started(config, input_ids, chosen))
-    shape = None if attention_mask is None else jnp.shape(attention_mask)
-    B, T = check_call(config, None if ids is None else ids.shape, embeds.shape if alone else None, shape)
+    embeds = chosen.get("inputs_embeds") if input_ids is None else None  # which then come alone
+    ids = None if embeds is not None else jnp.asarray(started(config, input_ids, chosen))
+    shapes = (None if x is None else jnp.shape(x) for x in (ids, embeds, attention_mask))
+    B, T = check_call(config, *shapes)
     if attention_mask is not None:
         mask = jnp.asarray(attention_mask) != 0
     elif ids is None or config.pad_token_id is None:

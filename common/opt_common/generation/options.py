@@ -98,7 +98,8 @@ class Options(TypedDict, total=False):
 
     logits_processor: Any
     """Called with the tokens so far [B, T] and the logits [B, V], returns logits: a function, or a list of them. In
-    PyTorch any of transformers' LogitsProcessors; in TensorFlow and JAX it is traced."""
+    PyTorch any of transformers' LogitsProcessors; in TensorFlow it is traced, in JAX if it takes (ids, scores, n),
+    as transformers' Flax processors."""
 
     # What sampling changes then
 
