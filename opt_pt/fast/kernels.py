@@ -327,7 +327,7 @@ def attend(
     if TAIL > 1:  # those of this step before its own: at most BLOCK_S
         at = old + steps
         seen = at < tl.where(split == 0, last, old)
-        first = _entries(table, text, batch, head, at, seen, slots, dims, N, D, False)
+        first = _entries(table, text, batch, head, at, seen, slots, dims, N, D, False)  # pyright: ignore[reportArgumentType]
         mask = seen[:, None] & real[None, :]
         keys = tl.load(k_cache + first, mask=mask, other=0.0)
         values = tl.load(v_cache + first, mask=mask, other=0.0)
