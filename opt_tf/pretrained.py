@@ -123,8 +123,8 @@ class TFOPTPreTrainedModel(Block, keras.Model):
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """Some input ids, for tracing."""
-        return {"input_ids": tf.constant([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]])}
+        """Some ids and their mask, for tracing."""
+        return {name: tf.ones((1, 2), "int32") for name in ("input_ids", "attention_mask")}
 
     def prepare_inputs_for_generation(
         self, inputs: Tensor, past_key_values: Any = None, use_cache: bool | None = None, **kwargs: Any
