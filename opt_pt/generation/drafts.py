@@ -84,9 +84,8 @@ class Assistant:
         self.text = Text(given, model.config.vocab_size, device)
         self.passes = passes(model, given, ids, mask, self.text, {})
         processors = {k: v for k, v in settings.processors.items() if k != "guidance_scale"}  # a guess is free
-        self.choose = Chooser(replace(settings, processors=processors), self.text)
-        self.choose.scores = [] if settings.do_sample else None
-        self.choose.fixed = self.choose.fixed and not settings.do_sample
+        drawn = {"return_dict_in_generate": settings.do_sample, "output_scores": settings.do_sample}
+        self.choose = Chooser(replace(settings, processors=processors, output_logits=False, **drawn), self.text)
         self.turn: Any = None
 
     def guess(self, text: Text, most: int) -> tuple[list[int], Tensor | None]:

@@ -24,7 +24,7 @@ from .text import Text
 
 
 def passes(model: Any, given: Prompt, ids: Tensor, mask: Tensor, text: Text, inputs: dict[str, Any]) -> Passes:
-    """ids [B, T] and mask [B, T]; inputs: further arguments of the model's call."""
+    """The passes of `given`. ids and mask [B, T]; inputs: further arguments of the model's call."""
     settings = given.settings
     usual = settings.use_cache and not inputs.keys() - {"inputs_embeds"}
     if usual and gpu.can_step(model, ids):
@@ -38,8 +38,7 @@ class Passes:
     """By calling the model with what its `prepare_inputs_for_generation` makes of the tokens so far, as transformers
     does.
 
-    outputs: of each pass what the model returned, without logits and cache, if `output_attentions` or
-    `output_hidden_states` ask for it.
+    attentions, hidden_states: of each pass, what the model returned of them.
     """
 
     def __init__(
