@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import compare, convert, gpu, growth, load, speedup, train
+from benchmarks import compare, convert, generation, gpu, growth, load, speedup, train
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="What the claims about speed and memory rest on.")
 app.command()(compare.cpu)
 app.command()(convert.convert)
+app.command()(generation.generation)
 app.command()(gpu.gpu)
 app.command()(growth.growth)
 app.command()(load.load)

@@ -9,17 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from opt_common.config import OPTConfig
 from opt_common.inputs import check_labels, check_spans
 from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput
 
 from .cache import KVCache
+from .functional import functional
 from .layers import mean_loss, wide
 from .model import FlaxOPTModel
+from .outputs import can_return_tuple
 from .pretrained import FlaxOPTPreTrainedModel
 from .products import linear
 
@@ -29,13 +29,13 @@ class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
 
     architecture = "OPTForSequenceClassification"
 
-    def __init__(
-        self, config: OPTConfig, dtype: DTypeLike = "float32", attn_implementation: str | None = None, *, rngs: nnx.Rngs
-    ) -> None:
-        super().__init__(config, attn_implementation)
-        self.model = FlaxOPTModel(self.config, dtype, rngs=rngs)
-        self.score = linear(config, config.embed_dim, config.num_labels, bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
+    def build(self, **how: Any) -> None:
+        config = self.config
+        self.model = FlaxOPTModel(config, **how)
+        self.score = linear(config, config.embed_dim, config.num_labels, bias=False, **how)
 
+    @functional
+    @can_return_tuple
     def __call__(
         self,
         input_ids: ArrayLike | None = None,
@@ -43,12 +43,12 @@ class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
         past_key_values: KVCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         labels: ArrayLike | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         position_ids: ArrayLike | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Run the decoder, and the head on the rightmost token of each row that is not padding, by attention_mask or by
-        being config.pad_token_id. Arguments as in `OPTDecoder.__call__`, and:
+        being config.pad_token_id. Arguments as in `OPTDecoder.__call__` and `functional`, and:
 
         labels: for config.problem_type, which if None follows from num_labels and the labels as in transformers:
             "regression" (num_labels 1): [B] or, with several labels, [B, num_labels] numbers; the mean squared error.
@@ -56,7 +56,9 @@ class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
             "multi_label_classification" (numbers 0 to 1): [B, num_labels]; the mean binary cross-entropy.
             The loss is float32.
         """
-        out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs)
+        out = self.model.decoder(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs
+        )
         x = out.last_hidden_state  # [B, T, E]
         B, T = x.shape[:2]
         real = jnp.ones((B, T), bool)
@@ -87,13 +89,13 @@ class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
 
     architecture = "OPTForQuestionAnswering"
 
-    def __init__(
-        self, config: OPTConfig, dtype: DTypeLike = "float32", attn_implementation: str | None = None, *, rngs: nnx.Rngs
-    ) -> None:
-        super().__init__(config, attn_implementation)
-        self.model = FlaxOPTModel(self.config, dtype, rngs=rngs)
-        self.qa_outputs = linear(config, config.embed_dim, 2, dtype=jnp.dtype(dtype), rngs=rngs)
+    def build(self, **how: Any) -> None:
+        config = self.config
+        self.model = FlaxOPTModel(config, **how)
+        self.qa_outputs = linear(config, config.embed_dim, 2, **how)
 
+    @functional
+    @can_return_tuple
     def __call__(
         self,
         input_ids: ArrayLike | None = None,
@@ -102,17 +104,19 @@ class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
         inputs_embeds: ArrayLike | None = None,
         start_positions: ArrayLike | None = None,
         end_positions: ArrayLike | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         position_ids: ArrayLike | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringOutput:
-        """Run the decoder and the head; arguments as in `OPTDecoder.__call__`, and:
+        """Run the decoder and the head; arguments as in `OPTDecoder.__call__` and `functional`, and:
 
         start_positions, end_positions: [B], the columns of the answer's first and last token. Those outside the row's T
             columns are left out. (transformers takes negative ones for 0.) The loss is the mean of the two mean
             cross-entropies, in float32.
         """
-        out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs)
+        out = self.model.decoder(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs
+        )
         scores = self.qa_outputs(out.last_hidden_state)
         starts, ends = scores[:, :, 0], scores[:, :, 1]  # [B, T] each
         loss = None

@@ -5,6 +5,8 @@ B batch   T new tokens   S slots: T, or all of a cache
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -15,6 +17,28 @@ from opt_common.config import OPTConfig
 from opt_common.inputs import check_call, check_positions, check_tokens
 
 from .cache import KVCache
+
+# Arguments of transformers' models that have no effect on an OPT's, there and here.
+_NO_EFFECT = {"token_type_ids", "head_mask", "cache_position"}
+
+
+class Wanted(NamedTuple):
+    """What a call returns besides its result."""
+
+    cache: bool
+    attentions: bool
+    hidden_states: bool
+
+
+def wanted(decoder: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> Wanted:
+    """The settings of a call, the config's where it gives none: all but use_cache, since a new cache has all its slots
+    from the start. Raises TypeError for unknown arguments."""
+    config = decoder.config
+    names = ("output_attentions", "output_hidden_states")
+    if unknown := kwargs.keys() - _NO_EFFECT - {*names}:
+        raise TypeError(f"found unknown arguments {', '.join(sorted(unknown))}")
+    attentions, hidden_states = (getattr(config, name) if kwargs.get(name) is None else kwargs[name] for name in names)
+    return Wanted(bool(use_cache), attentions, hidden_states)
 
 
 def check(
@@ -28,13 +52,23 @@ def check(
 ) -> tuple[int, int]:
     """Check the arguments of a call and return (B, T). Raises ValueError that names the argument."""
     past = 0 if cache is None else cache.length
+    mask = None if attention_mask is None else jnp.shape(attention_mask)
+    if cache is not None and mask == (cache.rows, cache.slots):
+        mask = None  # as wide as the cache, it fits every step
     B, T = check_call(
         config,
-        *(None if x is None else jnp.shape(x) for x in (input_ids, inputs_embeds, attention_mask, position_ids)),
+        *(None if x is None else jnp.shape(x) for x in (input_ids, inputs_embeds)),
+        attention_mask=mask,
+        position_ids=None if position_ids is None else jnp.shape(position_ids),
         past=None if isinstance(past, Tracer) else int(past),
         slots=cache.slots if cache is not None else config.max_position_embeddings if use_cache else None,
         rows=None if cache is None else cache.rows,
     )
+    if cache is not None and len(cache.k[0]) != B * config.num_attention_heads:
+        raise ValueError(
+            f"past_key_values: found {len(cache.k[0])} rows of keys, wanted {B} times {config.num_attention_heads} "
+            "heads; in a cache of prepare_inputs_for_generation, axis 0 of each array is the row"
+        )
     if input_ids is not None and not isinstance(input_ids, Tracer):
         ids = np.asarray(input_ids)
         check_tokens(config, int(ids.min()), int(ids.max()))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from opt_common.config import OPTConfig
 
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def embedding(
-    config: OPTConfig, rows: int, width: int, padding_idx: int | None, *, dtype: DTypeLike = "float32", rngs: nnx.Rngs
+    config: OPTConfig, rows: int, width: int, padding_idx: int | None, *, rngs: nnx.Rngs, **dtypes: Any
 ) -> nnx.Embed:
     """An nnx.Embed drawn from N(0, init_std²), whose padding row is 0."""
 
@@ -34,7 +34,7 @@ def embedding(
         table = nnx.initializers.normal(config.init_std)(*args)
         return table if padding_idx is None else table.at[padding_idx].set(0)
 
-    return nnx.Embed(rows, width, dtype=dtype, param_dtype=dtype, embedding_init=init, rngs=rngs)
+    return nnx.Embed(rows, width, embedding_init=init, rngs=rngs, **dtypes)
 
 
 def embed(table: nnx.Embed, input_ids: Array, padding_idx: int | None) -> Array:
@@ -50,11 +50,9 @@ class PositionalEmbedding(nnx.Embed):
 
     offset = 2
 
-    def __init__(
-        self, config: OPTConfig, num_embeddings: int, features: int, *, dtype: DTypeLike = "float32", rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: OPTConfig, num_embeddings: int, features: int, *, rngs: nnx.Rngs, **dtypes: Any) -> None:
         rows, init = num_embeddings + self.offset, nnx.initializers.normal(config.init_std)
-        super().__init__(rows, features, dtype=dtype, param_dtype=dtype, embedding_init=init, rngs=rngs)
+        super().__init__(rows, features, embedding_init=init, rngs=rngs, **dtypes)
 
     def __call__(
         self,
@@ -71,18 +69,17 @@ class PositionalEmbedding(nnx.Embed):
         return super().__call__(jnp.asarray(position_ids) + self.offset)
 
 
-def norm(config: OPTConfig, *, dtype: DTypeLike = "float32", rngs: nnx.Rngs) -> nnx.LayerNorm:
+def norm(config: OPTConfig, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.LayerNorm:
     """An nnx.LayerNorm as OPT has it."""
     affine = config.layer_norm_elementwise_affine
     return nnx.LayerNorm(
         config.hidden_size,
         epsilon=1e-5,
-        dtype=dtype,
-        param_dtype=dtype,
         use_bias=affine,
         use_scale=affine,
         use_fast_variance=False,  # E[x²] - E[x]² loses the digits of a small variance
         rngs=rngs,
+        **dtypes,
     )
 
 
@@ -94,10 +91,10 @@ def dropout(x: Array, rate: float, rngs: nnx.Rngs | None) -> Array:
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
-def runner(layer: Callable[..., Array], checkpointing: bool) -> Callable[..., Array]:
-    """What to call for a layer: itself or, with `checkpointing`, a call that keeps only the layer's input for the
-    backward pass, which recomputes the rest."""
-    if not checkpointing:
+def runner(decoder: Any, layer: Callable[..., Array], how: dict[str, Any]) -> Callable[..., Array]:
+    """What to call for a layer, with the arguments `how`: itself or, if gradient checkpointing is on and nothing but
+    its result is wanted, a call that keeps only its input for the backward pass, which recomputes the rest."""
+    if not decoder.gradient_checkpointing or how["past_key_values"] is not None or "attentions" in how:
         return layer
 
     def run(hidden_states: Array, *, rngs: nnx.Rngs | None, **how: Any) -> Array:

@@ -6,22 +6,24 @@ V vocabulary   E embedding width   H hidden   N heads   D head width (N·D = H) 
 
 from __future__ import annotations
 
-from functools import update_wrapper
+from functools import wraps
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from opt_common.config import OPTConfig
 from opt_common.outputs import BaseModelOutput, CausalLMOutput
 
 from .attention import View, attend, choose, compact, heads_first, restore
 from .cache import KVCache, Writer
+from .functional import functional, with_params
 from .generation import compute_transition_scores, generate, stream
-from .inputs import check, columns, place
+from .inputs import check, columns, place, wanted
 from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, dropout, embed, embedding, layerdrop, norm, runner
+from .outputs import can_return_tuple
 from .pretrained import FlaxOPTPreTrainedModel
 from .products import head, linear
 
@@ -49,8 +51,8 @@ class OPTAttention(nnx.Module):
         **kwargs: Any,
     ) -> tuple[Array, Array | None]:
         """Return the new hidden states [B, T, H] and, from the eager formula, the attention weights [B, N, T, S]."""
-        parts = (f(hidden_states) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (heads_first(x, self.num_heads) for x in parts)  # [N·B, T, D] each
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (heads_first(f(hidden_states), self.num_heads) for f in projections)  # [N·B, T, D] each
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx, attention_mask)  # [N·B, S, D]
         out, weights = attend(self, q, k, v, attention_mask, output_attentions, rngs)
@@ -128,56 +130,56 @@ class OPTDecoder(nnx.Module):
         self.final_layer_norm = norm(config, **how) if config.has_final_layer_norm else None
         self.layers = nnx.List(OPTDecoderLayer(config, i, **how) for i in range(config.num_hidden_layers))
 
+    @can_return_tuple
     def __call__(
         self,
         input_ids: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
         past_key_values: KVCache | None = None,
         inputs_embeds: ArrayLike | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         position_ids: ArrayLike | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
         rngs: nnx.Rngs | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutput:
         """Run the decoder.
 
         input_ids: [B, T] whole numbers; or inputs_embeds: [B, T, E], which replace the token embedding's output.
-        attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding. Under jit it may be as
-            wide as the cache, so that one program serves every step; columns not reached yet are ignored.
+        attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding. It may be as wide as the
+            cache, so that one program serves every step; columns not reached yet are ignored.
         past_key_values: the KVCache of the tokens before these; the result has the next. With use_cache and none given,
             a new one is made, with room for max_position_embeddings tokens (`init_cache` makes one of any size).
         position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
             counted from 0, do not see each other.
-        output_attentions, output_hidden_states: also return what BaseModelOutput says. Attention weights come from the
-            eager formula, whatever the attn_implementation. rngs: for dropout and layerdrop, off without them.
+        output_attentions, output_hidden_states: also return what BaseModelOutput says; the config's by default.
+            Attention weights come from the eager formula, whatever the attn_implementation. return_dict: False for a
+            tuple. rngs: for dropout and layerdrop, off without them.
         Raises ValueError naming the argument; under jit, which hides values, bad tokens, positions and slots give NaN.
         """
-        config, cache = self.config, past_key_values
-        B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, use_cache, position_ids)
+        config, cache, want = self.config, past_key_values, wanted(self, use_cache, kwargs)
+        B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, want.cache, position_ids)
         if inputs_embeds is None:
             inputs_embeds = embed(self.embed_tokens, jnp.asarray(input_ids), self.padding_idx)
         hidden_states = jnp.asarray(inputs_embeds, self.embed_tokens.dtype)  # [B, T, E]
         if self.project_in is not None:
             hidden_states = self.project_in(hidden_states)  # [B, T, H]
-        if cache is None and use_cache:
+        if cache is None and want.cache:
             cache = KVCache.empty(config, B, config.max_position_embeddings, hidden_states.dtype)
         positions, segments = place(config, B, T, attention_mask, position_ids, cache)
         past = 0 if cache is None or cache.is_empty else cache.length
         hidden_states = hidden_states + self.embed_positions(attention_mask, past, position_ids=positions)
 
-        view = choose(self, segments, past, hidden_states, output_attentions, position_ids is not None, rngs)
+        view = choose(self, segments, past, hidden_states, want.attentions, position_ids is not None, rngs)
         hidden_states = compact(hidden_states, view)
         all_hidden_states, attentions = [], []
         writer = None if cache is None else Writer(cache)
         how: dict[str, Any] = {"attention_mask": view, "past_key_values": writer, "use_cache": cache is not None}
-        if output_attentions:
+        if want.attentions:
             how["attentions"] = attentions
-        checkpointing = self.gradient_checkpointing and cache is None and not output_attentions
         for layer in self.layers:
-            if output_hidden_states:
+            if want.hidden_states:
                 all_hidden_states.append(hidden_states)
-            after = runner(layer, checkpointing)(hidden_states, position_ids=positions, rngs=rngs, **how)
+            after = runner(self, layer, how)(hidden_states, position_ids=positions, rngs=rngs, **how)
             hidden_states = layerdrop(self.layerdrop, hidden_states, after, rngs)
         if self.final_layer_norm is not None:
             hidden_states = self.final_layer_norm(hidden_states)
@@ -188,8 +190,8 @@ class OPTDecoder(nnx.Module):
         return BaseModelOutput(
             last_hidden_state=all_hidden_states[-1],
             past_key_values=None if writer is None else writer.advance(T, segments),
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=tuple(all_hidden_states) if want.hidden_states else None,
+            attentions=tuple(attentions) if want.attentions else None,
         )
 
 
@@ -198,32 +200,30 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
 
     architecture = "OPTModel"
 
-    def __init__(
-        self, config: OPTConfig, dtype: DTypeLike = "float32", attn_implementation: str | None = None, *, rngs: nnx.Rngs
-    ) -> None:
-        super().__init__(config, attn_implementation)
-        self.decoder = OPTDecoder(self.config, dtype=jnp.dtype(dtype), rngs=rngs)
+    def build(self, **how: Any) -> None:
+        self.decoder = OPTDecoder(self.config, **how)
 
+    @functional
+    @can_return_tuple
+    @wraps(OPTDecoder.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         return self.decoder(*args, **kwargs)
-
-    update_wrapper(__call__, OPTDecoder.__call__)
 
 
 class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
     architecture = "OPTForCausalLM"
-    generate, stream, compute_transition_scores = generate, stream, compute_transition_scores
+    generate, stream = with_params(generate), with_params(stream)
+    compute_transition_scores = compute_transition_scores
 
-    def __init__(
-        self, config: OPTConfig, dtype: DTypeLike = "float32", attn_implementation: str | None = None, *, rngs: nnx.Rngs
-    ) -> None:
-        super().__init__(config, attn_implementation)
-        self.model = FlaxOPTModel(self.config, dtype, rngs=rngs)
-        V, E, tied = config.vocab_size, config.embed_dim, config.tie_word_embeddings
-        self.lm_head = None if tied else linear(config, E, V, bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
+    def build(self, **how: Any) -> None:
+        V, E, tied = self.config.vocab_size, self.config.embed_dim, self.config.tie_word_embeddings
+        self.model = FlaxOPTModel(self.config, **how)
+        self.lm_head = None if tied else linear(self.config, E, V, bias=False, **how)
 
+    @functional
+    @can_return_tuple
     def __call__(
         self,
         input_ids: ArrayLike | None = None,
@@ -231,20 +231,21 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
         past_key_values: KVCache | None = None,
         inputs_embeds: ArrayLike | None = None,
         labels: ArrayLike | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = None,
         position_ids: ArrayLike | None = None,
         logits_to_keep: int | ArrayLike = 0,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """Run the decoder and the head; arguments as in `OPTDecoder.__call__`, and:
+        """Run the decoder and the head; arguments as in `OPTDecoder.__call__` and `functional`, and:
 
         labels: [B, T] token ids, -100 where there is nothing to learn. They are shifted here: each token's logits are
-            scored against the next token's label. The loss is the mean cross-entropy, in float32. As in transformers,
-            padding may be scored against a token behind it: give -100 for the first token of a left-padded row.
+            scored against the next token's label. The loss is the mean cross-entropy, in float32. Give -100 for a
+            left-padded row's first token, or padding is scored against it.
         logits_to_keep: the logits of the last so many tokens only, or of the columns in an array; 0 for all.
         """
-        keep = columns(logits_to_keep, labels)
-        out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs)
-        logits = head(self, out.last_hidden_state[:, keep])  # [B, T, V]
+        out = self.model.decoder(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs
+        )
+        logits = head(self, out.last_hidden_state[:, columns(logits_to_keep, labels)])  # [B, T, V]
         loss = None if labels is None else cross_entropy(logits, labels)
         return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)

@@ -1,12 +1,18 @@
-"""Outputs, registered as pytrees: jit and the other transformations take a call's result apart and put it together."""
+"""Outputs, and the config, registered as pytrees: jit and the other transformations take a call's result and a model
+apart and put them together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from functools import wraps
+from operator import itemgetter
 from typing import Any
 
-from jax.tree_util import DictKey, register_pytree_with_keys
+from flax import nnx
+from jax.tree_util import DictKey, register_pytree_node, register_pytree_with_keys
 
+from opt_common.config import OPTConfig
 from opt_common.outputs import OUTPUTS, ModelOutput
 
 
@@ -24,3 +30,29 @@ def _register(cls: type[ModelOutput]) -> None:
 
 for _cls in OUTPUTS:
     _register(_cls)
+
+
+_values = itemgetter(*(f.name for f in fields(OPTConfig) if f.hash is not False))
+
+
+def _flatten(config: OPTConfig) -> tuple[tuple[()], tuple[OPTConfig, tuple[Any, ...]]]:
+    return (), (config, _values(vars(config)))
+
+
+# A config holds no arrays. As a node that is made of its values, a program that was compiled for a model is not taken
+# for one whose config has been changed since; as an attribute like others, jit would know it by the object alone.
+register_pytree_node(OPTConfig, _flatten, lambda seen, _: seen[0])
+nnx.register_data_type(OPTConfig)
+
+
+def can_return_tuple(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a model's call the argument return_dict: False returns a tuple; the config's by default."""
+
+    @wraps(call)
+    def run(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        out = call(self, *args, **kwargs)
+        if return_dict is None:  # the config speaks to users, not to the models around a decoder
+            return_dict = self.config.return_dict if hasattr(type(self), "architecture") else True
+        return out if return_dict else out.to_tuple()
+
+    return run

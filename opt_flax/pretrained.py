@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,24 +23,137 @@ from opt_common.weights import FLAX, Spec, table
 
 from .attention import check_implementation
 from .cache import KVCache
+from .functional import FunctionalModel, adopt, read, weighted, without_weights
 from .products import default_device
 
 
-class FlaxOPTPreTrainedModel(nnx.Module):
-    """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`."""
+class FlaxOPTPreTrainedModel(FunctionalModel):
+    """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`; `build`
+    makes its modules."""
 
     architecture: str
     generation_config: GenerationConfig | None = None  # the config's token ids, if None
 
-    def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
+    # What scripts read, with transformers' values
+    config_class = OPTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        input_shape: tuple[int, ...] = (1, 1),
+        seed: int = 0,
+        dtype: DTypeLike = "float32",
+        _do_init: bool = True,
+        *,
+        param_dtype: DTypeLike | None = None,
+        attn_implementation: str | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        """A model with new weights.
+
+        seed, or rngs: what they are drawn with. input_shape has no effect.
+        dtype: of the computation. param_dtype: of the weights; dtype if they are drawn with rngs, else float32, as
+            transformers' Flax classes have it.
+        _do_init: False makes a model without weights, which takes them as the argument `params` of its calls.
+        attn_implementation: "sdpa" (the default), "eager" or "cudnn"; see `opt_flax.attention`.
+        """
         if attn_implementation is not None:
             check_implementation(attn_implementation)
             config = dataclasses.replace(config, _attn_implementation=attn_implementation)
-        self.config = config
+        if not all(isinstance(size, int) for size in input_shape):
+            raise ValueError(f"input_shape: found {input_shape!r}, wanted whole numbers, (batch, tokens)")
+        self.config, self.seed, self.input_shape = config, seed, tuple(input_shape)
+        dtype = jnp.dtype(dtype)
+        stored = jnp.dtype(param_dtype or (jnp.float32 if rngs is None else dtype))
+        if _do_init:
+            self.build(dtype=dtype, param_dtype=stored, rngs=rngs or nnx.Rngs(seed))
+        else:
+            for name, value in vars(_shapes(type(self), config, dtype=dtype, param_dtype=stored)).items():
+                if name not in vars(self):
+                    setattr(self, name, value)
+
+    def build(self, **how: Any) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: OPTConfig, **options: Any) -> Self:
+        """A model with new weights; the constructor's options."""
+        return cls(config, **options)
+
+    _from_config = from_config
+
+    # === Its parts ===
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype it computes in."""
+        return self._decoder.embed_tokens.dtype
+
+    @property
+    def name_or_path(self) -> str:
+        """What it was loaded from; empty if made by hand."""
+        return self.config.name_or_path
+
+    def num_parameters(self) -> int:
+        """How many numbers the weights hold; a tied head counts once."""
+        return sum(x.size for x in jax.tree.leaves(read(self)))
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head."""
+        return getattr(self, self.base_model_prefix, self)
+
+    def get_decoder(self) -> Any:
+        """The decoder."""
+        return self.base_model.decoder
 
     @property
     def _decoder(self) -> Any:
-        return getattr(getattr(self, "model", self), "decoder")  # noqa: B009
+        return self.get_decoder()
+
+    def get_input_embeddings(self) -> nnx.Embed:
+        """The token embedding."""
+        return self._decoder.embed_tokens
+
+    def set_input_embeddings(self, value: nnx.Embed) -> None:
+        """Replace the token embedding."""
+        self._decoder.embed_tokens = value
+
+    def get_output_embeddings(self) -> Any:
+        """The language-modelling head, if it has one; the token embedding if it is tied."""
+        if self.architecture != "OPTForCausalLM":
+            return None
+        return getattr(self, "lm_head") or self.get_input_embeddings()  # noqa: B009
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nnx.Embed:
+        """Make the token embedding and the head `new_num_tokens` rows long, rounded up to `pad_to_multiple_of`, and
+        return the embedding. New rows are the mean of the old ones, or with mean_resizing=False N(0, init_std²)."""
+        adopt(self)
+        table = self.get_input_embeddings()
+        rows = table.num_embeddings if new_num_tokens is None else new_num_tokens
+        rows += -rows % (pad_to_multiple_of or 1)
+        head = getattr(self, "lm_head", None)
+        table.embedding.set_value(self._resized(table.embedding[...], rows, mean_resizing))
+        if head is not None:
+            head.kernel.set_value(self._resized(head.kernel[...].T, rows, mean_resizing).T)
+            head.out_features = rows
+        table.num_embeddings = self._decoder.vocab_size = rows
+        self._configure(vocab_size=rows)
+        return table
+
+    def _resized(self, weight: jax.Array, rows: int, mean: bool) -> jax.Array:
+        kept, shape = weight[:rows], (max(0, rows - len(weight)), weight.shape[1])
+        if mean:
+            new = jnp.broadcast_to(weight.astype("float32").mean(0), shape)
+        else:
+            new = nnx.initializers.normal(self.config.init_std)(jax.random.key(0), shape)
+        return jnp.concatenate([kept, new.astype(weight.dtype)])
+
+    # === How it runs ===
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens a row."""
@@ -49,8 +162,10 @@ class FlaxOPTPreTrainedModel(nnx.Module):
     def set_attn_implementation(self, name: str) -> None:
         """Attend by "eager", "sdpa" or "cudnn" from now on; see `opt_flax.attention`."""
         check_implementation(name)
-        # A new config: jit knows a model by the config object it was traced with, and would miss a change inside it
-        config = dataclasses.replace(self.config, _attn_implementation=name)
+        self._configure(_attn_implementation=name)
+
+    def _configure(self, **changes: Any) -> None:
+        config = self.config.changed(**changes)  # a new one: this one is also that of the model's clones
         for _, module in nnx.iter_modules(self):
             if hasattr(module, "config"):
                 module.config = config  # pyright: ignore[reportAttributeAccessIssue]
@@ -60,33 +175,48 @@ class FlaxOPTPreTrainedModel(nnx.Module):
         output_attentions are not affected."""
         self._decoder.gradient_checkpointing = True
 
+    enable_gradient_checkpointing = gradient_checkpointing_enable  # the name in transformers' Flax classes
+
     def gradient_checkpointing_disable(self) -> None:
         """Keep everything that the backward pass needs, as by default."""
         self._decoder.gradient_checkpointing = False
 
     @classmethod
+    def can_generate(cls) -> bool:
+        """Whether it has `generate`."""
+        return hasattr(cls, "generate")
+
+    # === Loading and saving ===
+
+    @classmethod
     def from_pretrained(
         cls,
         path_or_name: str | Path,
-        *,
         dtype: str | DTypeLike = "float32",
-        attn_implementation: str = "sdpa",
+        *,
+        param_dtype: DTypeLike | None = None,
+        attn_implementation: str | None = None,
         sharding: Sharding | Callable[[str], Sharding] | None = None,
+        seed: int = 0,
         rngs: nnx.Rngs | None = None,
+        input_shape: tuple[int, ...] = (1, 1),
+        _do_init: bool = True,
         **options: Any,
     ) -> Self:
         """Load a checkpoint.
 
         path_or_name: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or not.
-        dtype: a jax dtype, its name, or "auto" for the checkpoint's.
-        attn_implementation: "sdpa", "eager" or "cudnn"; see `opt_flax.attention`.
+        dtype: a jax dtype, its name, or "auto" for the checkpoint's. param_dtype: that of the weights, if it is to be
+            another than that of the computation.
+        attn_implementation: "sdpa" (the default), "eager" or "cudnn"; see `opt_flax.attention`.
         sharding: how the weights lie on several devices: a jax Sharding for all, or a function from a tensor's name in
             the checkpoint ("model.decoder.layers.0.fc1.weight") to its own, over mesh axes of type Auto, as `Mesh`
             makes them. A NamedSharding names the axes of the checkpoint's tensor, [out, in]; the kernel is [in, out]
             and is sharded to match. Default: all on jax's default device.
-        rngs: what a head is drawn with that the checkpoint does not hold; nnx.Rngs(0) by default.
-        options: revision, cache_dir, token, local_files_only, as in huggingface_hub; and config overrides: num_labels,
-            id2label, problem_type, dropout ...
+        seed, or rngs: what a head is drawn with that the checkpoint does not hold. input_shape has no effect.
+        _do_init: False returns a model without weights, and its params.
+        options: those of `opt_common.checkpoints.pretrained.open_pretrained`: config=, revision, cache_dir, token,
+            local_files_only ..., and config overrides: num_labels, id2label, problem_type, dropout ...
         A head missing from the checkpoint is newly initialized, and one that is not this model's is dropped; a warning
         names their weights.
         The weights go to their devices tensor by tensor as they are read, and no device gets more than its shards.
@@ -99,36 +229,67 @@ class FlaxOPTPreTrainedModel(nnx.Module):
         wanted = jnp.dtype(opened.dtype)
         if jax.dtypes.canonicalize_dtype(wanted) != wanted:
             raise ValueError("dtype: found float64, which jax has only after jax.config.update('jax_enable_x64', True)")
-        # shapes without memory, and no random numbers
-        model = nnx.eval_shape(lambda: cls(opened.config, wanted, attn_implementation, rngs=nnx.Rngs(0)))  # pyright: ignore[reportCallIssue]
+        stored = jnp.dtype(param_dtype or wanted)
+        model = _shapes(cls, opened.config, dtype=wanted, param_dtype=stored, attn_implementation=attn_implementation)
 
         def put(spec: Spec, array: np.ndarray) -> None:
             given = sharding(spec.name) if callable(sharding) else sharding
             array, placement = FLAX.oriented(spec, array), _oriented(spec, given)
             # waited for: a transfer holds the host's memory until it is done
-            FLAX.parameter(model, spec).set_value(_put(array, wanted, placement).block_until_ready())
+            FLAX.parameter(model, spec).set_value(_put(array, stored, placement).block_until_ready())
 
-        normal, key = nnx.initializers.normal(opened.config.init_std), (rngs or nnx.Rngs(0)).params()
+        normal, key = nnx.initializers.normal(opened.config.init_std), (rngs or nnx.Rngs(seed)).params()
         for spec in opened.new:
             put(spec, np.asarray(normal(key, spec.shape)) if spec.kind == "linear" else np.zeros(spec.shape))
         for spec, array in opened.tensors:
             put(spec, array)
             del array  # or it would be held while the next is read
-        model.generation_config = opened.generation
-        return model
+        model.config.name_or_path, model.generation_config = str(path_or_name), opened.generation
+        if _do_init:
+            return model
+        return without_weights(model), read(model)  # type: ignore[return-value]
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        params: Mapping[str, Any] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+        token: str | bool | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
         """Write a folder that every framework here and transformers load: config.json, generation_config.json and
-        safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one."""
+        safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one.
+
+        params: weights to write in place of the model's. safe_serialization: False writes flax_model.msgpack, which
+        transformers before 5 wrote. token is accepted, and not needed. Raises ValueError for push_to_hub: upload the
+        folder with `huggingface_hub.upload_folder`.
+        """
+        if push_to_hub:
+            raise ValueError("push_to_hub: found True; save, then huggingface_hub.upload_folder")
+        model = weighted(self, params)
 
         def get(spec: Spec) -> np.ndarray:
-            return contiguous(FLAX.oriented(spec, np.asarray(FLAX.parameter(self, spec)[...])))
+            array = np.asarray(FLAX.parameter(model, spec)[...]).astype(dtype, copy=False)
+            return contiguous(FLAX.oriented(spec, array))
 
-        first = next(table(self.config, self.architecture))
-        dtype = FLAX.parameter(self, first).dtype.name
+        dtype = FLAX.parameter(model, next(table(self.config, self.architecture))).dtype
+        layout = "safetensors" if safe_serialization else "flax-msgpack"
         save_pretrained(
-            folder, self.config, self.architecture, dtype, get, max_shard_size, generation=self.generation_config
+            save_directory,
+            self.config,
+            self.architecture,
+            dtype.name,
+            get,
+            max_shard_size,
+            layout,
+            self.generation_config,
         )
+
+
+def _shapes(cls: Any, config: OPTConfig, **how: Any) -> Any:
+    """A model that has the shapes of its weights alone: no memory, and no random numbers."""
+    return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **how))
 
 
 def _oriented(spec: Spec, sharding: Sharding | None) -> Sharding | None:

@@ -13,14 +13,10 @@ from jax.typing import DTypeLike
 from opt_common.config import OPTConfig
 
 
-def linear(
-    config: OPTConfig, into: int, out: int, bias: bool = True, *, dtype: DTypeLike = "float32", rngs: nnx.Rngs
-) -> nnx.Linear:
+def linear(config: OPTConfig, into: int, out: int, bias: bool = True, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.Linear:
     """An nnx.Linear whose kernel is drawn from N(0, init_std²), with `product` as its matrix product."""
     init = nnx.initializers.normal(config.init_std)
-    return nnx.Linear(
-        into, out, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, dot_general=product, rngs=rngs
-    )
+    return nnx.Linear(into, out, use_bias=bias, kernel_init=init, dot_general=product, rngs=rngs, **dtypes)
 
 
 def product(
@@ -108,8 +104,8 @@ def head(model: Any, x: Array) -> Array:
     """The logits [..., V] of hidden states [..., E]: by `lm_head`, or by the token embedding if it is tied."""
     if model.lm_head is not None:
         return model.lm_head(x)
-    table = model.model.decoder.embed_tokens.embedding[...]  # [V, E]
-    return product(x, table, _rows(x))
+    table = model.model.decoder.embed_tokens
+    return product(x, table.embedding[...].astype(table.dtype), _rows(x))  # [V, E]
 
 
 def default_device() -> Any:

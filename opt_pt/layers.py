@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opt_common.config import OPTConfig
+from opt_common.kin import Kin
 
 from .fast.layer import layer_forward
 from .fast.products import linear as linear  # a Linear, by its fastest route
@@ -28,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class OPTLearnedPositionalEmbedding(nn.Embedding):
+class OPTLearnedPositionalEmbedding(Kin, nn.Embedding):
     """The position table. Position p is row p + 2: OPT's table starts two rows in, and padding, at -1, is row 1."""
 
     offset = 2

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_common.config import OPTConfig
+from opt_common.kin import Kin
 from opt_common.outputs import BaseModelOutput, CausalLMOutput
 
 from .attention import View, attend, choose, compact, restore, split_heads
@@ -24,7 +25,7 @@ from .outputs import can_return_tuple, takes_cache
 from .pretrained import OPTPreTrainedModel
 
 
-class OPTAttention(nn.Module):
+class OPTAttention(Kin, nn.Module):
     """Multi-head causal self-attention."""
 
     def __init__(self, config: OPTConfig, layer_idx: int | None = None) -> None:
@@ -56,7 +57,7 @@ class OPTAttention(nn.Module):
         return self.out_proj(out.flatten(2)), weights
 
 
-class OPTDecoderLayer(nn.Module):
+class OPTDecoderLayer(Kin, nn.Module):
     """Attention and feed-forward, each with its residual; the norm comes before them, or after them in 350m."""
 
     def __init__(self, config: OPTConfig, layer_idx: int | None = None) -> None:
@@ -167,8 +168,7 @@ class OPTDecoder(nn.Module):
 
         view = choose(self, segments, past, hidden_states, want.attentions)
         hidden_states = compact(hidden_states, view)
-        all_hidden_states: list[Tensor] = []
-        attentions: list[Tensor] = []
+        all_hidden_states, attentions = [], []
         how: dict[str, Any] = {"attention_mask": view, "past_key_values": cache, "use_cache": cache is not None}
         if want.attentions:
             how["attentions"] = attentions

@@ -17,6 +17,7 @@ from opt_common.checkpoints.shards import MAX_SHARD_SIZE
 from opt_common.checkpoints.tensors import Source
 from opt_common.config import OPTConfig
 from opt_common.generation import GenerationConfig
+from opt_common.kin import Kin
 from opt_common.weights import TORCH, Spec, table
 
 from .attention import check_implementation
@@ -26,7 +27,7 @@ from .fast.products import pack
 from .layers import init_weights
 
 
-class OPTPreTrainedModel(nn.Module):
+class OPTPreTrainedModel(Kin, nn.Module):
     """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`."""
 
     architecture: ClassVar[str]
@@ -245,9 +246,12 @@ class OPTPreTrainedModel(nn.Module):
         """Name it for the Hub's model card; kept in `model_tags`."""
         self.model_tags = [*getattr(self, "model_tags", []), *([tags] if isinstance(tags, str) else tags)]
 
-    def is_remote_code(self) -> bool:
+    @classmethod
+    def is_remote_code(cls) -> bool:
         """False: its code comes from this package."""
         return False
+
+    is_custom_code = is_remote_code
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:

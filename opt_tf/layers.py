@@ -148,7 +148,8 @@ class Embedding(keras.layers.Embedding):
         self.embeddings_initializer = self.initializer or self.embeddings_initializer
         super().build()
         if self.padding_idx is not None:
-            self.embeddings.value[self.padding_idx].assign(tf.zeros(self.output_dim, self.variable_dtype))
+            for table in tf.distribute.get_strategy().experimental_local_results(self.embeddings.value):
+                table[self.padding_idx].assign(tf.zeros(self.output_dim, self.variable_dtype))
 
     def resize(self, table: Tensor) -> None:
         """Take another table [rows, width], also one of another shape."""

@@ -1,15 +1,18 @@
-"""Damages valid checkpoints of every layout and reads them: a clean read, or one error that names the file.
+"""Damages valid checkpoints of every layout, configs and tokenizers, and reads them: a clean read, or one error that
+names the file.
 
-    python tests/fuzz_readers.py --examples 100000 --seed 7 [--layout safetensors]
+    python tests/fuzz_readers.py --examples 100000 --seed 7 [--reader safetensors] [--first 4711]
 
-Runs under a limit of memory, so that a small file that asks for much shows, and of time, so that a hang does. A failure
-is shrunk, printed, and ends the run. See test_fuzz.py.
+Runs under a limit of memory, so that a small file that asks for much shows, and of time, so that a hang does; a
+connection, a program or a class that is about to be used is a failure. A failure ends the run and leaves the damaged
+folder, whose name it prints; it comes again with the seed and the number printed. See test_fuzz.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -19,98 +22,86 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tensorstore
 import zstandard
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 
 from checkpoints import random_checkpoint, tiny_config
+from fuzz_mutations import change_of, mutate
 from opt_common.checkpoints.layouts import WRITABLE
 from opt_common.checkpoints.open import open_checkpoint
+from opt_common.config import OPTConfig
+from opt_common.generation import GenerationConfig
+from opt_common.hub import DEMO, TOKENIZER_FILES, fetch
+from opt_common.tokenizer import AutoTokenizer, GPT2Tokenizer
 
-MEMORY = 1_500_000_000  # above what the process has mapped when it starts; every file here is smaller than 100 kB
+MEMORY = 1_500_000_000  # above what the process has mapped when it starts; every file here is smaller than 250 kB
 SECONDS = 20  # for one input
+READERS = (*WRITABLE, "tokenizer", "config")
 
 # Files that lie in the folders, and are not opened when weights are read.
-UNREAD = (
-    "vocab.json",
-    "vocabulary.json",
-    "merges.txt",
-    "tokenizer.json",
-    "generation_config.json",
-    "metadata.json",
-    "_METADATA",
-    "_CHECKPOINT_METADATA",
-)
-
-# What takes the place of bytes: the values that lengths, offsets and types go wrong at.
-PIECES = [
-    b"", b"\0", b"\xff", b"\x80", b"\x7f", b"0", b"9" * 30, b"-1", b"1e99", b"null", b"NaN", b'"', b"\\", b"{",
-    b"[" * 2000, b"}", b"../", b"/etc/passwd", b"\0" * 64, b"\xff" * 8, b"\xff\xff\xff\x7f", b"\0\0\0\0\0\0\0\x80",
-    b"\xdf\xff\xff\xff\xff", b"\xdd\x7f\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\x81" * 3000, b"cos\nsystem\n",
-    b"\x80\x04",
-]  # fmt: skip
-
-changes = st.lists(
-    st.tuples(
-        st.sampled_from(["flip", "flip", "set", "cut", "drop", "insert", "copy"]),
-        st.floats(0, 1, exclude_max=True),  # where
-        st.floats(0, 1, exclude_max=True),  # from where
-        st.integers(0, 255),
-        st.one_of(st.sampled_from(PIECES), st.binary(max_size=12)),
-    ),
-    min_size=1,
-    max_size=6,
-)
+UNREAD = ("vocab.json", "vocabulary.json", "merges.txt", "tokenizer.json", "generation_config.json", "metadata.json",
+          "_METADATA", "_CHECKPOINT_METADATA")  # fmt: skip
+# What no reader does.
+FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn",
+             "pickle.find_class")  # fmt: skip
 
 
-def damaged(data: bytes, changes: list[tuple[str, float, float, int, bytes]]) -> bytes:
-    for what, where, other, number, piece in changes:
-        # headers are where the mistakes are: half of the changes hit the first or last 600 bytes
-        spans = [(0, len(data)), (0, min(600, len(data))), (max(0, len(data) - 600), len(data)), (0, len(data))]
-        low, high = spans[number % 4]
-        at, source = low + int(where * (high - low)), int(other * len(data))
-        if what == "flip" and data:
-            data = data[:at] + bytes([data[at] ^ (1 << number % 8)]) + data[at + 1 :]
-        elif what == "set":
-            data = data[:at] + piece + data[at + len(piece) :]
-        elif what == "cut":
-            data = data[:at]
-        elif what == "drop":
-            data = data[:at] + data[at + 1 + number :]
-        elif what == "insert":
-            data = data[:at] + piece + data[at:]
-        elif what == "copy":
-            chunk = data[source : source + 1 + number]
-            data = data[:at] + chunk + data[at + len(chunk) :]
-    return data
-
-
-def valid(folder: Path, layouts: tuple[str, ...]) -> list[tuple[str, Path, Path]]:
-    """(layout, folder, one of its files that is read), each layout whole and in shards, each of two models."""
+def valid(folder: Path, readers: tuple[str, ...]) -> list[tuple[str, Path, Path]]:
+    """(reader, folder, one of its files that is read): each layout whole and in shards, each of two models."""
     files = []
-    for layout in layouts:
-        for size, shards in (("125m", "5GB"), ("125m", "900B"), ("350m", "5GB")):
-            config = tiny_config(size, layers=1, vocab_size=8, hidden_size=4, num_attention_heads=2, ffn_dim=4)
-            made = folder / f"{layout}-{size}-{shards}"
-            try:
-                random_checkpoint(made, config, layout=layout, shards=shards)
-            except ValueError:  # a size that the layout has no place for
-                continue
-            if layout == "orbax" and shards == "900B":  # which it has none of
-                in_one_store(made)
-            read = (path for path in made.rglob("*") if path.is_file() and path.name not in UNREAD)
-            files += [(layout, made, path) for path in sorted(read)]
+    for reader in readers:
+        for made in _tokenizers(folder) if reader in ("tokenizer", "config") else _checkpoints(folder, reader):
+            names = {"tokenizer": TOKENIZER_FILES, "config": ("config.json", "generation_config.json")}.get(reader)
+            read = sorted(path for path in made.rglob("*") if path.is_file())
+            read = [path for path in read if path.name in names or ()] if names else read
+            files += [(reader, made, path) for path in read if names or path.name not in UNREAD]
     return files
 
 
-def in_one_store(folder: Path) -> None:
+def _checkpoints(folder: Path, layout: str) -> list[Path]:
+    found = []
+    for size, shards in (("125m", "5GB"), ("125m", "900B"), ("350m", "5GB")):
+        config = tiny_config(size, layers=1, vocab_size=8, hidden_size=4, num_attention_heads=2, ffn_dim=4)
+        made = folder / f"{layout}-{size}-{shards}"
+        try:
+            random_checkpoint(made, config, layout=layout, shards=shards)
+        except ValueError:  # a size that the layout has no place for
+            continue
+        if layout == "orbax" and size == "125m":
+            in_one_store(made, {} if shards == "900B" else {"compression": None, "max_inline_value_bytes": 0})
+        found.append(made)
+    return found
+
+
+def _tokenizers(folder: Path) -> list[Path]:
+    """The demo's files as the Hub has them, and as transformers 5 writes them, of fewer tokens."""
+    parts, whole = folder / "tokenizer-parts", folder / "tokenizer-whole"
+    if not parts.is_dir():
+        demo = fetch(DEMO, [])
+        shutil.copytree(demo, parts, ignore=shutil.ignore_patterns("*.safetensors"))
+        merges = (demo / "merges.txt").read_text(encoding="utf-8").splitlines()[:60]
+        tokens = {"".join(line.split(" ")) for line in merges[1:]}
+        old = json.loads((demo / "vocab.json").read_text(encoding="utf-8"))
+        kept = [token for token in old if len(token) == 1 or token in tokens or old[token] < 4]
+        (parts / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(kept)}), encoding="utf-8")
+        (parts / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+        GPT2Tokenizer.from_pretrained(parts).save_pretrained(whole)
+        shutil.copy(parts / "config.json", whole)
+        (whole / "vocab.json").unlink()
+        (whole / "merges.txt").unlink()
+    return [parts, whole]
+
+
+def in_one_store(folder: Path, config: dict[str, object]) -> None:
     """The arrays of an Orbax checkpoint as Orbax itself writes them: compressed, in OCDBT's files."""
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+    spec = {"driver": "ocdbt", "base": f"file://{folder}/", "config": config}
+    store = tensorstore.KvStore.open(spec).result()
     for place in [path for path in folder.iterdir() if path.is_dir() and (path / ".zarray").exists()]:
         for path in place.iterdir():
             header = path.name == ".zarray"
@@ -120,67 +111,111 @@ def in_one_store(folder: Path) -> None:
         shutil.rmtree(place)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--examples", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layout", action="append", default=[])
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    layouts = tuple(options.layout) or WRITABLE
-    outcomes: Counter[str] = Counter()
-    start = time.monotonic()
-
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        files = valid(root, layouts)
-        work = root / "damaged"
-        for layout, folder, _ in files:  # import what reading takes before memory is limited
-            read(folder, layout)
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, resource.RLIM_INFINITY))
-
-        @seed(options.seed)
-        @settings(
-            max_examples=options.examples,
-            deadline=None,
-            database=None,
-            phases=(Phase.generate, Phase.shrink),
-            suppress_health_check=list(HealthCheck),
-            print_blob=True,
-        )
-        @given(st.sampled_from(files), changes)
-        def every_reader(file: tuple[str, Path, Path], changes: list[tuple[str, float, float, int, bytes]]) -> None:
-            layout, folder, path = file
-            shutil.rmtree(work, ignore_errors=True)
-            shutil.copytree(folder, work, copy_function=os.link)
-            changed = work / path.relative_to(folder)
-            changed.unlink()
-            changed.write_bytes(damaged(path.read_bytes(), changes))
-            faulthandler.dump_traceback_later(SECONDS, exit=True)
-            try:
-                read(work, layout if len(changes) % 2 else None)
-                outcomes["read"] += 1
-            except (ValueError, FileNotFoundError) as error:
-                # UnicodeError and the like are ValueErrors too, of a library that does not know the file
-                assert str(work) in str(error), f"does not name the file: {error!r}"
-                outcomes["refused"] += 1
-            finally:
-                faulthandler.cancel_dump_traceback_later()
-
-        every_reader()
-    print(f"{sum(outcomes.values())} inputs, {dict(outcomes)}, {len(files)} files of {', '.join(layouts)}, "
-          f"seed {options.seed}, {time.monotonic() - start:.0f} s, "
-          f"at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB")  # fmt: skip
-
-
-def read(folder: Path, layout: str | None) -> None:
+def read_weights(folder: Path, layout: str | None) -> None:
     """Everything that a reader does with a checkpoint; None for whatever layout the damage leaves recognizable."""
     opened = open_checkpoint(folder, layout, prefer=True)
     for name in opened.names.values():
         entry = opened.checkpoint[name]
         for array in (entry.read(), entry.map()):
             assert (array.shape, array.nbytes) == (tuple(entry.shape), entry.nbytes), name
+
+
+def read_tokenizer(folder: Path, layout: str | None) -> None:
+    tokenizer = (GPT2Tokenizer if layout else AutoTokenizer).from_pretrained(folder)
+    ids = tokenizer("The <pad> </s> caf\u00e9 1234 " * 9)["input_ids"]
+    assert tokenizer.decode(ids) is not None and repr(tokenizer)
+
+
+def read_config(folder: Path, layout: str | None) -> None:
+    config = OPTConfig.from_pretrained(folder)
+    assert OPTConfig.from_dict(json.loads(config.to_json())).to_json() == config.to_json()
+    GenerationConfig.from_folder(folder, config).to_json_string()
+
+
+READ: dict[str, Callable[[Path, str | None], None]] = {"tokenizer": read_tokenizer, "config": read_config}
+
+
+class Peak:
+    """The most memory that the process held since it was asked last, above what it held then."""
+
+    def __init__(self) -> None:
+        self.before = self._status("VmRSS")
+
+    def take(self) -> int:
+        """In bytes; 0 where the kernel does not forget an older peak."""
+        grown = self._status("VmHWM") - self.before
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return 0
+        self.before = self._status("VmRSS")
+        return grown
+
+    @staticmethod
+    def _status(name: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return int(text[text.index(name) :].split(maxsplit=2)[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--examples", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--reader", action="append", default=[])
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    readers = tuple(options.reader) or READERS
+    outcomes: Counter[str] = Counter()
+    slowest, largest, start = (0.0, ""), (0, ""), time.monotonic()
+
+    root = Path(tempfile.mkdtemp(prefix="opt-zoo-fuzz-"))
+    files = {reader: valid(root, (reader,)) for reader in readers}
+    work = root / "damaged"
+    for reader, folder, _ in (file for each in files.values() for file in each):
+        READ.get(reader, read_weights)(folder, reader)  # import what reading takes before memory is limited
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, resource.RLIM_INFINITY))
+    used: list[str] = []
+    sys.addaudithook(lambda event, _: used.append(event) if event in FORBIDDEN else None)
+    peak = Peak()
+
+    for number in range(options.first, options.first + options.examples):
+        random = Random(f"{options.seed}/{number}")
+        reader = random.choice(readers)
+        _, folder, path = random.choice(files[reader])
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(folder, work, copy_function=os.link)
+        changed = work / path.relative_to(folder)
+        changed.unlink()
+        damaged = mutate(change_of(path), path.read_bytes(), random)
+        changed.write_bytes(damaged)
+        label = f"{reader}, {path.relative_to(root)}, --seed {options.seed} --first {number}"
+        peak.take()
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        began = time.monotonic()
+        try:
+            READ.get(reader, read_weights)(work, reader if random.random() < 0.5 else None)
+            outcomes["read"] += 1
+        except (ValueError, OSError) as error:
+            assert not used, f"{used}: {label}: {work}"
+            # UnicodeError and the like are ValueErrors too, of a library that does not know the file
+            assert str(work) in str(error), f"does not name the file: {label}: {work}: {error!r}"
+            outcomes["refused"] += 1
+        except BaseException:
+            print(f"failed: {label}: {work}", file=sys.stderr)
+            raise
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        assert not used, f"{used}: {label}: {work}"
+        slowest = max(slowest, (time.monotonic() - began, f"{label}, {len(damaged):,} bytes"))
+        largest = max(largest, (peak.take(), f"{label}, {len(damaged):,} bytes"))
+        if number % 1000 == 0:
+            gc.collect()
+    shutil.rmtree(root)
+    print(f"{sum(outcomes.values()):,} inputs, {dict(outcomes)}, {sum(map(len, files.values()))} files of "
+          f"{', '.join(readers)}, seed {options.seed}, {time.monotonic() - start:.0f} s\n"
+          f"slowest: {slowest[0]:.2f} s, {slowest[1]}\nlargest: {largest[0] / 1e6:.1f} MB, {largest[1]}")  # fmt: skip
 
 
 if __name__ == "__main__":

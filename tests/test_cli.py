@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from checkpoints import random_checkpoint, tiny_config
+from opt_common import cli
 from opt_common.checkpoints.checkpoint import Checkpoint
+from opt_common.checkpoints.open import open_checkpoint
 from opt_common.config import OPTConfig
 from opt_common.frameworks import Framework, registered
 from opt_common.hub import DEMO, fetch
@@ -246,6 +250,80 @@ def test_errors_are_one_line_and_a_status(arguments, message, tmp_path):
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "~nosuchuser/x"), "~nosuchuser/x: no such folder"),
+        (("generate", "The", "--model", "~nosuchuser/x"), "~nosuchuser/x: no such folder"),
+        (("convert", DEMO, "x", "--max-shard-size", "inf"), "max_shard_size: found 'inf'"),
+        (("convert", DEMO, "x", "--max-shard-size", "9" * 400), "max_shard_size: found '999"),
+        (("generate", "caf\udce9"), r"prompt: found 'caf\udce9', wanted UTF-8 text"),
+        (("parity", "--prompt", "caf\udce9"), r"prompt: found 'caf\udce9', wanted UTF-8 text"),
+        (("generate", "The", "--seed", "9" * 23), f"seed: found {'9' * 23}, wanted a number of 64 bits"),
+        (("generate", "The", "--sample", "--temperature", "inf"), "temperature: found inf, wanted a finite number"),
+        (("generate", "The", "--repetition-penalty", "inf"), "repetition_penalty: found inf, wanted a finite number"),
+        (("generate", "a " * 600), " tokens and 100 new ones make "),
+        (("parity", "--prompt", "a " * 600), " tokens and 200 new ones make "),
+        (("generate", "The", "--draft", "/no/such"), "/no/such: no such folder"),
+        (("generate", "The", "--option", "bad_words_ids=3"), "--option: found a value of a wrong type"),
+        (("generate", "The", "--option", "x=" + "[" * 100_000), "--option: found 'x=["),
+        (("generate", "--file", "/proc/self/mem"), "Input/output error: '/proc/self/mem'"),
+        (("inspect", "a" * 5000), "File name too long: 'aaaa"),
+        (("generate", "The", "--model", "/" + "a/" * 2500), "File name too long: '/a/a"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_bad_input_is_refused_before_anything_is_loaded(arguments, message, monkeypatch, capsys):
+    error = refused(monkeypatch, capsys, *arguments)
+    assert error.startswith("error: ")
+    assert message in error.replace("\n", " ")
+    assert len(error) < 500
+
+
+@pytest.mark.filterwarnings("always")
+def test_an_empty_prompt_is_noted(monkeypatch, capsys):
+    assert "note: prompt: found an empty one" in refused(monkeypatch, capsys, "generate", "")
+
+
+def test_the_lines_of_a_file_are_text(monkeypatch, capsys, tmp_path):
+    prompts = tmp_path / "prompts"
+    for text, message in [(b'"The"\n"a\xff"\n', "wanted UTF-8 text"), (b'"The"\n"a\\ud800"\n', "line 2: found")]:
+        prompts.write_bytes(text)
+        error = refused(monkeypatch, capsys, "generate", "--file", prompts)
+        assert f"{prompts}" in error and message in error
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the command writes to stderr when it fails, in this process. Loading a model fails too."""
+
+    def load(self: Framework) -> None:
+        raise ValueError("a model is loaded")
+
+    monkeypatch.setattr(Framework, "model_class", load)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # restored, for the command sets its own
+    monkeypatch.setattr(sys, "argv", ["opt-zoo", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_of_many_misfits_ten_are_named(tmp_path):
+    made = random_checkpoint(tmp_path / "made", tiny_config(layers=4))
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"hidden_size": 16, "word_embed_proj_dim": 16}))
+    everything = json.loads(opt_zoo("inspect", made, "--json").stdout)["misfits"]
+    assert len(everything) > 50
+    with pytest.raises(ValueError, match="model.decoder.embed_tokens.weight: found shape") as error:
+        open_checkpoint(made)
+    first, *lines, last = str(error.value).split("\n")
+    assert f"{made}: {len(everything)} tensor(s) do not fit the config:" == first
+    assert [line.strip() for line in lines] == everything[:10]
+    assert f"and {len(everything) - 10} more" in last
+    shown = opt_zoo("inspect", made).stdout
+    assert everything[9] in shown and everything[10] not in shown and f"and {len(everything) - 10} more" in shown
 
 
 def test_the_demo_is_loadable_by_transformers():

@@ -78,6 +78,16 @@ def test_round_trip_keeps_unknown_keys(tmp_path):
     assert OPTConfig.from_pretrained(tmp_path / "again") == config
 
 
+def test_half_a_surrogate_pair_is_kept(tmp_path):
+    """JSON can name one, UTF-8 cannot."""
+    (tmp_path / "config.json").write_text('{"note": "caf\\u00e9 \\ud83d", "pair": "\\ud83d\\ude00"}')
+    config = OPTConfig.from_pretrained(tmp_path)
+    config.save_pretrained(tmp_path / "saved")
+    again = OPTConfig.from_pretrained(tmp_path / "saved")
+    assert (again.note, again.pair) == ("caf\u00e9 \ud83d", "\U0001f600")
+    assert again.unknown == config.unknown | {"architectures": ["OPTForCausalLM"]}
+
+
 def test_settable_and_hashable():
     config = OPTConfig.from_dict({"prefix": "</s>", "eos_token_id": [2, 50118]})
     assert hash(config) == hash(OPTConfig.from_dict({"prefix": "</s>", "eos_token_id": [2, 50118]}))
@@ -146,8 +156,9 @@ def test_errors_name_file_and_field(tmp_path, key, value, message):
         (b'{"init_std": ' + b"9" * 5000 + b"}", "not readable as JSON"),
         (b'{"init_std": 1e999}', "init_std: found inf"),
         (b'{"activation_function": "' + b"x" * 10**6 + b'"}', "activation_function: found 'xxx"),
+        (b'{"prefix": [' + b"[]," * 100_000 + b"[]]}", "more lists and objects than 300016 bytes"),
     ],
-    ids=["cut", "list", "twice", "not utf-8", "deep", "deep value", "long number", "infinite", "long"],
+    ids=["cut", "list", "twice", "not utf-8", "deep", "deep value", "long number", "infinite", "long", "many lists"],
 )
 def test_broken_json(tmp_path, text, message):
     (tmp_path / "config.json").write_bytes(text)

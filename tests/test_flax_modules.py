@@ -102,21 +102,21 @@ def test_a_cache_by_hand_says_what_is_missing(model, ran):
 
 
 def test_signatures_and_attributes(model):
-    """As in transformers 5, whose arguments have this order."""
+    """As in transformers 5, whose arguments have this order; those of the whole models, as in its Flax classes."""
     transformers = pytest.importorskip("transformers.models.opt.modeling_opt")
     for ours, theirs in (
         (OPTDecoder.__call__, transformers.OPTDecoder.forward),
         (OPTDecoderLayer.__call__, transformers.OPTDecoderLayer.forward),
         (OPTAttention.__call__, transformers.OPTAttention.forward),
-        (FlaxOPTForCausalLM.__call__, transformers.OPTForCausalLM.forward),
     ):
         found, wanted = (list(inspect.signature(f).parameters) for f in (ours, theirs))
         common = [name for name in wanted if name in found]
         assert [name for name in found if name in wanted] == common
         assert common[:3] == wanted[:3]
-    assert list(inspect.signature(type(model.model).__call__).parameters)[1:5] == [
-        "input_ids", "attention_mask", "past_key_values", "inputs_embeds"
-    ]  # fmt: skip
+    order = "input_ids attention_mask position_ids params past_key_values output_attentions output_hidden_states"
+    for cls in (FlaxOPTForCausalLM, type(model.model)):
+        found = list(inspect.signature(cls.__call__).parameters)
+        assert found[1:11] == [*order.split(), "return_dict", "dropout_rng", "deterministic"]
     layer = model.model.decoder.layers[1]
     attention, config = layer.self_attn, model.config
     assert attention.config is config and attention.layer_idx == 1 and attention.is_causal

@@ -27,6 +27,7 @@ import transformers
 from torch import Tensor, nn
 
 import opt_pt
+import random_settings
 from conftest import CONFIGS, SMALL, make_reference, save_reference
 from learners import Learner
 from opt_common.config import OPTConfig
@@ -441,6 +442,24 @@ def test_greedy(config, dtype):
 
 
 @gpu
+@pytest.mark.parametrize("part", range(3))
+def test_random_settings(part, tmp_path):
+    """Texts that do not hang on half precision, token for token as transformers' in float64: processors and beams in
+    the graph."""
+    models = {}
+    for name in random_settings.MODELS:
+        folder = save_reference(random_settings.reference(name), tmp_path / name)
+        models[name] = OPTForCausalLM.from_pretrained(folder, dtype="float16", device=DEVICE)
+    wrong = []
+    for case in random_settings.cases(part, 50, distance=4e-3):
+        ids, mask = torch.tensor(case.ids, device=DEVICE), torch.tensor(case.mask, device=DEVICE)
+        found = models[case.model].generate(ids, mask, **case.options).cpu().numpy()
+        if not np.array_equal(found, case.wanted):
+            wrong.append(f"{case}\nfound {found.tolist()}\nwanted {case.wanted.tolist()}")
+    assert not wrong, f"{len(wrong)} differ:\n\n" + "\n\n".join(wrong[:3])
+
+
+@gpu
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_greedy_after_every_way_to_read_the_prompt(implementation):
     models = trio("350m", "float16")
@@ -670,6 +689,71 @@ def test_seeds():
     assert draw(4) != first
     assert draw(3) == first
     assert draw(None) != draw(None)
+
+
+# Other ways to write
+
+
+@gpu
+@pytest.mark.parametrize("drafts", [dict(prompt_lookup_num_tokens=3), dict(prompt_lookup_num_tokens=70),
+                                    dict(num_assistant_tokens=4), dict(num_assistant_tokens=40)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("config", ["350m", "odd"])
+def test_drafts_change_nothing(config, drafts):
+    """Whatever is guessed, each token is the likeliest, or a tie; twice, as the second call finds everything loaded."""
+    models = trio(config, "float16")
+    ids, mask = prompts(2, 24, models.judge.config.vocab_size)
+    ids[:, 12:] = ids[:, :12]
+    if "num_assistant_tokens" in drafts:
+        drafts = drafts | {"assistant_model": models.ours}
+    for row in (0, 1, 0):
+        one, seen = ids[row : row + 1], mask[row : row + 1]
+        found = models.ours.generate(one, seen, max_new_tokens=30, eos_token_id=[], **drafts)
+        assert found.shape == (1, 54)
+        assert excess(models, found, one, seen) <= 1
+
+
+@gpu
+@torch.no_grad()
+def test_beams():
+    """Their scores are those of the judge, and no worse than the judge's own beams but for rounding."""
+    models = trio("350m", "float16")
+    ids, mask = prompts(3, 12)
+    how = dict(num_beams=4, num_return_sequences=2, max_new_tokens=20, return_dict_in_generate=True, output_scores=True)
+    found = models.ours.generate(ids, mask, eos_token_id=[], **how)
+    assert found.sequences.shape == (6, 32) and found.beam_indices.shape == (6, 20)
+
+    def score(model: Any, text: Tensor) -> Tensor:
+        logs = model(text).logits[:, -21:-1].double().log_softmax(-1)
+        return logs.gather(2, text[:, -20:, None]).mean()
+
+    for row in range(3):
+        prompt = ids[row][mask[row] == 1][None]
+        texts = [torch.cat([prompt, told[None, 12:]], dim=1) for told in found.sequences[2 * row : 2 * row + 2]]
+        wanted, own = (torch.stack([score(m, text) for text in texts]) for m in (models.judge, models.theirs))
+        margin = max(4 * float((own - wanted).abs().max()), 1e-3)
+        assert (found.sequences_scores[2 * row : 2 * row + 2] - wanted).abs().max() <= margin
+        best = models.judge.generate(prompt, do_sample=False, eos_token_id=None, **how).sequences_scores
+        assert wanted[0] >= best[0] - 10 * margin
+
+
+@gpu
+@pytest.mark.parametrize("more", [{}, dict(num_beams=3), dict(do_sample=True, temperature=2.0, num_return_sequences=3)],
+                         ids=str)  # fmt: skip
+def test_what_changes_the_logits_does_so_in_the_graph(more):
+    models, never = trio("pre-norm", "float16"), [5, 6, 7, 8, 50, 51, 52]
+    ids, mask = prompts(2, 12)
+    more = dict(max_new_tokens=40, eos_token_id=[]) | more
+    how = dict(repetition_penalty=1.1, no_repeat_ngram_size=2, suppress_tokens=never, bad_words_ids=[[9, 10]])
+
+    def pairs(options: dict[str, Any]) -> list[list[tuple[int, int]]]:
+        texts = models.ours.generate(ids, mask, **more, **options)[:, 12:].tolist()
+        return [list(zip(text, text[1:], strict=False)) for text in texts]
+
+    for _ in range(2):  # the second call replays what the first has loaded
+        for text in pairs(how):
+            assert len({*text}) == len(text), "a pair comes twice"
+            assert not {token for pair in text for token in pair} & {*never} and (9, 10) not in text
+    assert any(len({*text}) < len(text) for text in pairs({})), "no pair would come twice anyhow"
 
 
 # The snippet of transformers' documentation page

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 
+from checkpoints import random_checkpoint, tiny_config
 from framework_files import CONFIGS, GOLDENS, random_tensors, refused, same_bits, write
 from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
@@ -128,6 +129,17 @@ def test_a_tokenizer_that_is_no_bpe(tmp_path, model, part):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
     arrays = random_tensors(CONFIGS["pre-norm"], "float32")
     refused(lambda: write(KERAS_HUB, tmp_path, arrays, CONFIGS["pre-norm"]), tmp_path / "tokenizer.json", part)
+
+
+def test_a_tokenizer_that_is_no_bpe_is_named_where_it_is(tmp_path):
+    """Not as the copy beside the target, which is gone when the error is read."""
+    given = random_checkpoint(tmp_path / "given", tiny_config(layers=1))
+    (given / "vocab.json").unlink()
+    (given / "tokenizer.json").write_text('{"model": {"vocab": [], "merges": []}}')
+    refused(lambda: convert(given, tmp_path / "new", "keras-hub"), given / "tokenizer.json", "wanted the vocab")
+    (given / "tokenizer.json").write_text("{")
+    refused(lambda: convert(given, tmp_path / "new", "keras-hub"), given / "tokenizer.json", "not readable as JSON")
+    assert [path.name for path in tmp_path.iterdir()] == ["given"]
 
 
 LIVE = """

@@ -105,6 +105,54 @@ def test_a_long_cache_is_shared_out(monkeypatch):
     assert excess(ours, reference, 2, 150) < 1.5
 
 
+@pytest.mark.parametrize("config", ["350m", "odd"])
+def test_several_tokens_of_a_text_in_one_step(config, monkeypatch):
+    """As exact as the forward over all of them; the second step begins where only two of the first three were right."""
+    monkeypatch.setattr("opt_pt.fast.gpu.tiles_attend", lambda B, N, slots: (16, 4, 2))
+    ours, reference = models(**(ODD if config == "odd" else CONFIGS[config]))
+    ids, mask = padded(1, 20)
+    texts = torch.cat([ids, torch.randint(3, SMALL["vocab_size"], (1, 5))], dim=1)
+    seen = torch.cat([mask, torch.ones(1, 5, dtype=torch.long)], dim=1)
+    with torch.inference_mode():
+        wanted = reference(texts, attention_mask=seen, use_cache=False).logits[:, 20:]
+        forward = ours(texts, seen).logits[:, 20:].double()
+        cache, token = ours.init_cache(1, 26), torch.empty(3, dtype=torch.long)
+        ours.model(ids, mask, past_key_values=cache)
+        step = Step(ours, cache, mask, mask.sum(dim=1), token, tail=3)
+        token.copy_(torch.tensor([*texts[0, 20:22], 5]))
+        first = step()[:2].double().clone()
+        step.position += 2
+        step.slot += 2
+        token.copy_(texts[0, 22:])
+        found = torch.cat([first, step().double()])[None]
+    assert (found - wanted).norm() / (forward - wanted).norm() < 1.5
+
+
+def test_rows_that_share_a_cache():
+    """What a row sees by its table is what it would see in a cache of its own."""
+    ours, _ = models()
+    ids, mask = padded(3, 9)
+    rows = torch.tensor([0, 2, 0])
+    with torch.inference_mode():
+        logits = []
+        for shared in (True, False):
+            cache, token = ours.init_cache(3, 12), torch.tensor([7, 8, 9])
+            ours.model(ids, mask.new_ones(3, 9), past_key_values=cache)
+            table = torch.arange(3, dtype=torch.int32)[:, None].repeat(1, 12)
+            if shared:
+                table[:, 4:9] = table[rows, 4:9]
+            else:
+                for tensor in (*cache.k, *cache.v):
+                    tensor[:, :, 4:9] = tensor[rows, :, 4:9]
+            step = Step(ours, cache, mask.new_ones(3, 9), torch.full((3,), 9), token, table)
+            logits.append(step().clone())
+            step.position += 1
+            step.slot += 1
+            logits.append(step().clone())
+    assert torch.equal(torch.stack(logits[:2]), torch.stack(logits[2:]))
+    assert not torch.equal(logits[0][1], logits[0][2])
+
+
 def test_generate(monkeypatch):
     """Every step through the kernels gives the texts of the plain loop; without a GPU there is no graph."""
     ours, _ = models()
@@ -127,3 +175,39 @@ def test_generate(monkeypatch):
         assert torch.equal(ours.generate(ids, mask, max_new_tokens=9, **call), wanted), call
     assert len(used) == len(calls)
     assert plain[1].shape[1] < plain[0].shape[1], "no case ended early"
+
+
+WAYS = {
+    "beams": dict(num_beams=3, num_return_sequences=2, eos_token_id=[5, 44]),
+    "beam sampling": dict(num_beams=2, do_sample=True, seed=1),
+    "several draws": dict(num_return_sequences=3, do_sample=True, seed=3, repetition_penalty=1.3),
+    "scores": dict(return_dict_in_generate=True, output_scores=True, no_repeat_ngram_size=2),
+    "callback": dict(logits_processor=lambda ids, scores: scores.roll(int(ids[0, -1]), dims=1)),
+    "lookup": dict(prompt_lookup_num_tokens=3),
+    "long drafts": dict(prompt_lookup_num_tokens=20),
+    "assistant": dict(num_assistant_tokens=2),
+    "speculative": dict(num_assistant_tokens=2, do_sample=True, seed=5),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_to_generate(way, monkeypatch):
+    """As the loop without kernels; a text that they go on with, from the cache they return, too."""
+    ours, _ = models()
+    ids, mask = padded(2, 7)
+    options = dict(WAYS[way])
+    if "num_assistant_tokens" in options or "lookup" in options:
+        options["assistant_model"] = copy.deepcopy(ours)
+    if "lookup" in way or "drafts" in way or "assistant_model" in options:
+        ids, mask = ids[1:].repeat(1, 2), mask[1:].repeat(1, 2)
+    given = dict(attention_mask=mask, max_new_tokens=6, return_dict_in_generate=True) | options
+    wanted = ours.generate(ids, **given)
+    monkeypatch.setattr("opt_pt.fast.gpu.can_step", lambda model, token: True)
+    monkeypatch.setattr("opt_pt.fast.gpu.tiles_attend", lambda B, N, slots: (16, 4, 1))
+    monkeypatch.setattr(opt_pt.generation.passes, "_captured", lambda turn, rng: turn)
+    monkeypatch.setattr(Step, "compile", lambda *arguments, **options: None)
+    found = ours.generate(ids, **given)
+    assert torch.equal(found.sequences, wanted.sequences)
+    for (k, v), (other_k, other_v) in zip(found.past_key_values, wanted.past_key_values, strict=True):
+        torch.testing.assert_close(k, other_k, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(v, other_v, atol=2e-2, rtol=2e-2)

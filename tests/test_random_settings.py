@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import save_reference
-from random_settings import FORMS, Case, cases, references
+from random_settings import FORMS, Case, cases, reference
 
 COUNT = int(os.environ.get("OPT_ZOO_SETTINGS", 200))
 PARTS = 5
@@ -23,7 +23,7 @@ all_cases = cache(lambda: cases(0, COUNT, FORMS * COUNT // 200))
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("settings")
-    return {model: save_reference(references(model)[0], folder / model) for model in ("pre-norm", "350m")}
+    return {model: save_reference(reference(model), folder / model) for model in ("pre-norm", "350m")}
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -57,7 +57,7 @@ def test_the_distribution_that_is_sampled(framework, options, folders, load):
     ids = np.random.default_rng(3).integers(3, 96, (2, 6))
     arguments = dict(do_sample=True, temperature=8.0, max_new_tokens=1, return_dict_in_generate=True,
                      output_scores=True, output_logits=True) | options  # fmt: skip
-    wanted = references("350m")[0].generate(torch.tensor(ids), **arguments)
+    wanted = reference("350m").generate(torch.tensor(ids), **arguments)
     backend = load(framework, folders["350m"])
     found = backend.model.generate(**backend.tensors({"input_ids": ids}), **arguments)
     probabilities = torch.tensor(backend.as_float64(found.scores[0])).softmax(-1)
@@ -72,7 +72,7 @@ def test_frequencies(framework, folders, load):
     """100,000 draws, independent rows, against the probabilities: chi-square, five standard deviations."""
     ids, rows, calls = np.random.default_rng(3).integers(3, 96, (1, 2)), 4000, 25
     with torch.no_grad():
-        chances = (references("350m")[0](torch.tensor(ids)).logits[0, -1] / 12).softmax(-1).numpy()
+        chances = (reference("350m")(torch.tensor(ids)).logits[0, -1] / 12).softmax(-1).numpy()
     model, counts = load(framework, folders["350m"]), np.zeros(101)
     for seed in range(calls):
         drawn = model.generate(input_ids=np.repeat(ids, rows, axis=0), do_sample=True, temperature=12.0, top_k=0,

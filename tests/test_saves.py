@@ -256,6 +256,26 @@ def test_an_index_and_one_file_do_not_stay_together(tmp_path, way):
             assert all(row.name.endswith("embed_positions.weight") for row in diff(folder, given[i]))
 
 
+def test_a_lock_that_its_holder_removed(tmp_path, monkeypatch):
+    """Whoever had opened it before locks nobody out with it, and so takes the one that is there now."""
+    lock, path, others = commit._lock, tmp_path / ".new.saving.lock", []
+
+    def meanwhile(file):
+        if not others:
+            path.unlink()
+            others.append(os.open(path, os.O_RDWR | os.O_CREAT))
+            lock(others[0])
+        lock(file)
+
+    monkeypatch.setattr(commit, "_lock", meanwhile)
+    with pytest.raises(BlockingIOError, match="new: another process is saving into it"):
+        save(tmp_path / "new")
+    assert os.listdir(tmp_path) == [path.name]  # which is the other's
+    os.close(others[0])
+    save(tmp_path / "new")
+    assert os.listdir(tmp_path) == ["new"]
+
+
 # Targets.
 
 

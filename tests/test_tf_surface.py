@@ -311,7 +311,9 @@ def test_prepare_tf_dataset(model):
         def pad(self, rows, return_tensors):
             T = max(len(row["input_ids"]) for row in rows)
             fill = {"input_ids": 1, "attention_mask": 0}
-            return {name: np.array([row[name] + [fill[name]] * (T - len(row[name])) for row in rows]) for name in fill}
+            return {
+                name: np.array([[*row[name]] + [fill[name]] * (T - len(row[name])) for row in rows]) for name in fill
+            }
 
     (first, second) = model.prepare_tf_dataset(rows, batch_size=2, shuffle=False, tokenizer=Tokenizer())
     assert first["input_ids"].numpy().tolist() == [[2, 5, 1], [2, 6, 7]]

@@ -948,6 +948,59 @@ def test_other_kinds_of_tokenizer_json_are_refused(
         GPT2Tokenizer.from_pretrained(tmp_path / "new")
 
 
+@pytest.mark.parametrize("pair", ["</s> </s>", "h </s>", "no pair", "e", "a " + "b" * 99])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_merge_of_no_token(small: Path, tmp_path: Path, whole: bool, pair: str) -> None:
+    """The library may panic on one, which is no Exception."""
+    if whole:
+        GPT2Tokenizer.from_pretrained(small).save_pretrained(tmp_path / "new")
+        saved = read(tmp_path / "new" / "tokenizer.json")
+        saved["model"]["merges"].append(pair.split(" "))
+        write(tmp_path / "new", "tokenizer.json", saved)
+    else:
+        shutil.copytree(small, tmp_path / "new")
+        with open(tmp_path / "new" / "merges.txt", "a") as file:
+            file.write(pair + "\n")
+    with pytest.raises(ValueError, match="merges") as error:
+        GPT2Tokenizer.from_pretrained(tmp_path / "new")
+    assert str(error.value).startswith(f"{tmp_path / 'new'}: ")
+
+
+def test_a_panic_of_the_library_is_an_error(small: Path, tmp_path: Path, capfd: Any) -> None:
+    GPT2Tokenizer.from_pretrained(small).save_pretrained(tmp_path / "new")
+    saved = read(tmp_path / "new" / "tokenizer.json")
+    saved["model"] |= {"continuing_subword_prefix": "#" * 9, "merges": [["h", "e"]]}
+    write(tmp_path / "new", "tokenizer.json", saved)
+    with pytest.raises(ValueError, match="none of the tokenizers library"):
+        GPT2Tokenizer.from_pretrained(tmp_path / "new")
+    assert "panicked" in capfd.readouterr().err  # else this test needs another way to one
+
+
+@pytest.mark.parametrize("where", ["config", "decoder", "whole", "map", "extra"])
+def test_a_very_long_special_token(small: Path, tmp_path: Path, where: str) -> None:
+    """The library takes seconds and gigabytes to look for one of a megabyte."""
+    GPT2Tokenizer.from_pretrained(small).save_pretrained(tmp_path / "new")
+    text, (whole, config) = "".join(map(chr, range(0x4E00, 0x4E00 + 1001))), (
+        read(tmp_path / "new" / name) for name in ("tokenizer.json", "tokenizer_config.json")
+    )  # fmt: skip
+    if where == "config":
+        config["pad_token"] = text
+    elif where == "decoder":
+        config["added_tokens_decoder"]["0"] = {"content": text}
+    elif where == "extra":
+        config["extra_special_tokens"] = [text]
+    elif where == "whole":
+        whole["added_tokens"].append(whole["added_tokens"][0] | {"content": text, "id": 999})
+    else:
+        del config["added_tokens_decoder"]
+        write(tmp_path / "new", "special_tokens_map.json", {"pad_token": text})
+    write(tmp_path / "new", "tokenizer.json", whole)
+    write(tmp_path / "new", "tokenizer_config.json", config)
+    with pytest.raises(ValueError, match="1001 characters, wanted at most 1000") as error:
+        GPT2Tokenizer.from_pretrained(tmp_path / "new")
+    assert str(error.value).startswith(f"{tmp_path / 'new'}: ") and len(str(error.value)) < 400
+
+
 def test_tokenizer_json_of_keras_hub_is_passed_over(copy: Path) -> None:
     write(copy, "tokenizer.json", {"module": "keras_hub.src.models.opt.opt_tokenizer", "config": {}})
     ours = GPT2Tokenizer.from_pretrained(copy)

@@ -61,7 +61,9 @@ def train(job: Training) -> dict[str, Any]:
     from benchmarks.train import RATE, timed
     from opt_flax import FlaxOPTForCausalLM, OPTConfig
 
-    model = FlaxOPTForCausalLM(OPTConfig.from_dict(job.config), job.dtype, job.attention, rngs=nnx.Rngs(0))
+    model = FlaxOPTForCausalLM(
+        OPTConfig.from_dict(job.config), dtype=job.dtype, attn_implementation=job.attention, rngs=nnx.Rngs(0)
+    )
     if job.checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = nnx.Optimizer(model, optax.adamw(RATE), wrt=nnx.Param)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -22,8 +23,8 @@ from rich.table import Table
 from .checkpoints.convert import Plan
 from .checkpoints.layouts import LAYOUTS, WRITABLE
 from .checkpoints.shards import MAX_SHARD_SIZE
-from .continuations import Journal, Row, continue_all, read_prompts, texts
-from .files import plain
+from .continuations import Journal, Row, check_text, continue_all, read_prompts, texts
+from .files import json_text, naming, plain
 from .frameworks import registered
 from .hub import DEMO
 from .progress import counter
@@ -64,8 +65,12 @@ def parity(
     """
     from .parity import TOLERANCE
     from .parity import parity as run
+    from .tokenizer import GPT2Tokenizer
 
     keys = [_framework(key) for key in framework or registered()]
+    given: Row = {"prompt": prompt}
+    check_text(given, "prompt")
+    _check_early(model, None, GPT2Tokenizer.from_pretrained(model), [given], {"max_new_tokens": new_tokens})
     with Console(stderr=True).status("Running " + ", ".join(registered()[key].title for key in keys)):
         report = run(model, prompt, new_tokens, keys)
     if as_json:
@@ -155,13 +160,14 @@ def generate(
     journal = None if output is None else Journal(output, job)
 
     tokenizer = GPT2Tokenizer.from_pretrained(model, padding_side="left")
+    options["tokenizer"] = tokenizer
+    _check_early(model, draft, tokenizer, rows, options)
     settings = {"dtype": dtype} | ({} if attn is None else {"attn_implementation": attn})
     load = functools.partial(chosen.model_class().from_pretrained, **settings)
     with chosen.on(device):
         with Console(stderr=True).status(f"Loading {chosen.title}"):
             network = load(model)
             options["assistant_model"] = None if draft is None else load(draft)
-        options["tokenizer"] = tokenizer
         if len(rows) == 1 and journal is None and not as_json and console.is_terminal and beams == 1:
             print(rows[0]["prompt"], end="", flush=True)
             for piece in network.stream(**chosen.inputs(tokenizer, [rows[0]["prompt"]]), **options):
@@ -182,6 +188,26 @@ def generate(
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def _check_early(model: str, draft: str | None, tokenizer: Any, rows: list[Row], options: dict[str, Any]) -> None:
+    """What can be said of a call before its models are loaded, which takes the most of its time."""
+    from .checkpoints.open import find_checkpoint
+    from .generation import GenerationConfig
+    from .generation.prompts import prompt
+
+    if not all(row["prompt"] for row in rows):
+        warnings.warn("prompt: found an empty one, which is continued as any text's beginning", stacklevel=1)
+    if draft is not None:
+        find_checkpoint(draft, prefer=True)
+    checkpoint, config = find_checkpoint(model, prefer=True)
+    held = GenerationConfig.from_folder(checkpoint.folder, config)
+    longest = max((tokenizer(row["prompt"])["input_ids"] for row in rows), key=len)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # generate says it again
+            prompt(config, [longest], [[1] * len(longest)], options, held)
+    except TypeError as error:  # JSON of another kind than the option takes
+        raise ValueError(f"--option: found a value of a wrong type: {error}") from error
+
+
 def _named(options: list[str]) -> dict[str, Any]:
     """Options of `generate` given as NAME=JSON."""
     found = {}
@@ -189,9 +215,9 @@ def _named(options: list[str]) -> dict[str, Any]:
         name, _, value = option.partition("=")
         try:
             found[name] = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             wanted = "NAME=JSON, such as num_return_sequences=2"
-            raise ValueError(f"--option: found {option!r}, wanted {wanted}") from error
+            raise ValueError(f"--option: found {option!r:.80}, wanted {wanted}") from error
     return found
 
 
@@ -200,11 +226,17 @@ def _rows(prompts: list[str] | None, file: str | None) -> list[Row]:
     if (file is None) == (not prompts):
         raise ValueError("prompts, --file: found neither or both, wanted one of them")
     if file is None:
-        return [{"prompt": prompt} for prompt in prompts or []]
-    if file == "-":
-        return read_prompts(sys.stdin, "standard input")
-    with open(file, encoding="utf-8") as lines:
-        return read_prompts(lines, file)
+        rows: list[Row] = [{"prompt": prompt} for prompt in prompts or []]
+        for row in rows:
+            check_text(row, "prompt")
+        return rows
+    piped = file == "-"
+    name = "standard input" if piped else file
+    try:
+        with naming(name), open(sys.stdin.fileno() if piped else file, encoding="utf-8", closefd=not piped) as lines:
+            return read_prompts(lines, name)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: wanted UTF-8 text: {error}") from error
 
 
 @app.command()
@@ -274,6 +306,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds, and what does not fit its config. Reads weights only for --sha256 and --check."""
     from .checkpoints.examine import examine
+    from .checkpoints.fit import SHOWN
 
     facts = examine(model, layout, sha256, check)
     if as_json:
@@ -294,8 +327,10 @@ def inspect(
     if not_finite is not None:
         shown.add_row("NaN or infinite", "[red]found[/]" if not_finite else "[green]none[/]")
     console.print(shown, highlight=False)
+    more = [f"and {len(misfits) - SHOWN} more: --json lists all"] if len(misfits) > SHOWN else []
     for line in [
-        *misfits,
+        *misfits[:SHOWN],
+        *more,
         *(f"{name}: {count:,} numbers are NaN or infinite" for name, count in (not_finite or {}).items()),
         *(f"{digest}  {name}" for name, digest in digests.items()),
     ]:
@@ -330,21 +365,25 @@ def _framework(key: str) -> str:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json_text(value))
 
 
 def main() -> None:
     """Run the command. An error in the input is one line on stderr and exit status 1, not a traceback."""
     errors = Console(stderr=True)
 
+    def say(kind: str, message: object) -> None:
+        short = re.sub(r"\S{400,}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", str(message))
+        errors.print(kind, escape(plain(short)), highlight=False, soft_wrap=True)
+
     def note(message: Warning | str, *_: Any) -> None:
-        errors.print("[yellow]note:[/]", escape(plain(str(message))), highlight=False, soft_wrap=True)
+        say("[yellow]note:[/]", message)
 
     warnings.showwarning = note
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        errors.print("[red]error:[/]", escape(plain(str(error))), highlight=False, soft_wrap=True)
+        say("[red]error:[/]", error)
         sys.exit(1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import reprlib
 import sys
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .files import read_json, write_atomically
+from .files import json_text, read_json, write_atomically
 from .hub import FETCH_OPTIONS, fetch
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
@@ -368,7 +367,7 @@ class OPTConfig:
 
     def to_json(self) -> str:
         """`to_dict` as the text of a `config.json`."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        return json_text(self.to_dict()) + "\n"
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder/config.json`, whole or not at all."""

@@ -23,15 +23,24 @@ def read_prompts(lines: Iterable[str], source: str) -> list[Row]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{source}, line {number}: not readable as JSON: {error}") from error
         row = {"prompt": value} if isinstance(value, str) else value
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f'{source}, line {number}: found {line.strip()[:80]}, wanted a string or {{"prompt": …}}')
+        check_text(row, f"{source}, line {number}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{source}: found no prompts, wanted one JSON string or object a line")
     return rows
+
+
+def check_text(row: Row, where: str) -> None:
+    """Raise ValueError for a row that no file can hold as UTF-8: an argument of other bytes, or half a character."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: found {row['prompt']!r:.80}, wanted UTF-8 text") from error
 
 
 def by_length(lengths: Sequence[int], rows: Iterable[int], size: int) -> list[list[int]]:

@@ -22,6 +22,14 @@ COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
 FETCH_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
 
+def local(path_or_name: str | Path) -> Path:
+    """The path that a name would be here, "~" and "~user" replaced. FileNotFoundError if there is no such user."""
+    try:
+        return Path(path_or_name).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{path_or_name}: no such folder: its ~ is no user's home") from error
+
+
 def fetch(
     path_or_name: str | Path,
     files: Sequence[str],
@@ -39,7 +47,7 @@ def fetch(
     "facebook/opt-125m". The other arguments are huggingface_hub's.
     Raises FileNotFoundError if there is no such folder or repository, OSError if the Hub cannot be reached.
     """
-    path = Path(path_or_name).expanduser()
+    path = local(path_or_name)
     if path.is_dir():
         return path / subfolder
     if str(path_or_name) == DEMO:

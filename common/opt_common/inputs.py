@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from .config import OPTConfig
 
 Shape = Sequence[int]
+
+# What the numbers of an argument may be, in every framework: numpy's letters for kinds of dtypes, and words for them.
+KINDS = {
+    "input_ids": ("iu", "integers"),
+    "position_ids": ("iu", "integers"),
+    "attention_mask": ("biuf", "booleans, integers or floats"),
+    "inputs_embeds": ("f", "floats"),
+}
+
+
+def check_dtype(config: OPTConfig, name: str, dtype: Any) -> None:
+    """Check the type of an argument's numbers: numpy's, PyTorch's, TensorFlow's, or its name. Raises ValueError, naming
+    the argument, if it is none of KINDS, or if it cannot hold every token id."""
+    said = getattr(dtype, "name", str(dtype).removeprefix("torch."))
+    kind = "f" if "float" in said else getattr(dtype, "kind", None) or np.dtype(said).kind
+    kinds, wanted = KINDS[name]
+    if kind not in kinds:
+        raise ValueError(f"{name}: found {said}, wanted {wanted}")
+    if name == "input_ids" and np.iinfo(said).max < config.vocab_size - 1:
+        raise ValueError(f"{name}: found {said}, which cannot hold ids up to {config.vocab_size - 1}, wanted int32")
 
 
 def check_call(
@@ -35,10 +58,10 @@ def check_call(
     shape = input_ids if input_ids is not None else inputs_embeds
     assert shape is not None
     B, T = shape[0], shape[1]
-    if T == 0:
-        raise ValueError(
-            f"{'inputs_embeds' if input_ids is None else 'input_ids'}: found no tokens, wanted at least one"
-        )
+    for count, what in ((B, "rows"), (T, "tokens")):
+        if count == 0:
+            name = "inputs_embeds" if input_ids is None else "input_ids"
+            raise ValueError(f"{name}: found no {what}, wanted at least one")
     if rows is not None and rows != B:
         raise ValueError(f"past_key_values: found a cache of {rows} rows, wanted {B}, as many as in the call")
     if past is not None and attention_mask is not None and tuple(attention_mask) != (B, past + T):

@@ -7,8 +7,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from .kin import Kin
 
-class ModelOutput(OrderedDict[str, Any]):
+
+class ModelOutput(Kin, OrderedDict[str, Any]):
     """The base of all outputs. A field that is not there reads as None by attribute, and is no key.
 
     Each framework registers the subclasses with its own functions over nested structures.

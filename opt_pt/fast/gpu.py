@@ -1,4 +1,5 @@
-"""One token a row, as fast as the GPU reads the weights: the model's step as a row of hand-written kernels.
+"""One token a row, as fast as the GPU reads the weights: the model's step as a row of hand-written kernels. Or several
+tokens of one row, which cost little more than one.
 
 B rows   E embedding width   H hidden   F feed-forward   S slots   V vocabulary
 """
@@ -114,23 +115,29 @@ class Step:
 
     mask: [B, cache.length], what of the cache is not padding; position: [B], where the next token stands; token: [B],
     int64, the tensor that holds it at each call.
+    table: [B, S] int32, in which row's cache what each row sees in a slot is, if not in its own; a new token goes to
+    its own. tail: every so many rows are tokens of one text, one behind the other, with one row of cache and mask.
     """
 
-    def __init__(self, model: Any, cache: KVCache, mask: Tensor, position: Tensor, token: Tensor) -> None:
+    def __init__(
+        self, model: Any, cache: KVCache, mask: Tensor, position: Tensor, token: Tensor,
+        table: Tensor | None = None, tail: int = 1,
+    ) -> None:  # fmt: skip
         from . import kernels  # Triton comes with PyTorch for NVIDIA GPUs, and is not there elsewhere
 
         self.kernels, self.model, self.cache = kernels, model, cache
         config, device, dtype = model.config, mask.device, cache.k[0].dtype
         self.config = config
-        B, H, slots = mask.shape[0], config.hidden_size, cache.k[0].shape[2]
+        B, H, slots = len(token), config.hidden_size, cache.k[0].shape[2]
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
         self.B, self.slots = B, slots
-        self.token, self.position = token, position.to(torch.int32)
-        self.slot = torch.full((B,), cache.length, device=device, dtype=torch.int32)  # one number; a row counts its own
-        self.visible = torch.zeros(B, slots, device=device, dtype=torch.uint8)
+        self.token, self.table, self.tail, after = token, table, tail, torch.arange(B, device=device) % tail
+        self.position = (position + after).to(torch.int32)
+        self.slot = (cache.length + after).to(torch.int32)
+        self.visible = torch.zeros(B // tail, slots, device=device, dtype=torch.uint8)
         self.visible[:, : cache.length] = mask
         self.words, self.place = empty(B, config.embed_dim), empty(B, H)
         self.x, self.y, self.q, self.attended = (empty(B, H) for _ in range(4))
@@ -150,7 +157,7 @@ class Step:
         self.layers: list[Any] = list(model.model.decoder.layers)
         self.activation = _activation(self.layers[0].activation_fn)
         # what the kernels are compiled for
-        self.variant = (config.to_json(), B, self.block, self.splits, dtype, device)
+        self.variant = (config.to_json(), B, tail, table is None, self.block, self.splits, dtype, device)
         self.compiling: list[Any] | None = None  # the kernels of a call that only compiles
 
     def __call__(self) -> Tensor:
@@ -165,7 +172,7 @@ class Step:
             self.kernels.embed, (self.B,),
             self.token, self.position, self.slot, decoder.embed_tokens.weight, decoder.embed_positions.weight,
             x if E == H else self.words, self.place, self.visible, self.slots,
-            E=E, H=H, BLOCK=_power(max(E, H)), PDL=self.pdl,
+            E=E, H=H, TAIL=self.tail, BLOCK=_power(max(E, H)), PDL=self.pdl,
         )  # fmt: skip
         if decoder.project_in is not None:
             self._linear(self.words, _weights(decoder.project_in), x, residual=self.place)
@@ -293,7 +300,7 @@ class Step:
             self.kernels.linear_many, (parts * -(-M // BLOCK_M), -(-self.B // BLOCK_B), splits),
             x, *ws, *bs, out, k, v, self.slot, x if residual is None else residual, self.pieces, self.counted,
             self.B, self.slots,
-            K=K, M=M, H=H, D=D, BIAS=bias, ACTIVATION=name, RESIDUAL=residual is not None, QKV=qkv,
+            K=K, M=M, H=H, D=D, BIAS=bias, ACTIVATION=name, RESIDUAL=residual is not None, QKV=qkv, TAIL=self.tail,
             BLOCK_B=BLOCK_B, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, STAGES=stages, EARLY=early, SPLITS=splits,
             PDL=self.pdl,
             num_warps=warps,
@@ -303,7 +310,9 @@ class Step:
         N, D = self.config.num_attention_heads, self.config.head_dim
         self._run(
             self.kernels.attend, (N, self.B, self.splits),
-            self.q, self.cache.k[layer], self.cache.v[layer], self.visible, self.slot, self.attended,
+            self.q, self.cache.k[layer], self.cache.v[layer], self.visible, self.slot,
+            self.slot if self.table is None else self.table, self.attended,
             self.partial, self.arrived, self.slots, D**-0.5,
-            N=N, D=D, SPLITS=self.splits, BLOCK_D=_power(D), BLOCK_S=self.block, PDL=self.pdl, num_warps=self.warps,
+            N=N, D=D, SPLITS=self.splits, TAIL=self.tail, TABLE=self.table is not None,
+            BLOCK_D=_power(D), BLOCK_S=self.block, PDL=self.pdl, num_warps=self.warps,
         )  # fmt: skip

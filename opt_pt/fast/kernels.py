@@ -144,7 +144,7 @@ def linear_one(
 @triton.jit
 def _finish_many(
     acc, part, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D: tl.constexpr,
-    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, QKV: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, QKV: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """What follows the product acc[M, B]."""
     inside = (rows < M)[:, None] & (batch < B)[None, :]
@@ -156,7 +156,8 @@ def _finish_many(
         acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     y = acc.to(out.dtype.element_ty)
     if QKV:
-        place = _place(rows[:, None], batch.to(tl.int64)[None, :], tl.load(slot), slots, H, D)
+        here = tl.load(slot + batch, mask=batch < B, other=0)
+        place = _place(rows[:, None], (batch // TAIL).to(tl.int64)[None, :], here[None, :], slots, H, D)
         if part == 0:
             tl.store(out + at, y, mask=inside)
         elif part == 1:
@@ -171,12 +172,13 @@ def _finish_many(
 def linear_many(
     x, w, w_k, w_v, b, b_k, b_v, out, k_cache, v_cache, slot, residual, partial, arrived, B, slots,
     K: tl.constexpr, M, H, D: tl.constexpr,
-    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, QKV: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, QKV: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Several rows, on the matrix units: out[B, M] = act(x[B, K] · w[M, K]ᵀ + b) + residual[B, M]; QKV as above, the
-    caches [B, N, S, D]. It is computed as w · xᵀ: the weights are the many, and the side of the units that wants many.
+    caches [B / TAIL, N, S, D], each row at its own slot. It is computed as w · xᵀ: the weights are the many, and the
+    side of the units that wants many.
 
     EARLY (0 to 2) tiles of w are asked for before the wait, kept in registers, and used last. Where M alone makes too
     few programs, SPLITS of them share K; the last to arrive sums up, always in the same order, from partial
@@ -218,7 +220,7 @@ def linear_many(
     if SPLITS == 1:
         _finish_many(
             acc, part, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D,
-            BIAS, ACTIVATION, RESIDUAL, QKV,
+            BIAS, ACTIVATION, RESIDUAL, QKV, TAIL,
         )  # fmt: skip
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -235,7 +237,7 @@ def linear_many(
                 acc += tl.load(parts + i * (BLOCK_M * BLOCK_B), cache_modifier=".cg")
             _finish_many(
                 acc, part, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D,
-                BIAS, ACTIVATION, RESIDUAL, QKV,
+                BIAS, ACTIVATION, RESIDUAL, QKV, TAIL,
             )  # fmt: skip
 
 
@@ -252,14 +254,36 @@ def norm(x, gain, shift, out, K: tl.constexpr, AFFINE: tl.constexpr, BLOCK: tl.c
     tl.store(out + row + cols, y.to(out.dtype.element_ty), mask=cols < K)
 
 
+@triton.jit
+def _entries(table, text, batch, head, at, inside, slots, dims, N, D: tl.constexpr, TABLE: tl.constexpr):
+    """Where [slots `at`, dims] of a head are in a cache [B, N, S, D]."""
+    if TABLE:
+        row = tl.load(table + batch * slots + at, mask=inside, other=0).to(tl.int64)
+        return ((row * N + head) * slots + at)[:, None] * D + dims[None, :]
+    else:
+        return ((text * N + head) * slots + at)[:, None] * D + dims[None, :]
+
+
+@triton.jit
+def _seen(keys, values, seen, query, largest, total, acc):
+    """A softmax a lane, with one more slot each."""
+    scores = tl.where(seen, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), -1e30)
+    higher = tl.maximum(largest, scores)
+    weights = tl.where(seen, tl.exp(scores - higher), 0.0)
+    shrink = tl.exp(largest - higher)
+    return higher, total * shrink + weights, acc * shrink[:, None] + weights[:, None] * values.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["slots"])
 def attend(
-    q, k_cache, v_cache, visible, slot, out, partial, arrived, slots, scale,
-    N: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    q, k_cache, v_cache, visible, slot, table, out, partial, arrived, slots, scale,
+    N: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TAIL: tl.constexpr, TABLE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[B, N, D] = softmax(scale · q · kᵀ) · v over the slots up to `slot` where visible[B, S] is not 0.
+    """out[B, N, D] = softmax(scale · q · kᵀ) · v over the slots up to `slot` where visible[B / TAIL, S] is not 0.
 
+    TAIL rows after one another are tokens of one text, which stand in neighbouring slots and see those before them.
+    TABLE: what a row sees in a slot is what row table[B, S] has there, as beams share their beginnings.
     A program takes every SPLITS-th block of slots of one head of one row; the last to arrive sums up, from partial
     [B, N, SPLITS, 2 + BLOCK_D] float32: largest score, denominator, numerator. `arrived` [B, N] counts, and is 0 again
     afterwards.
@@ -270,18 +294,20 @@ def attend(
     dims, steps = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     real = dims < D
     # What earlier steps wrote may be read before the wait; the new token's key and value are this step's
-    last = tl.load(slot)
+    text = batch // TAIL
+    old = tl.load(slot + text * TAIL)
     start = split * BLOCK_S
     at = start + steps
-    first = (batch * N + head) * slots * D + steps[:, None] * D + dims[None, :]
-    mask = (at < last)[:, None] & real[None, :]
-    keys = tl.load(k_cache + first + start * D, mask=mask, other=0.0)
-    values = tl.load(v_cache + first + start * D, mask=mask, other=0.0)
-    seen = tl.load(visible + batch * slots + at, mask=at < last, other=0) != 0
+    first = _entries(table, text, batch, head, at, at < old, slots, dims, N, D, TABLE)
+    mask = (at < old)[:, None] & real[None, :]
+    keys = tl.load(k_cache + first, mask=mask, other=0.0)
+    values = tl.load(v_cache + first, mask=mask, other=0.0)
+    seen = tl.load(visible + text * slots + at, mask=at < old, other=0) != 0
     if PDL:
         gdc_wait()
     query = tl.load(q + (batch * N + head) * D + dims, mask=real, other=0.0).to(tl.float32) * scale
-    newest = ((batch * N + head) * slots + last) * D + dims
+    last = old + batch % TAIL
+    newest = ((text * N + head) * slots + last) * D + dims
     key = tl.load(k_cache + newest, mask=real, other=0.0).to(tl.float32)
     value = tl.load(v_cache + newest, mask=real, other=0.0).to(tl.float32)
     # Each of the BLOCK_S lanes keeps a softmax of its own; they meet at the end. The new token goes to the first.
@@ -289,20 +315,23 @@ def attend(
     largest = tl.where(mine, tl.sum(key * query, axis=0), -1e30)
     total = tl.where(mine, 1.0, 0.0)
     acc = tl.where(mine[:, None], value[None, :], 0.0)
-    while start < last:
-        scores = tl.where(seen, tl.sum(keys.to(tl.float32) * query[None, :], axis=1), -1e30)
-        higher = tl.maximum(largest, scores)
-        weights = tl.where(seen, tl.exp(scores - higher), 0.0)
-        shrink = tl.exp(largest - higher)
-        total = total * shrink + weights
-        acc = acc * shrink[:, None] + weights[:, None] * values.to(tl.float32)
-        largest = higher
+    while start < old:
+        largest, total, acc = _seen(keys, values, seen, query, largest, total, acc)
         start += SPLITS * BLOCK_S
         at = start + steps
-        mask = (at < last)[:, None] & real[None, :]
-        keys = tl.load(k_cache + first + start * D, mask=mask, other=0.0)
-        values = tl.load(v_cache + first + start * D, mask=mask, other=0.0)
-        seen = tl.load(visible + batch * slots + at, mask=at < last, other=0) != 0
+        first = _entries(table, text, batch, head, at, at < old, slots, dims, N, D, TABLE)
+        mask = (at < old)[:, None] & real[None, :]
+        keys = tl.load(k_cache + first, mask=mask, other=0.0)
+        values = tl.load(v_cache + first, mask=mask, other=0.0)
+        seen = tl.load(visible + text * slots + at, mask=at < old, other=0) != 0
+    if TAIL > 1:  # those of this step before its own: at most BLOCK_S
+        at = old + steps
+        seen = at < tl.where(split == 0, last, old)
+        first = _entries(table, text, batch, head, at, seen, slots, dims, N, D, False)
+        mask = seen[:, None] & real[None, :]
+        keys = tl.load(k_cache + first, mask=mask, other=0.0)
+        values = tl.load(v_cache + first, mask=mask, other=0.0)
+        largest, total, acc = _seen(keys, values, seen, query, largest, total, acc)
     highest = tl.max(largest, axis=0)
     share = tl.exp(largest - highest)
     denominator = tl.sum(total * share, axis=0)
@@ -379,7 +408,7 @@ def keep(
 @triton.jit(do_not_specialize=["slots"])
 def embed(
     token, position, slot, words, places, x, place, visible, slots,
-    E: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, H: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x[B, E] = the words' rows, and the positions' rows added to them where E = H, else in place[B, H]; the new slot
     becomes visible. A program a row."""
@@ -395,4 +424,4 @@ def embed(
     else:
         tl.store(place + row * H + cols, at, mask=cols < H)
     tl.store(x + row * E + cols, word, mask=cols < E)
-    tl.store(visible + row * slots + tl.load(slot + row), 1)
+    tl.store(visible + row // TAIL * slots + tl.load(slot + row), 1)

@@ -70,7 +70,7 @@ class Beams:
         came = _put(_of(self.came, beam), column, row.int())
 
         last = text.at[0] + 1 == full
-        end = torch.isin(token, text.eos) | last
+        end = (token[:, :, None] == text.eos).any(dim=2) | last
         if self.stops:
             ids = torch.cat([text.ids[row.flatten(), : text.length], token.view(-1, 1)], dim=1)
             end = end | self.stops(ids).view(B, C)

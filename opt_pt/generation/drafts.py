@@ -117,29 +117,33 @@ class Assistant:
 def write(text: Text, passes: Passes, choose: Chooser, stops: loop.Stops, drafter: Drafter) -> Iterator[Tensor]:
     """Yields the new tokens [1], one a step."""
     logits, guessed, drawn = passes.first()[:, None], list[int](), None
+    ended = text.eos.tolist()
     while True:
-        accepted, chosen = 0, None
-        if choose.greedy:  # all at once: one trip to the host
+        start = text.length
+        if choose.greedy and not stops:  # all at once: one trip to the host
             chosen = logits.float().argmax(dim=-1)[0].tolist()
-        for i in range(len(guessed) + 1):
-            guess = guessed[i] if i < len(guessed) else None
-            if chosen is not None:
-                token = torch.tensor(chosen[i : i + 1], device=text.ids.device)
-            elif guess is None or drawn is None:
-                token = choose(logits[:, i])
-            else:
-                token = _speculated(choose, logits[:, i], guess, drawn[i])
-            text.write(token)
-            text.length += 1
-            over = stops.over(text)
-            yield text.token
-            if over or text.length == text.ids.shape[1]:
-                passes.forget(len(guessed) - i)
-                return
-            if guess is None or int(token) != guess:
-                break
-            accepted += 1
+            wrong = [i for i, guess in enumerate(guessed) if guess != chosen[i]]
+            new = chosen[: wrong[0] + 1] if wrong else chosen
+            ends = [i for i, token in enumerate(new) if token in ended]
+            over = text.extend(new[: ends[0] + 1] if ends else new) or bool(ends)
+            yield from text.ids[0, start : text.length, None].clone()
+        else:
+            over = False
+            for i, guess in enumerate([*guessed, None]):
+                if guess is None or drawn is None:
+                    token = choose(logits[:, i])
+                else:
+                    token = _speculated(choose, logits[:, i], guess, drawn[i])
+                text.write(token)
+                text.length += 1
+                over = stops.over(text) or text.length == text.ids.shape[1]
+                yield text.token
+                if over or int(token) != guess:
+                    break
+        accepted = text.length - start - 1
         passes.forget(len(guessed) - accepted)
+        if over:
+            return
         if guessed:
             drafter.learn(text, accepted)
         guessed, drawn = drafter.guess(text, text.ids.shape[1] - text.length - 1)

@@ -24,7 +24,7 @@ from .text import Text
 @torch.no_grad()
 def generate(
     self: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Unpack[Options]
-) -> Tensor | GenerateOutput:
+) -> Any:
     """Continue each row of `input_ids` [B, T]; returns [R, T + new] int64, the prompts included, where R is B, or B ·
     num_return_sequences. With `return_dict_in_generate`, a GenerateOutput.
 
@@ -104,7 +104,7 @@ class Writer:
         """See `beams.search`."""
         return beams.search(self.given.settings, self.text, self.passes, self.choose, self.stops)
 
-    def result(self, new: Tensor, **of_beams: Tensor) -> Tensor | GenerateOutput:
+    def result(self, new: Tensor, **of_beams: Tensor) -> Any:
         """What `generate` returns, of the new tokens [R, new]."""
         settings, choose = self.given.settings, self.choose
         ids = self.ids.repeat_interleave(len(new) // len(self.ids), dim=0)

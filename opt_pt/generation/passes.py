@@ -54,6 +54,8 @@ class Passes:
             self.cache.batch_repeat_interleave(n)
         embeds = "inputs_embeds" in inputs  # they are seen through a cache alone
         self.use_cache = (settings.use_cache or embeds) and can_cache(model.get_decoder())
+        assisted = given.options.get("assistant_model") is not None
+        self.draft = settings.num_assistant_tokens if assisted else settings.prompt_lookup_num_tokens  # at most
         self.attentions: list[Any] = []
         self.hidden_states: list[Any] = []
 
@@ -129,8 +131,6 @@ class OnCPU(Passes):
     """Over the prompt by the model's call, into a cache of the size that the text will have; then a token a row by
     `fast.cpu.Step`."""
 
-    Step: Any = cpu.Step
-
     def first(self) -> Tensor:
         n, R, T = self.text.copies, *self.mask.shape
         room = T + self.text.ids.shape[1] - self.text.width - 1  # the last token is not fed back
@@ -138,33 +138,50 @@ class OnCPU(Passes):
         if "inputs_embeds" in prompt:
             del prompt["input_ids"]
         ends, row = (T - 1 - prompt["attention_mask"].flip(1).argmax(dim=1)).unique(return_inverse=True)
-        dtype = self.model.model.decoder.embed_positions.weight.dtype
-        self.cache = KVCache(self.model.config, R // n, room, self.mask.device, dtype)
-        out = self.model(**prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=ends, return_dict=True)
+        cache = self._room(room)
+        out = self.model(**prompt, past_key_values=cache, use_cache=True, logits_to_keep=ends, return_dict=True)
         logits = out.logits[torch.arange(R // n, device=row.device), row]
-        if n > 1:
-            self.cache.batch_repeat_interleave(n)
-            logits = logits.repeat_interleave(n, dim=0)
-        self.step = self.Step(self.model, self.cache, self.mask, self.mask.sum(dim=1), self.text.token)
-        self.wrote = torch.arange(R)[:, None].repeat(1, room)  # which row computed each slot
-        self.wrote[:, :T] = 0  # the same in all rows of a prompt
-        return logits
+        # which row computed what each row sees in a slot: of the prompt's, the first of its rows
+        self.wrote = torch.arange(R, device=row.device, dtype=torch.int32)[:, None].repeat(1, room)
+        self.wrote[:, :T] -= self.wrote[:, :T] % n
+        self.step = self._step(cache)
+        return logits.repeat_interleave(n, dim=0)
+
+    def _room(self, slots: int) -> KVCache:
+        """An empty cache for the prompts."""
+        dtype = self.model.model.decoder.embed_positions.weight.dtype
+        return KVCache(self.model.config, len(self.mask) // self.text.copies, slots, self.mask.device, dtype)
+
+    def _step(self, cache: KVCache) -> Any:
+        """What makes a pass over one token a row, behind the cache of the prompts."""
+        cache.batch_repeat_interleave(self.text.copies)
+        self.cache = cache
+        return cpu.Step(self.model, cache, self.mask, self.mask.sum(dim=1), self.text.token)
 
     def next(self, tokens: Tensor) -> Tensor:
         k = tokens.shape[1]
         if k == 1:
             self.text.token.copy_(tokens[:, 0])
             return self.step()[:, None]
-        self._mark(self.cache.length)
+        return self._several(tokens)
+
+    def _several(self, tokens: Tensor) -> Tensor:
+        k = tokens.shape[1]
+        self._mark(self._taken() - 1)
         logits = self.model(tokens, past_key_values=self.cache, use_cache=True, return_dict=True).logits
         self.step.position = self.step.position + k
         return logits
+
+    def _taken(self) -> int:
+        """How many slots the text takes."""
+        return self.mask.shape[1] + self.text.length - self.text.width
 
     def _mark(self, length: int) -> None:
         """Tell the cache how many slots are taken, and which of them are padding."""
         R, T = self.mask.shape
         self.cache.length = length
-        self.cache.segments = torch.cat([self.mask, self.mask.new_ones(R, length - T)], dim=1)
+        padded = not bool(self.mask.all())
+        self.cache.segments = torch.cat([self.mask, self.mask.new_ones(R, length - T)], dim=1) if padded else None
 
     def reorder(self, rows: Tensor) -> None:
         """Beams share their beginnings: only the slots from where they differ are copied."""
@@ -181,19 +198,36 @@ class OnCPU(Passes):
         self.step.position = self.step.position - n
 
     def kept(self) -> KVCache:
-        self._mark(self.mask.shape[1] + self.text.length - self.text.width - 1)
+        self._mark(self._taken() - 1)  # the last token is not fed back
         self.cache.fixed = False
         return self.cache
 
 
 class OnGPU(OnCPU):
-    """As OnCPU, by `fast.gpu.Step`, which is captured as a CUDA graph together with the choice behind it."""
-
-    Step: Any = gpu.Step
+    """As OnCPU, by `fast.gpu.Step`, which is captured as a CUDA graph together with the choice behind it. Rows of one
+    prompt share their beginnings in the cache, which stays in place: `wrote` says where a row finds what it sees."""
 
     def first(self) -> Tensor:
+        self.graphs: dict[int, Callable[[], None]] = {}  # by tokens a row
         with _current(self.mask.device):
-            return super().first()
+            logits = super().first()
+        self.steps = {1: self.step}
+        return logits
+
+    def _room(self, slots: int) -> KVCache:
+        R, n, dtype = len(self.mask), self.text.copies, self.model.model.decoder.embed_positions.weight.dtype
+        self.cache = KVCache(self.model.config, R, slots + self.draft, self.mask.device, dtype)
+        if n == 1:
+            return self.cache
+        prompts = KVCache()  # the first row of each
+        prompts.k, prompts.v = ([x[::n] for x in tensors] for tensors in (self.cache.k, self.cache.v))
+        prompts.taken, prompts.fixed = [0] * len(prompts.k), True
+        return prompts
+
+    def _step(self, cache: KVCache) -> gpu.Step:
+        self.cache.length = cache.length
+        table = self.wrote if self.text.copies > 1 else None
+        return gpu.Step(self.model, self.cache, self.mask, self.mask.sum(dim=1), self.text.token, table)
 
     def turn(self, choose: Chooser) -> Callable[[], None]:
         step, text, graph = self.step, self.text, None
@@ -221,9 +255,63 @@ class OnGPU(OnCPU):
 
         return turn
 
+    def next(self, tokens: Tensor) -> Tensor:
+        """Shorter drafts are filled up: one graph serves all of them, and what it writes behind them is written again
+        before it is seen."""
+        k = tokens.shape[1]
+        with _current(self.mask.device):
+            if k > self.step.block:
+                logits = self._several(tokens)
+            else:
+                logits = self._at_once(tokens, 1 if k == 1 else min(self.draft + 1, self.step.block))[:, :k]
+        self.step.position += k
+        self.step.slot += k
+        return logits
+
+    def _at_once(self, tokens: Tensor, n: int) -> Tensor:
+        """The logits [R, n, V] of a step for n tokens a row, of which `tokens` [R, k] are the first."""
+        step = self.steps.get(n)
+        if step is None:
+            room = torch.zeros(n, device=tokens.device, dtype=torch.long)
+            step = self.steps[n] = gpu.Step(self.model, self.cache, self.mask, self.step.position, room, tail=n)
+            step.visible = self.step.visible
+        step.token[: tokens.numel()] = tokens.flatten()
+        if n > 1:
+            after = torch.arange(n, device=tokens.device, dtype=torch.int32)
+            step.slot.copy_(self.step.slot + after)
+            step.position.copy_((self.step.position + after).clamp(max=self.model.config.max_position_embeddings - 1))
+        if step.variant not in _loaded:
+            step.compile(self.text, greedy=False)
+            step()  # for real, since loading does not go into a graph
+            _loaded.add(step.variant)
+        else:
+            if n not in self.graphs:
+                self.graphs[n] = _captured(step, None)
+            self.graphs[n]()
+        return step.logits.view(len(tokens), n, -1)
+
+    def _several(self, tokens: Tensor) -> Tensor:
+        self._mark(self._taken() - 1)
+        logits = self.model(tokens, past_key_values=self.cache, use_cache=True, return_dict=True).logits
+        self.step.visible[:, self._taken() - 1 : self._taken() - 1 + tokens.shape[1]] = 1
+        return logits
+
     def reorder(self, rows: Tensor) -> None:
-        for tensor in (*self.cache.k, *self.cache.v):
-            tensor.copy_(tensor[rows])
+        at, T, W = self.text.at[0], self.mask.shape[1], self.text.width
+        slots = torch.arange(self.wrote.shape[1], device=rows.device)
+        self.wrote.copy_(torch.where(slots < T + at - W, self.wrote[rows], self.wrote))
+
+    def forget(self, n: int) -> None:
+        self.step.position -= n
+        self.step.slot -= n
+
+    def kept(self) -> KVCache:
+        if self.text.copies > 1:
+            rows = self.wrote.long()[:, None, :, None]
+            for tensors in (self.cache.k, self.cache.v):
+                for i, x in enumerate(tensors):
+                    tensors[i] = x.gather(0, rows.expand(x.shape))
+        return super().kept()
 
 
 def _current(device: torch.device) -> Any:

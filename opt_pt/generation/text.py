@@ -55,6 +55,15 @@ class Text:
         self.done.logical_or_(self.is_eos[token])
         self.at.add_(1)
 
+    def extend(self, tokens: list[int]) -> bool:
+        """Put several tokens behind the only row, of which none but the last ends it; whether it is full then."""
+        new = torch.tensor(tokens, device=self.ids.device)
+        self.ids[0, self.length : self.length + len(tokens)] = new
+        self.token.copy_(new[-1:])
+        self.at.add_(len(tokens))
+        self.length += len(tokens)
+        return self.length == self.ids.shape[1]
+
     def ended(self) -> bool:
         """Whether every row has. Waits for the device."""
         return bool((self.done | self.stopped).all())

@@ -80,6 +80,11 @@ def traced(model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str
         mask = tf.ones_like(ids, tf.bool) if config.pad_token_id is None else ids != config.pad_token_id
     if attention_mask is not None:
         mask = tf.convert_to_tensor(attention_mask) != 0
+    if T is None:
+        longest = tf.reduce_max(tf.reduce_sum(tf.cast(mask, tf.int32), axis=1))
+        message = "max_new_tokens: found more, with the prompts, than max_position_embeddings"
+        limit = config.max_position_embeddings
+        tf.debugging.assert_less_equal(longest + settings.max_new_tokens, limit, message=message)
     return call(model, ids, mask, settings, chosen)
 
 
@@ -163,6 +168,8 @@ def _rest(ids: Tensor, real: Tensor, past: KVCache, room: int) -> tuple[Tensor, 
         raise ValueError(f"past_key_values: found {L} tokens, wanted fewer than the {T} columns of input_ids")
     order = tf.argsort(real[:, L:], axis=1, stable=True)
     rest, seen = (tf.gather(x[:, L:], order, batch_dims=1) for x in (ids, real))
+    if int(tf.reduce_min(tf.reduce_sum(seen, axis=1))) == 0:
+        raise ValueError(f"attention_mask: found a row without tokens behind the {L} of past_key_values, wanted one")
     k, v = ([tf.pad(x[:, :L], ((0, 0), (0, T - L + room), (0, 0))) for x in part] for part in (past.k, past.v))
     segments = tf.pad(past.segments[:, :L], ((0, 0), (0, T - L + room)))
     return rest, tf.concat([real[:, :L], seen], axis=1), KVCache(tuple(k), tuple(v), past.length, segments)

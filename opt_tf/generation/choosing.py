@@ -99,8 +99,10 @@ class Numbers(NamedTuple):
 
 
 def _processors(settings: Settings) -> dict[str, Any]:
-    found = settings.processors  # with min_new_tokens always, so that it is a number like any other
-    return found if "min_new_tokens" in found else {"min_new_tokens": 0} | found
+    """The processors, and always those whose numbers can say nothing: another number then takes no other program."""
+    always = {"min_new_tokens": 0} | ({"temperature": 1.0} if settings.do_sample else {})
+    found = always | settings.processors
+    return {name: found[name] for name in sorted(found, key=[*PROCESSORS].index)}
 
 
 def _tensor(value: Any) -> Tensor:
@@ -266,7 +268,9 @@ def _functions(scores: Tensor, _: None, seen: Seen) -> Tensor:
     """Those of `logits_processor`: of (ids, scores), or of (ids, scores, cur_len), as transformers' TFLogitsProcessor,
     whose ids have room behind cur_len columns."""
     for function in seen.plan.functions:
-        if len(inspect.signature(function).parameters) > 2:
+        parameters = inspect.signature(function).parameters.values()
+        needed = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+        if len(needed) > 2:
             scores = function(seen.text, scores, seen.end)
         else:
             scores = function(seen.text[:, : seen.end], scores)
@@ -340,7 +344,7 @@ def _eta(scores: Tensor, epsilon: Tensor, seen: Seen) -> Tensor:
     return tf.where(unlikely & (scores < _largest(scores, seen.plan.least)), -np.inf, scores)
 
 
-# Of (scores [R, V], the option's value, what is seen): the scores after it
+# Of (scores [R, V], the option's value, what is seen): the scores after it. In transformers' order
 PROCESSORS: dict[str, Callable[..., Tensor]] = {
     "guidance_scale": _guidance,
     "sequence_bias": _biases,

@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from ..config import DTYPES, OPTConfig
-from ..hub import COMPANIONS
+from ..files import read_bytes
+from ..hub import COMPANIONS, local
 from ..progress import byte_bar
 from ..weights import table
 from .checkpoint import of_one_save
@@ -113,7 +114,7 @@ def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None,
         raise ValueError(f"dtype: found {dtype!r}, wanted one of {', '.join(DTYPES)}")
     if to not in WRITABLE:
         raise ValueError(f"layout: found {to!r}, wanted one of {', '.join(WRITABLE)} to write")
-    return of_one_save(Path(source).expanduser(), lambda: _read_headers(source, target, to, dtype, layout))
+    return of_one_save(local(source), lambda: _read_headers(source, target, to, dtype, layout))
 
 
 def _read_headers(source: str | Path, target: str | Path, to: str, dtype: str | None, layout: str | None) -> _Job:
@@ -132,7 +133,9 @@ def _read_headers(source: str | Path, target: str | Path, to: str, dtype: str | 
         for spec, entry in entries
     ]
     texts: dict[str, str | bytes] = {"config.json": config.to_json()}
-    texts |= {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+    texts |= {name: read_bytes(folder / name) for name in COMPANIONS if (folder / name).is_file()}
+    if "tokenizer.json" in texts and not read.companions:
+        written.check_files(folder)  # an error when it is written would name a temporary copy
     if read.companions:
         texts.pop("tokenizer.json", None)
         texts |= read.companions(checkpoint.main)

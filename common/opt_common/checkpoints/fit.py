@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from ..config import DTYPES, OPTConfig
 from ..weights import HEADS, is_head, table
 
+SHOWN = 10  # misfits in an error
+
 
 class Stored(Protocol):
     """What `match` needs of a checkpoint: a mapping from names to entries with .shape and .dtype, and its path."""
@@ -46,11 +48,13 @@ def match(
     `resized_heads`: whether a stored head may have another shape; it is then ignored. `added`: names that it may hold
     besides the table's.
 
-    Raises ValueError that lists every missing, unexpected, repeated, misshapen or wrongly typed tensor by name.
+    Raises ValueError that counts the missing, unexpected, repeated, misshapen and wrongly typed tensors and names the
+    first ten; `compare` gives all.
     """
     names, tied, wrong = compare(checkpoint, config, architecture, fewer_layers, resized_heads, added)
     if wrong:
-        shown = "\n  ".join(wrong)
+        more = [f"and {len(wrong) - SHOWN} more: opt-zoo inspect --json lists all"] if len(wrong) > SHOWN else []
+        shown = "\n  ".join([*wrong[:SHOWN], *more])
         raise ValueError(f"{checkpoint.path}: {len(wrong)} tensor(s) do not fit the config:\n  {shown}")
     return names, tied
 

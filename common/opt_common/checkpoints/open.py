@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import OPTConfig
 from ..files import read_json
-from ..hub import COMPANIONS, DEMO, fetch
+from ..hub import COMPANIONS, DEMO, fetch, local
 from .checkpoint import Checkpoint, of_one_save
 from .fit import match, stored_architecture
 from .layouts import LAYOUTS, layout_named
@@ -62,7 +62,7 @@ def find_checkpoint(
     path_or_name: str | Path, layout: str | None = None, prefer: bool = False, companions: bool = False, **hub: Any
 ) -> tuple[Checkpoint, OPTConfig]:
     """As `open_checkpoint`, without checking the two against each other."""
-    path = Path(path_or_name).expanduser()
+    path = local(path_or_name)
     if path.is_dir():
         path /= hub.get("subfolder", "")
     if not path.exists():

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import DTYPES, OPTConfig
 from ..generation import GenerationConfig
-from ..hub import FETCH_OPTIONS
+from ..hub import FETCH_OPTIONS, local
 from ..progress import byte_bar
 from ..weights import Spec, head, table
 from .checkpoint import of_one_save
@@ -105,7 +105,7 @@ def open_pretrained(
         )
         return opened, GenerationConfig.from_folder(opened.checkpoint.folder, opened.config)
 
-    opened, generation = of_one_save(Path(path_or_name).expanduser() / options.get("subfolder", ""), read)
+    opened, generation = of_one_save(local(path_or_name) / options.get("subfolder", ""), read)
     checkpoint, config, names, tied = opened.checkpoint, opened.config, opened.names, opened.tied
     path, there = checkpoint.path, set(names.values())
     if architecture == "OPTForCausalLM" and config.tie_word_embeddings and not tied:

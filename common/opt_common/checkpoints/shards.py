@@ -71,7 +71,7 @@ def _index(shards: dict[str, list[Source]], in_index: Callable[[str], str]) -> b
 def parse_size(size: int | str) -> int:
     """A number of bytes: 1000, "5GB", "200MB" (decimal), "5GiB" (binary). ValueError for anything else."""
     if isinstance(size, str):
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size.strip(), re.IGNORECASE)
+        found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size.strip(), re.IGNORECASE)
         if found:
             number, unit, binary = found.groups()
             size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))

@@ -21,9 +21,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from ..files import naming
+
 PIECE = 2**19  # bytes to write at once
 _BLOCK = 2**23  # bytes: stays in the processor's cache between transposing and writing
 _MADV_POPULATE_READ = 22
+_AXES, _NUMBERS = 32, 2**59  # of any tensor: HDF5's limit; numpy's, for complex numbers
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -42,6 +45,13 @@ class Entry:
     file: Path
     read: Callable[[], np.ndarray]
     map: Callable[[], np.ndarray]
+
+    def __post_init__(self) -> None:
+        # Sizes beside a 0 need no bytes, so that a file can claim any; numpy cannot hold them.
+        if len(self.shape) > _AXES or math.prod(size or 1 for size in self.shape) >= _NUMBERS:
+            shown = ", ".join(map(str, self.shape[:6])) + (", ..." if len(self.shape) > 6 else "")
+            wanted = f"at most {_AXES} axes and {_NUMBERS:,} numbers"
+            raise ValueError(f"{self.file}: found a tensor of shape [{shown}], wanted {wanted}")
 
     @property
     def nbytes(self) -> int:
@@ -163,9 +173,10 @@ def read_bytes(path: Path, start: int, size: int) -> np.ndarray:
 
 
 def fill(path: Path, start: int, out: np.ndarray) -> None:
-    """Read bytes of a file from `start` on into a contiguous array. ValueError, naming the file, if it ends before."""
+    """Read bytes of a file from `start` on into a contiguous array. OSError or ValueError, naming the file, if they
+    cannot be read, or if it ends before."""
     # a plain read: the pages of a memory map count as the process's memory while it is open
-    with _opened(path) as file:
+    with naming(path), _opened(path) as file:
         view, at = memoryview(out.reshape(-1).view(np.uint8)), start  # pyright: ignore[reportArgumentType]
         while view.nbytes:
             if CAN_HOLD:
@@ -181,7 +192,7 @@ def fill(path: Path, start: int, out: np.ndarray) -> None:
 def map_bytes(path: Path, start: int, size: int) -> np.ndarray:
     """Bytes of a file, mapped copy-on-write, perhaps not aligned. OSError, naming the file, if they cannot be read."""
     before = start % mmap.ALLOCATIONGRANULARITY
-    with _opened(path) as file:
+    with naming(path), _opened(path) as file:
         if size == 0 or os.fstat(file.fileno()).st_size < start + size:  # a map can be neither empty nor longer
             return read_bytes(path, start, size)
         pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)

@@ -17,7 +17,7 @@ class GenerationConfig:
     """The options of `generate` that stay with a model, by transformers' names: read from `generation_config.json`, set
     as attributes, and overridden by a call's keywords. What is not set reads as None."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         self.__dict__.update(values)
 
     def __getattr__(self, name: str) -> Any:
@@ -45,12 +45,12 @@ class GenerationConfig:
     def from_folder(cls, folder: Path, config: OPTConfig) -> GenerationConfig:
         """From a checkpoint's `generation_config.json`, or from its config where there is none."""
         path = folder / "generation_config.json"
-        return cls(**read_json(path)) if path.is_file() else cls.from_model_config(config)
+        return cls(**_options(path)) if path.is_file() else cls.from_model_config(config)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **values: Any) -> GenerationConfig:
         """From a folder's `generation_config.json`, with `values` over it. Raises FileNotFoundError that names it."""
-        return cls(**(read_json(Path(folder) / "generation_config.json") | values))
+        return cls(**(_options(Path(folder) / "generation_config.json") | values))
 
     def to_dict(self) -> dict[str, Any]:
         """What is set."""
@@ -73,3 +73,12 @@ class GenerationConfig:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder/generation_config.json`, whole or not at all."""
         write_atomically(Path(folder) / "generation_config.json", self.to_json_string())
+
+
+def _options(path: Path) -> dict[str, Any]:
+    """The contents of a file. ValueError, naming it, for a name that would take the place of a method."""
+    values = read_json(path)
+    wrong = [name for name in values if hasattr(GenerationConfig, name)]
+    if wrong:
+        raise ValueError(f"{path}: found {wrong[0]!r}, wanted options of generate")
+    return values

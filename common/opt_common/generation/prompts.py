@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..config import OPTConfig
-from ..inputs import check_call, check_tokens
+from ..inputs import check_call, check_dtype, check_tokens
 from .config import GenerationConfig
 from .options import Options
 from .settings import Settings, check_generate, merged
@@ -41,8 +41,10 @@ def prompt(
     if embeds is None or input_ids is not None:
         ids = np.asarray(started(config, input_ids, chosen))
         B, T = check_call(config, ids.shape, None, masked if embeds is None else None)
+        check_dtype(config, "input_ids", ids.dtype)
         check_tokens(config, int(ids.min()), int(ids.max()))
     if embeds is not None:
+        check_dtype(config, "inputs_embeds", embeds.dtype)
         B, T = check_call(config, None, embeds.shape, masked)
         ids = np.zeros((B, 0), np.int32) if input_ids is None else ids
     if attention_mask is None:

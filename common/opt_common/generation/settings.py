@@ -138,6 +138,8 @@ def check_generate(config: OPTConfig, width: int, longest: int, shortest: int, o
     early = get("early_stopping", False)
     _check(early in (True, False, "never"), "early_stopping", early, 'True, False or "never"')
     seed = get("seed")
+    if isinstance(seed, int):
+        _check(-(2**63) <= seed < 2**63, "seed", seed, "a number of 64 bits")
     stops = get("stop_strings", ())
     stops = (stops,) if isinstance(stops, str) else tuple(stops)
     _check(not stops or get("tokenizer") is not None, "tokenizer", None, "the tokenizer that reads stop_strings")
@@ -183,6 +185,7 @@ def _processors(
     def number(name: str, off: float, ok: Callable[[Any], bool], wanted: str, used: bool = True) -> None:
         value = get(name, off)
         _check(isinstance(value, (int, float, np.number)) and ok(value), name, value, wanted)
+        _check(bool(abs(value) < np.inf), name, value, "a finite number")
         if used and value != off:
             found[name] = type(off)(value)
 

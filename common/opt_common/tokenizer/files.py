@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 
-from ..files import read_json
+from ..files import read_json, read_text
 from ..hub import TOKENIZER_FILES
 
 # In the order in which transformers gives them ids if the vocabulary lacks them.
@@ -29,6 +30,7 @@ SETTINGS = (
     "truncation_side",
 )
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_LONGEST = 1000  # characters of a special token; the library's automaton for them grows with every one
 _ANY_BPE = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that take a tokenizer.json as it is
 
 
@@ -46,11 +48,11 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
             raise FileNotFoundError(f"{folder}: wanted vocab.json and merges.txt, or tokenizer.json; found {found}")
         settings, ids = _settings(saved)
         if "tokenizer.json" in saved:
-            settings = _whole((folder / "tokenizer.json").read_text(encoding="utf-8"), saved, settings)
+            settings = _whole(read_text(folder / "tokenizer.json"), saved, settings)
         else:
             settings |= {"vocab": saved["vocab.json"], "merges": _merges(folder / "merges.txt")}
         if "chat_template.jinja" in found:
-            settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            settings["chat_template"] = read_text(folder / "chat_template.jinja")
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: no tokenizer in {', '.join(found)}: {error}") from error
     return settings, ids
@@ -68,6 +70,26 @@ def is_gpt2(backend: Tokenizer) -> bool:
     return isinstance(splits, pre_tokenizers.ByteLevel) and splits.use_regex and backend.normalizer is None
 
 
+def check_merges(vocab: Mapping[str, int], merges: Iterable[tuple[str, ...]]) -> None:
+    """Raise ValueError for a pair that is none, or whose token the vocabulary lacks: the library may crash on one."""
+    for pair in merges:
+        lost = next((f"`{token}` out of vocabulary" for token in (*pair, "".join(pair)) if token not in vocab), None)
+        if lost or len(pair) != 2:
+            found = f"merges: found {' '.join(pair)!r:.80}, {lost or 'wanted two tokens'}"
+            raise ValueError(f"vocab and merges make no BPE: {found:.200}")
+
+
+@contextmanager
+def library(what: str) -> Iterator[None]:
+    """Turn errors of the tokenizers library into a ValueError: a bare Exception, or a panic, which is not even that."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {' '.join(str(error).split())[:400]}") from error
+
+
 def flags(token: AddedToken) -> dict[str, Any]:
     """How tokenizer_config.json spells an added token."""
     return {flag: getattr(token, flag) for flag in ("content", *_FLAGS)}
@@ -75,10 +97,14 @@ def flags(token: AddedToken) -> dict[str, Any]:
 
 def _whole(text: str, saved: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with the tokenizer that a tokenizer.json describes whole, and what it says beside that."""
-    try:
+    model = saved["tokenizer.json"]["model"]
+    if not isinstance(model, dict):
+        raise ValueError(f"tokenizer.json: model: found {model!r:.80}, wanted an object")
+    pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model.get("merges") or ()]
+    if not model.get("continuing_subword_prefix"):
+        check_merges(model.get("vocab") or {}, pairs)
+    with library("tokenizer.json is none of the tokenizers library"):
         backend = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"tokenizer.json is none of the tokenizers library: {error}") from error
     kind = saved.get("tokenizer_config.json", {}).get("tokenizer_class")
     splits = saved["tokenizer.json"].get("pre_tokenizer") or {}
     steps = {step.get("type") for step in splits.get("pretokenizers", [splits])}
@@ -109,6 +135,8 @@ def _settings(saved: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Any], dict
         config = config | saved.get("special_tokens_map.json", {})
         listed = {index: token for token, index in saved.get("added_tokens.json", {}).items()}
         listed |= {token["id"]: token for token in written.get("added_tokens", ())}
+    for token in written.get("added_tokens", ()):
+        _token(token, False)  # the library takes these as they are
     settings = {name: config[name] for name in SETTINGS if config.get(name) is not None}
     if isinstance(settings.get("chat_template"), list):  # several, each with its name
         settings["chat_template"] = {one["name"]: one["template"] for one in settings["chat_template"]}
@@ -129,21 +157,19 @@ def _settings(saved: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Any], dict
 
 def _token(value: Any, special: bool) -> AddedToken:
     """From a file's string, or its object with "content" and flags."""
-    if isinstance(value, str):
-        return AddedToken(value, special=special)
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise ValueError(f"a special token is {value!r}, wanted a string or an object with content")
-    given = {"special": special} | {flag: value[flag] for flag in _FLAGS if flag in value}
-    return AddedToken(value["content"], **given)
+    content = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(content, str):
+        raise ValueError(f"a special token is {value!r:.80}, wanted a string or an object with content")
+    if len(content) > _LONGEST:
+        found = f"{content[:20]!r}..., {len(content)} characters"
+        raise ValueError(f"a special token is {found}, wanted at most {_LONGEST}")
+    given = {flag: value[flag] for flag in _FLAGS if flag in value} if isinstance(value, dict) else {}
+    return AddedToken(content, **({"special": special} | given))
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"merges.txt is not UTF-8: {error}") from error
     merges = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line and not line.startswith("#version"):
             left, _, right = line.partition(" ")
             if not left or not right or " " in right:

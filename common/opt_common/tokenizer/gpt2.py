@@ -92,10 +92,10 @@ class GPT2Tokenizer:
         name_or_path: str = "",
     ) -> None:
         if tokenizer_object is None:
-            try:
-                self._tokenizer = Tokenizer(BPE(vocab or {}, list(merges or ())))
-            except Exception as error:  # the library raises a bare Exception
-                raise ValueError(f"vocab and merges make no BPE: {error}") from error
+            vocab, merges = vocab or {}, list(merges or ())
+            files.check_merges(vocab, merges)
+            with files.library("vocab and merges make no BPE"):
+                self._tokenizer = Tokenizer(BPE(vocab, merges))
             self._tokenizer.decoder = decoders.ByteLevel()
             self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(add_prefix_space))
         else:

@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5g, h5l, h5o, h5t  # pyright: ignore[reportAttributeAccessIssue]
 
+from ...files import naming
 from ..tensors import PIECE, Entry, Source, map_bytes, numpy_dtype, read_bytes
 
 # Bytes; sign bit, exponent, bits of it, mantissa, bits of it; bias: of the little-endian floats.
@@ -27,7 +28,9 @@ _FLOATS = {
     (4, (31, 23, 8, 0, 23), 127): "float32",
     (8, (63, 52, 11, 0, 52), 1023): "float64",
 }
-_DEPTH = 16  # of groups; OPT's names have 8 parts at most
+# Of groups; OPT's names have 8 parts at most. Of objects; Keras's file of opt-175b and its optimizer has 6,300. HDF5
+# takes a tenth of a millisecond for one.
+_DEPTH, _OBJECTS = 16, 10_000
 
 
 def read_hdf5(path: Path, start: int = 0, size: int | None = None) -> dict[str, Entry]:
@@ -36,7 +39,7 @@ def read_hdf5(path: Path, start: int = 0, size: int | None = None) -> dict[str, 
     start, size: the part of `path` that is the HDF5 file, if it lies inside another file. Two-byte opaque values are
     bfloat16, which HDF5 has no type for: h5py stores it like this. Raises ValueError, naming file and dataset.
     """
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         whole = size is None
         size = file.seek(0, 2) if size is None else size
         try:
@@ -58,6 +61,8 @@ def _walk(group: Any, prefix: str, seen: set[int], depth: int) -> Iterator[tuple
         if address in seen:
             raise ValueError(f"{name} appears in the file under another name too")
         seen.add(address)
+        if len(seen) > _OBJECTS:
+            raise ValueError(f"it holds more than {_OBJECTS} groups and datasets, which no OPT needs")
         if isinstance(child, h5d.DatasetID):
             yield name, child
         elif isinstance(child, h5g.GroupID) and depth < _DEPTH:

@@ -17,6 +17,7 @@ import msgpack
 import numpy as np
 
 from ...config import DTYPES
+from ...files import naming
 from ..tensors import Entry, Source, map_bytes, numpy_dtype, read_bytes
 
 _ARRAY = 1  # the extension's number
@@ -27,7 +28,7 @@ _DEPTH, _NAMES = 16, 2**16  # OPT nests 7 maps, and has 2,000 names at 175b
 
 def read(path: Path) -> dict[str, Entry]:
     """The arrays of a file by their names; headers only."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         scan = _Scan(path, file)
         tree = scan.value("", 0)
         if not isinstance(tree, dict) or scan.at != scan.size:

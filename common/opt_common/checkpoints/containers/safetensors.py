@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ...files import parse_json
+from ...files import naming, parse_json
 from ..tensors import Entry, Source, map_bytes, numpy_dtype, read_bytes
 
 # The names the safetensors format gives to dtypes.
@@ -43,7 +43,7 @@ def describe(path: Path) -> tuple[list[str], str | None]:
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """A file's header, checked, and where its data begin."""
     try:
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _MAX_HEADER:
                 raise ValueError(f"a header of {length} bytes, wanted at most {_MAX_HEADER}")

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ...files import naming
 from ..tensors import Entry, fill, map_bytes, numpy_dtype
 from .zips import Records, shown
 
@@ -27,13 +28,16 @@ _PICKLE_BYTES, _STEPS = 1 << 26, 500_000
 # What an instruction of one byte makes takes up to 170 bytes, so a file may ask for some times its size, most of which
 # is numbers if it holds weights; and for half a megabyte, as tensors of one number take more than they fill.
 _GROWTH, _FREE = 8, 1 << 19
-_COST = dict.fromkeys((
-    pickle.EMPTY_LIST, pickle.LIST, pickle.EMPTY_DICT, pickle.DICT, pickle.MARK, pickle.MEMOIZE, pickle.BINPUT,
-    pickle.LONG_BINPUT, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
-), 80) | dict.fromkeys((
-    pickle.EMPTY_SET, pickle.FROZENSET, pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.GLOBAL,
-    pickle.STACK_GLOBAL, pickle.BINPERSID,
-), 170)  # fmt: skip
+_COST: dict[bytes, int] = {
+    **dict.fromkeys((
+        pickle.EMPTY_LIST, pickle.LIST, pickle.EMPTY_DICT, pickle.DICT, pickle.MARK, pickle.MEMOIZE, pickle.BINPUT,
+        pickle.LONG_BINPUT, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
+    ), 80),
+    **dict.fromkeys((
+        pickle.EMPTY_SET, pickle.FROZENSET, pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.GLOBAL,
+        pickle.STACK_GLOBAL, pickle.BINPERSID,
+    ), 170),
+}  # fmt: skip
 _NAME = 200  # bytes of a class's name
 _PLACE, _OBJECT, _PAIR = 16, 48, 100  # on the stack; a number or an empty string; of a dict
 
@@ -162,7 +166,7 @@ def load(path: Path) -> Any:
     Raises ValueError that names the file, and what in it is damaged, forbidden, or not plain data.
     """
     try:
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             zipped = file.read(4) == b"PK\3\4"
             file.seek(0)
             return _load_zip(path, file) if zipped else _load_legacy(path, file)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import parse_json
+from ...files import parse_json, read_bytes
 from ..tensors import Entry, Source, map_bytes, numpy_dtype
 
 _DTYPES = {"<f2": "float16", "bfloat16": "bfloat16", "<f4": "float32", "<f8": "float64"}
@@ -92,7 +92,7 @@ def _folders(main: Path) -> tuple[list[Path], dict[str, _Record]]:
     files = sorted(path for folder in main.parent.iterdir() if folder.is_dir() for path in folder.iterdir())
     files = [path for path in files if path.is_file()]
     names = {f"{path.parent.name}/{path.name}": path for path in files}
-    return files, {n: _Record(n, p.stat().st_size, p, p.read_bytes) for n, p in names.items()}
+    return files, {n: _Record(n, p.stat().st_size, p, lambda p=p: read_bytes(p)) for n, p in names.items()}
 
 
 def _ocdbt(main: Path) -> tuple[list[Path], dict[str, _Record]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import OPTConfig
-from ...files import parse_json
+from ...files import naming, parse_json
 from ...weights import HEADS, KERAS, Spec
 from ..containers.hdf5 import add_variable, create_hdf5, read_hdf5
 from ..containers.zips import Records
@@ -83,7 +83,7 @@ def _own_config(main: Path) -> dict[str, Any]:
     start, size = _locate(main, _CONFIG)
     if size > _CONFIG_BYTES:
         raise ValueError(f"{main}: {_CONFIG}: found {size} bytes, wanted at most {_CONFIG_BYTES}")
-    with open(main, "rb") as file:
+    with naming(main), open(main, "rb") as file:
         file.seek(start)
         return parse_json(file.read(size), f"{main}: {_CONFIG}")
 
@@ -99,7 +99,7 @@ def _architecture(main: Path, values: dict[str, Any]) -> str:
 def _locate(main: Path, name: str) -> tuple[int, int]:
     """Where a record begins in the file, and its size."""
     try:
-        with open(main, "rb") as file:
+        with naming(main), open(main, "rb") as file:
             records = Records(file)
             if name.encode() not in records.names:
                 raise ValueError(f"no record {name}")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...config import OPTConfig
-from ...files import read_json
+from ...files import read_bytes, read_json
 from ...weights import KERAS, Axis, Spec
 from ..containers.hdf5 import add_variable, create_hdf5, read_hdf5
 from ..shards import shard_files, split
@@ -152,9 +152,9 @@ def _companions(main: Path) -> dict[str, bytes]:
     vocab, merges = (main.parent / name for name in _ASSETS)
     if not (vocab.is_file() and merges.is_file()):
         return {}
-    pairs = merges.read_bytes()
+    pairs = read_bytes(merges)
     version = b"" if pairs.startswith(b"#version:") else _VERSION  # the Hub's readers skip a first line
-    return {"vocab.json": vocab.read_bytes(), "merges.txt": version + pairs}
+    return {"vocab.json": read_bytes(vocab), "merges.txt": version + pairs}
 
 
 def _check(config: OPTConfig) -> None:
@@ -229,18 +229,23 @@ def _object(module: str, kind: str, name: str, dtype: str, values: dict[str, Any
 
 def _write_tokenizer(folder: Path) -> None:
     """Write keras-hub's tokenizer.json and assets from the Hub's tokenizer files in the folder, if there are any."""
-    vocab, merges, fast = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
-    if vocab.is_file() and merges.is_file():
-        files = [vocab.read_bytes(), merges.read_bytes()]  # keras-hub skips the line of the version too
-    elif fast.is_file():
-        files = _of_one_file(fast)
-    else:
+    files = _assets(folder)
+    if not files:
         return
     for name, data in zip(_ASSETS, files, strict=True):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     values = {"config_file": "tokenizer.json", "sequence_length": None, "add_prefix_space": False}
-    _dump(fast, _object("models.opt.opt_tokenizer", "OPTTokenizer", "opt_tokenizer", "int32", values))
+    own = _object("models.opt.opt_tokenizer", "OPTTokenizer", "opt_tokenizer", "int32", values)
+    _dump(folder / "tokenizer.json", own)
+
+
+def _assets(folder: Path) -> list[bytes]:
+    """Vocabulary and merges from the Hub's tokenizer files in the folder; nothing if there are none."""
+    vocab, merges, fast = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    if vocab.is_file() and merges.is_file():
+        return [read_bytes(vocab), read_bytes(merges)]  # keras-hub skips the line of the version too
+    return _of_one_file(fast) if fast.is_file() else []
 
 
 def _of_one_file(fast: Path) -> list[bytes]:
@@ -270,4 +275,5 @@ KERAS_HUB = Layout(
     assets=_ASSETS,
     lost=_LOST,
     check=_check,
+    check_files=_assets,
 )

@@ -37,6 +37,7 @@ class Layout:
     beside: patterns of more files to fetch from the Hub, which neither `main` nor an index names.
     lost: what of a model this layout has no place for, as a sentence.
     check: raises ValueError for the config of a model that this layout cannot hold.
+    check_files: raises ValueError for a folder whose tokenizer this layout cannot hold.
     headed: whether it can hold the heads `score` and `qa_outputs`.
     """
 
@@ -53,6 +54,7 @@ class Layout:
     beside: tuple[str, ...] = ()
     lost: str | None = None
     check: Callable[[OPTConfig], None] = lambda config: None
+    check_files: Callable[[Path], object] = lambda folder: None
     headed: bool = False
 
 

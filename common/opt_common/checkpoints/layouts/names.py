@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ...config import OPTConfig
+from ...files import naming
 from ...weights import FLAX, HEADS, KERAS, Naming, Spec, table
 from ..containers.unpickle import load
 from ..tensors import Entry, Source, renamed, transposed
@@ -133,7 +134,7 @@ FLAX_PATH_NAMES = Names("transformers' Flax OPT", FLAX, _flax_path, "layers/0/",
 def holds_metaseq(path: Path) -> bool:
     """Whether a file that PyTorch saved is one of metaseq's: its "model" holds names of a decoder, or of parameters
     that FSDP has joined."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         if file.read(4)[:2] not in (b"PK", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"):
             return False
     tree = load(path)
