@@ -57,12 +57,12 @@ def run(model: Any, assistant: Any, given: Given, numbers: Numbers, longest: Any
 
         def further(i: Array, carry: tuple[Array, Array, KVCache]) -> tuple[Array, Array, KVCache]:
             token, ids, cache = carry
-            out = assistant(token, past_key_values=cache)
+            out = assistant(token, past_key_values=cache, return_dict=True)
             return *write(i, out.logits[0, -1], ids), out.past_key_values
 
         # two tokens: of a draft that was taken whole the assistant has not read the last
         last = lax.dynamic_slice_in_dim(state.ids, T + state.step - 2, 2, axis=1)
-        out = assistant(last, past_key_values=state.drafts._replace(length=T + state.step - 2))
+        out = assistant(last, past_key_values=state.drafts._replace(length=T + state.step - 2), return_dict=True)
         first = write(jnp.zeros((), jnp.int32), out.logits[0, -1], state.ids)
         _, ids, cache = lax.fori_loop(1, k, further, (*first, out.past_key_values))
         return ids, cache
@@ -73,7 +73,7 @@ def run(model: Any, assistant: Any, given: Given, numbers: Numbers, longest: Any
         tokens = lax.dynamic_slice_in_dim(ids, end - 1, k + 1, axis=1)  # the last one and the draft
         # behind the most new tokens there need not be positions
         real = jnp.arange(state.cache.slots)[None] <= state.cache.length + numbers.limit - state.step
-        out = model(tokens, attention_mask=real, past_key_values=state.cache)
+        out = model(tokens, attention_mask=real, past_key_values=state.cache, return_dict=True)
         steps = state.step + jnp.arange(k + 1)
         chosen = jax.vmap(choose, (0, None, 0))(out.logits[0], ids, steps)[:, 0]
         ended = jnp.asarray(numbers.ends)[chosen] | (steps + 1 >= numbers.limit)
@@ -87,8 +87,8 @@ def run(model: Any, assistant: Any, given: Given, numbers: Numbers, longest: Any
     reading, rows = begin(model, given, numbers, plan)
     drafts = None
     if assistant is not None:
-        cache = assistant.init_cache(1, T + plan.room)
-        drafts = assistant.model(given.feed, attention_mask=given.mask, past_key_values=cache).past_key_values
+        how: dict[str, Any] = {"attention_mask": given.mask, "past_key_values": assistant.init_cache(1, T + plan.room)}
+        drafts = assistant.model(given.feed, **how, return_dict=True).past_key_values
     first = choose(reading.logits[0], rows.ids, rows.step)
     ids = lax.dynamic_update_slice_in_dim(rows.ids, first[None], T, axis=1)
     done = jnp.asarray(numbers.ends)[first[0]] | (numbers.limit <= 1)

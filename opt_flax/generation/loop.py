@@ -165,15 +165,16 @@ def read(model: Any, given: Given, state: State, plan: Plan) -> tuple[Reading, S
         logits = out.logits[:, 0]
     other, other_cache = None, state.other
     if other_cache is not None:
-        beside = model(token, past_key_values=other_cache)
+        beside = model(token, past_key_values=other_cache, **_outputs(None))
         other, other_cache = beside.logits[:, -1].astype(jnp.float32), beside.past_key_values
     reading = Reading(logits.astype(jnp.float32), other, out.attentions, out.hidden_states)
     return reading, state._replace(cache=out.past_key_values, other=other_cache)
 
 
 def _outputs(plan: Plan | None) -> dict[str, bool]:
+    """What a pass returns, whatever the config says."""
     names = ("output_attentions", "output_hidden_states")
-    return {} if plan is None else {name: True for name in names if getattr(plan, name)}
+    return {name: plan is not None and getattr(plan, name) for name in names} | {"return_dict": True}
 
 
 def scored(reading: Reading, given: Given, state: State, numbers: Numbers, plan: Plan) -> Array:

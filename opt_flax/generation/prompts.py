@@ -35,8 +35,8 @@ def asked(model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str,
     chosen = merged(held, options)
     embeds = chosen.get("inputs_embeds") if input_ids is None else None  # which then come alone
     ids = None if embeds is not None else jnp.asarray(started(config, input_ids, chosen))
-    id_shape, embed_shape, mask_shape = (None if x is None else jnp.shape(x) for x in (ids, embeds, attention_mask))
-    B, T = check_call(config, id_shape, embed_shape, mask_shape)
+    of_ids, of_embeds, of_mask = (None if x is None else jnp.shape(x) for x in (ids, embeds, attention_mask))
+    B, T = check_call(config, of_ids, of_embeds, of_mask)
     if attention_mask is not None:
         mask = jnp.asarray(attention_mask) != 0
     elif ids is None or config.pad_token_id is None:
