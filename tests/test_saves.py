@@ -139,6 +139,16 @@ def test_readers_change_nothing(tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_reader_looks_into_no_save_that_is_under_way(tmp_path):
+    """Orbax's layout takes what folders there are."""
+    convert(random_checkpoint(tmp_path / "given", tiny_config(layers=1)), tmp_path / "new", "orbax")
+    files = Checkpoint(tmp_path / "new").files
+    for name in (".saving", ".saved"):
+        (tmp_path / "new" / name).mkdir()
+        (tmp_path / "new" / name / "config.json").touch()
+    assert Checkpoint(tmp_path / "new").files == files
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_save_stopped_while_it_moves(tmp_path, monkeypatch):
     """Readers say what to do; the next save does it, and so do they who follow what it says."""
@@ -274,6 +284,24 @@ def test_a_lock_that_its_holder_removed(tmp_path, monkeypatch):
     os.close(others[0])
     save(tmp_path / "new")
     assert os.listdir(tmp_path) == ["new"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def fail(file):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "_lock", fail)
+        code = errno.ENOLCK
+        with pytest.warns(UserWarning, match="new: its file system has no locks: save from one process at a time"):
+            save(tmp_path / "new", 1)
+        assert around(tmp_path / "new") == ["config.json", ONE, "new"]
+        code = errno.EIO
+        with pytest.raises(OSError, match="new: not saved: Input/output error"):
+            save(tmp_path / "new", 2)
+    assert value(tmp_path / "new") == 1
+    save(tmp_path / "new", 3)
+    assert around(tmp_path / "new") == ["config.json", ONE, "new"]
 
 
 # Targets.

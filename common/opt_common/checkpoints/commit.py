@@ -94,9 +94,12 @@ def _locked(staged: Path, folder: Path) -> Iterator[None]:
         try:
             _lock(lock)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if isinstance(error, (BlockingIOError, PermissionError)):  # the latter on Windows
                 os.close(lock)
                 raise BlockingIOError(f"{folder}: another process is saving into it") from error
+            if error.errno not in _NO_LOCKS:
+                os.close(lock)
+                raise
             warnings.warn(f"{folder}: its file system has no locks: save from one process at a time", stacklevel=8)
         if _is_at(path, lock):
             break

@@ -89,7 +89,8 @@ class _Record:
 
 
 def _folders(main: Path) -> tuple[list[Path], dict[str, _Record]]:
-    files = sorted(path for folder in main.parent.iterdir() if folder.is_dir() for path in folder.iterdir())
+    folders = [path for path in main.parent.glob("[!.]*") if path.is_dir()]  # a save into it is in `.saving`
+    files = sorted(path for folder in folders for path in folder.iterdir())
     files = [path for path in files if path.is_file()]
     names = {f"{path.parent.name}/{path.name}": path for path in files}
     return files, {n: _Record(n, p.stat().st_size, p, lambda p=p: read_bytes(p)) for n, p in names.items()}
