@@ -505,6 +505,15 @@ def test_hostile_safetensors(case, layout, tmp_path):
     assert len(str(error.value)) < 500
 
 
+@pytest.mark.parametrize("shape", [[1] * 101, [0, 2**40, 2**40], [2**62, 0]], ids=["101 axes", "nothing", "much of it"])
+def test_shapes_that_numpy_cannot_hold(shape, tmp_path):
+    """The header is right in itself."""
+    size = 4 if 0 not in shape else 0
+    (tmp_path / STATE).write_bytes(header(a=tensor(0, size, shape)) + bytes(size))
+    with pytest.raises(ValueError, match="model.safetensors: found a tensor of shape .*, wanted at most 32 axes"):
+        Checkpoint(tmp_path)
+
+
 def test_a_dtype_that_is_not_read_here(tmp_path):
     (tmp_path / STATE).write_bytes(header(a=tensor(0, 4, [8], "F4")) + bytes(4))
     with pytest.raises(ValueError, match="model.safetensors: a: found dtype F4, wanted one of F64"):

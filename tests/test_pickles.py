@@ -30,7 +30,7 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from opt_common.checkpoints.containers import unpickle
+from opt_common.checkpoints.containers import unpickle, zips
 from opt_common.checkpoints.layouts.torch import TORCH
 from opt_common.checkpoints.tensors import Source, numpy_dtype
 
@@ -483,6 +483,21 @@ def test_bombs(case, tmp_path):
     tracemalloc.stop()
     assert peak < 10 * path.stat().st_size + 1e6
     assert taken < 1
+
+
+def test_bounds_that_need_large_files(tmp_path, monkeypatch):
+    path = tmp_path / BIN
+    torch.save({"w": torch.zeros(3)}, path)
+    for module, name, message in (
+        (zips, "_DIRECTORY_BYTES", "zip directory: [0-9]+ bytes from byte"),
+        (unpickle, "_STEPS", "its pickle takes more than 9 steps"),
+        (unpickle, "_PICKLE_BYTES", "its pickle is cut short, or larger than 9 bytes"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, 9)
+            with pytest.raises(ValueError, match=f"{path}: .*{message}"):
+                unpickle.load(path)
+    assert list(unpickle.load(path)) == ["w"]
 
 
 def test_small_tensors_are_not_taken_for_a_bomb(tmp_path):
