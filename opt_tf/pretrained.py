@@ -229,7 +229,9 @@ class TFOPTPreTrainedModel(Block, keras.Model):
             if signatures is None:
                 serve, dtypes = tf.function(self._serve), {"serving_default": "int32", "int64_serving": "int64"}
                 signatures = {name: serve.get_concrete_function(*_signature(dtype)) for name, dtype in dtypes.items()}
-            tf.saved_model.save(self, str(Path(save_directory, "saved_model", str(version))), signatures)
+            module = tf.Module()  # in place of the model, whose variables TFLite would not find
+            module.weights = [variable.value for variable in self.variables]
+            tf.saved_model.save(module, str(Path(save_directory, "saved_model", str(version))), signatures)
 
     # === Keras's training ===
 
