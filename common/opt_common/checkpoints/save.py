@@ -1,4 +1,4 @@
-"""Saving a checkpoint, all or nothing."""
+"""Saving a checkpoint, all or nothing; how is at the top of `commit.py`."""
 
 from __future__ import annotations
 
