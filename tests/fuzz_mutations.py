@@ -64,12 +64,17 @@ TEXTS = [
 def mutate(name: str, data: bytes, random: Random) -> bytes:
     """Damage a file called `name`: its structure, its bytes, or first one and then the other."""
     kind = next((change for suffix, change in STRUCTURES.items() if name.endswith(suffix)), None)
+    kind = kind if random.random() < 0.7 else None
     try:
-        if kind and random.random() < 0.7:
+        if kind:
             for _ in range(random.choice([1, 1, 1, 2, 4])):
                 data = kind(data, random)
     except Unfit:
         kind = None
+    else:
+        # HDF5 itself crashes on some files with large groups and damaged bytes (SECURITY.md)
+        if kind and name.endswith((".h5", ".keras")):
+            return data
     if kind is None or random.random() < 0.3:
         for _ in range(random.choice([1, 1, 2, 5])):
             data = change_bytes(data, random)

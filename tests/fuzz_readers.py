@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--reader", action="append", default=[])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    faulthandler.enable()  # for crashes in native code
     readers = tuple(options.reader) or READERS
     outcomes: Counter[str] = Counter()
     slowest, largest, start = (0.0, ""), (0, ""), time.monotonic()
