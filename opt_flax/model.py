@@ -214,8 +214,7 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""
 
     architecture = "OPTForCausalLM"
-    generate, stream = with_params(generate), with_params(stream)
-    compute_transition_scores = compute_transition_scores
+    generate, stream, compute_transition_scores = with_params(generate), with_params(stream), compute_transition_scores
 
     def build(self, **how: Any) -> None:
         V, E, tied = self.config.vocab_size, self.config.embed_dim, self.config.tie_word_embeddings

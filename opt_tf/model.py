@@ -207,11 +207,6 @@ class TFOPTModel(TFOPTPreTrainedModel):
     def call(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         return self.decoder(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "model":  # transformers' name of what holds the decoder; as a property Keras would save it as a part
-            return self
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-
 
 class TFOPTForCausalLM(TFOPTPreTrainedModel):
     """OPT with its language-modelling head, which is the token embedding unless config.tie_word_embeddings is false."""

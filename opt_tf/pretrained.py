@@ -53,9 +53,15 @@ class TFOPTPreTrainedModel(Block, keras.Model):
 
     # === Its parts ===
 
+    def __getattr__(self, name: str) -> Any:
+        # a model without a head is its own `model`, as in transformers; Keras would save a property as one more part
+        if name == "model" and self.architecture == "OPTModel":
+            return self
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
     @property
     def _decoder(self) -> Any:
-        return getattr(self, "model", self).decoder
+        return self.model.decoder
 
     def get_input_embeddings(self) -> Embedding:
         """The token embedding."""

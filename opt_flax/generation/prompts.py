@@ -16,7 +16,7 @@ from jax import Array
 from jax.core import Tracer
 
 from opt_common.generation import Prompt, Settings, check_generate, merged, prompt
-from opt_common.generation.prompts import started
+from opt_common.generation.prompts import padding, started
 from opt_common.inputs import check_call, check_tokens
 
 from ..cache import KVCache
@@ -39,10 +39,10 @@ def asked(model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str,
     B, T = check_call(config, of_ids, of_embeds, of_mask)
     if attention_mask is not None:
         mask = jnp.asarray(attention_mask) != 0
-    elif ids is None or config.pad_token_id is None:
+    elif ids is None or (pad := padding(config, chosen)) is None:
         mask = np.ones((B, T), bool)
     else:
-        mask = ids != config.pad_token_id
+        mask = ids != pad
     settings = check_generate(config, T, T, 1, chosen)
     return Prompt(np.zeros((B, 0), np.int32) if ids is None else ids, mask, settings, chosen)  # pyright: ignore[reportArgumentType]
 
