@@ -77,7 +77,7 @@ def refused(layout: str, config: OPTConfig, size: str, given: Path, target: Path
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # what a layout loses is its own test
 @pytest.mark.parametrize(("size", "dtype"), [("125m", "float16"), ("350m", "float32"), ("13b", "float16")])
-@pytest.mark.parametrize(("first", "second"), pairwise([*BACKWARDS, BACKWARDS[0]]))
+@pytest.mark.parametrize(("first", "second"), [*pairwise([*BACKWARDS, BACKWARDS[0]])])
 def test_there_and_back(first, second, size, dtype, tmp_path):
     """safetensors -> first -> second -> safetensors: the same file, and the same config and tokenizer.
 

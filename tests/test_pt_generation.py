@@ -92,6 +92,9 @@ class Third(transformers.LogitsProcessor):
 
 
 class Even(transformers.StoppingCriteria):
+    def __repr__(self) -> str:
+        return "even"  # a name of the test, in every worker the same
+
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return input_ids[:, -1] % 2 == 0
 
