@@ -755,7 +755,9 @@ def test_what_changes_the_logits_does_so_in_the_graph(more):
         for text in pairs(how):
             assert len({*text}) == len(text), "a pair comes twice"
             assert not {token for pair in text for token in pair} & {*never} and (9, 10) not in text
-    assert any(len({*text}) < len(text) for text in pairs({})), "no pair would come twice anyhow"
+    unchanged = pairs({})
+    assert unchanged != pairs(how), "nothing would come that is excluded"
+    assert "do_sample" in more or any(len({*text}) < len(text) for text in unchanged), "no pair would come twice anyhow"
 
 
 # The snippet of transformers' documentation page
