@@ -255,13 +255,13 @@ def norm(x, gain, shift, out, K: tl.constexpr, AFFINE: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def _entries(table, text, batch, head, at, inside, slots, dims, N, D: tl.constexpr, TABLE: tl.constexpr):
-    """Where [slots `at`, dims] of a head are in a cache [B, N, S, D]."""
+def _entries(first, start, table, batch, head, at, inside, slots, dims, N, D: tl.constexpr, TABLE: tl.constexpr):
+    """Where [slots `at`, dims] of a head are in a cache [B, N, S, D]: if a row sees its own, `start` behind `first`."""
     if TABLE:
         row = tl.load(table + batch * slots + at, mask=inside, other=0).to(tl.int64)
         return ((row * N + head) * slots + at)[:, None] * D + dims[None, :]
     else:
-        return ((text * N + head) * slots + at)[:, None] * D + dims[None, :]
+        return first + start * D
 
 
 @triton.jit
@@ -298,10 +298,11 @@ def attend(
     old = tl.load(slot + text * TAIL)
     start = split * BLOCK_S
     at = start + steps
-    first = _entries(table, text, batch, head, at, at < old, slots, dims, N, D, TABLE)
+    first = (text * N + head) * slots * D + steps[:, None] * D + dims[None, :]
+    entries = _entries(first, start, table, batch, head, at, at < old, slots, dims, N, D, TABLE)
     mask = (at < old)[:, None] & real[None, :]
-    keys = tl.load(k_cache + first, mask=mask, other=0.0)
-    values = tl.load(v_cache + first, mask=mask, other=0.0)
+    keys = tl.load(k_cache + entries, mask=mask, other=0.0)
+    values = tl.load(v_cache + entries, mask=mask, other=0.0)
     seen = tl.load(visible + text * slots + at, mask=at < old, other=0) != 0
     if PDL:
         gdc_wait()
@@ -319,18 +320,17 @@ def attend(
         largest, total, acc = _seen(keys, values, seen, query, largest, total, acc)
         start += SPLITS * BLOCK_S
         at = start + steps
-        first = _entries(table, text, batch, head, at, at < old, slots, dims, N, D, TABLE)
+        entries = _entries(first, start, table, batch, head, at, at < old, slots, dims, N, D, TABLE)
         mask = (at < old)[:, None] & real[None, :]
-        keys = tl.load(k_cache + first, mask=mask, other=0.0)
-        values = tl.load(v_cache + first, mask=mask, other=0.0)
+        keys = tl.load(k_cache + entries, mask=mask, other=0.0)
+        values = tl.load(v_cache + entries, mask=mask, other=0.0)
         seen = tl.load(visible + text * slots + at, mask=at < old, other=0) != 0
     if TAIL > 1:  # those of this step before its own: at most BLOCK_S
         at = old + steps
         seen = at < tl.where(split == 0, last, old)
-        first = _entries(table, text, batch, head, at, seen, slots, dims, N, D, False)  # pyright: ignore[reportArgumentType]
         mask = seen[:, None] & real[None, :]
-        keys = tl.load(k_cache + first, mask=mask, other=0.0)
-        values = tl.load(v_cache + first, mask=mask, other=0.0)
+        keys = tl.load(k_cache + first + old * D, mask=mask, other=0.0)
+        values = tl.load(v_cache + first + old * D, mask=mask, other=0.0)
         largest, total, acc = _seen(keys, values, seen, query, largest, total, acc)
     highest = tl.max(largest, axis=0)
     share = tl.exp(largest - highest)
