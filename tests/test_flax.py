@@ -338,7 +338,7 @@ def test_a_gpu_writes_half_precision_products(monkeypatch):
     """One token's product is wide until the bias is added; that of many is written in half precision. On a CPU both are
     wide."""
     config = OPTConfig(**SMALL)
-    linear = FlaxOPTModel(config, "bfloat16", rngs=nnx.Rngs(0)).decoder.layers[0].fc1
+    linear = FlaxOPTModel(config, dtype="bfloat16", rngs=nnx.Rngs(0)).decoder.layers[0].fc1
 
     def rounded_first(tokens: int) -> bool:
         return "f32" not in str(jax.make_jaxpr(lambda x: linear(x))(jnp.ones((1, tokens, 64), jnp.bfloat16)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,3 +79,17 @@ def test_a_streamer_of_another_thread(tokenizer):
     assert "".join(streamer) == tokenizer.decode(ids[5:])
     with pytest.raises(queue.Empty):
         next(TextIteratorStreamer(tokenizer, timeout=0.01))
+
+
+def test_the_snippet_of_the_readme(capsys):
+    """Beams, a stream and a draft, with opt-demo in place of the large models."""
+    section = (Path(__file__).parent.parent / "README.md").read_text().split("## Generating")[1]
+    code = section.split("```python\n")[1].split("```")[0]
+    for name in ("facebook/opt-6.7b", "facebook/opt-125m"):
+        assert name in code
+        code = code.replace(name, "opt-demo")
+    found: dict[str, Any] = {}
+    exec(code.replace("float16", "float32").replace(', device_map="auto"', ""), found)
+    assert len(capsys.readouterr().out) > 10
+    plain = found["model"].generate(**found["inputs"])
+    assert torch.equal(found["tokens"], plain)

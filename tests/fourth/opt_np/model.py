@@ -6,7 +6,7 @@ from typing import Unpack
 
 import numpy as np
 
-from opt_common.generation import Generation, Options, prompt
+from opt_common.generation import Options, Settings, prompt
 from opt_common.inputs import check_call, check_positions, check_tokens
 from opt_common.outputs import CausalLMOutput
 from opt_common.reference import forward
@@ -43,11 +43,13 @@ class NPOPTForCausalLM(NPOPTPreTrainedModel):
         """Continue each row of `input_ids` [B, T]. Returns [B, T + new]; `Options` has the options."""
         given = prompt(self.config, input_ids, attention_mask, options, self.generation_config)
         ids, mask, settings = given.ids, given.mask, given.settings
+        if lacks := settings.processors.keys() - {"min_new_tokens", "temperature", "top_k", "top_p"}:
+            raise TypeError(f"generate() got an unexpected keyword argument {', '.join(lacks)}")
         done, rng = np.zeros(len(ids), bool), np.random.default_rng(settings.seed)
         for step in range(settings.max_new_tokens):
             last = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)  # the rightmost real token of each row
             logits = self(ids, mask).logits[np.arange(len(ids)), last]
-            if step < settings.min_new_tokens:
+            if step < settings.processors.get("min_new_tokens", 0):
                 logits[:, settings.eos_token_ids] = -np.inf
             token = np.where(done, settings.pad_token_id, _choose(logits, settings, rng))
             done |= np.isin(token, settings.eos_token_ids)
@@ -58,15 +60,17 @@ class NPOPTForCausalLM(NPOPTPreTrainedModel):
         return ids
 
 
-def _choose(logits: Array, settings: Generation, rng: np.random.Generator) -> Array:
+def _choose(logits: Array, settings: Settings, rng: np.random.Generator) -> Array:
     """The next token of each row, from its logits [B, V]."""
     if not settings.do_sample:
         return logits.argmax(axis=-1)
-    order = (-logits).argsort(axis=-1)[:, : settings.top_k or None]  # the likeliest first
-    scores = np.take_along_axis(logits, order, axis=-1) / settings.temperature
+    order = (-logits).argsort(axis=-1)[:, : settings.processors.get("top_k")]  # the likeliest first
+    scores = np.take_along_axis(logits, order, axis=-1) / settings.processors.get("temperature", 1.0)
     chances = np.exp(scores - scores[:, :1])
     chances /= chances.sum(axis=-1, keepdims=True)
-    chances[chances.cumsum(axis=-1) - chances >= settings.top_p] = 0  # the tokens before are already enough
+    chances[chances.cumsum(axis=-1) - chances >= settings.processors.get("top_p", 1.0)] = (
+        0  # the tokens before are already enough
+    )
     # p / Exp(1) is largest where a draw from p would fall
     drawn = (chances / rng.exponential(size=chances.shape)).argmax(axis=-1)
     return order[np.arange(len(order)), drawn]
