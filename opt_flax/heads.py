@@ -13,13 +13,12 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from opt_common.inputs import check_labels, check_spans
-from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput
+from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput, can_return_tuple
 
 from .cache import KVCache
 from .functional import functional
 from .layers import mean_loss, wide
 from .model import FlaxOPTModel
-from .outputs import can_return_tuple
 from .pretrained import FlaxOPTPreTrainedModel
 from .products import linear
 

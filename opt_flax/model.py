@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from opt_common.config import OPTConfig
-from opt_common.outputs import BaseModelOutput, CausalLMOutput
+from opt_common.outputs import BaseModelOutput, CausalLMOutput, can_return_tuple
 
 from .attention import View, attend, choose, compact, heads_first, restore
 from .cache import KVCache, Writer
@@ -23,7 +23,6 @@ from .functional import functional, with_params
 from .generation import compute_transition_scores, generate, stream
 from .inputs import check, columns, place, wanted
 from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, dropout, embed, embedding, layerdrop, norm, runner
-from .outputs import can_return_tuple
 from .pretrained import FlaxOPTPreTrainedModel
 from .products import head, linear
 

@@ -3,9 +3,8 @@ apart and put them together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import fields
-from functools import wraps
 from operator import itemgetter
 from typing import Any
 
@@ -43,16 +42,3 @@ def _flatten(config: OPTConfig) -> tuple[tuple[()], tuple[OPTConfig, tuple[Any, 
 # for one whose config has been changed since; as an attribute like others, jit would know it by the object alone.
 register_pytree_node(OPTConfig, _flatten, lambda seen, _: seen[0])
 nnx.register_data_type(OPTConfig)
-
-
-def can_return_tuple(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a model's call the argument return_dict: False returns a tuple; the config's by default."""
-
-    @wraps(call)
-    def run(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
-        out = call(self, *args, **kwargs)
-        if return_dict is None:  # the config speaks to users, not to the models around a decoder
-            return_dict = self.config.return_dict if hasattr(type(self), "architecture") else True
-        return out if return_dict else out.to_tuple()
-
-    return run

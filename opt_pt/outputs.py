@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils import _pytree
 
+from opt_common import outputs
 from opt_common.outputs import OUTPUTS, ModelOutput
 
 
@@ -45,14 +46,5 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def can_return_tuple(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a model's forward the argument return_dict: False returns a tuple; the config's by default."""
-    forward = takes_cache(forward)
-
-    @wraps(forward)
-    def call(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
-        out = forward(self, *args, **kwargs)
-        if return_dict is None:  # the config speaks to users, not to the models around a decoder
-            return_dict = self.config.return_dict if hasattr(type(self), "architecture") else True
-        return out if return_dict else out.to_tuple()
-
-    return call
+    """`opt_common.outputs.can_return_tuple`, and `takes_cache`."""
+    return outputs.can_return_tuple(takes_cache(forward))

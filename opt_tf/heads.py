@@ -13,12 +13,11 @@ from tensorflow import Tensor
 
 from opt_common.config import OPTConfig
 from opt_common.inputs import check_labels, check_spans
-from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput
+from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput, can_return_tuple
 
 from .cache import KVCache, past_length
 from .layers import Linear, mean_cross_entropy, wide
 from .model import TFOPTModel
-from .outputs import can_return_tuple
 from .pretrained import TFOPTPreTrainedModel
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from tensorflow import Tensor
 
 from opt_common.config import OPTConfig
-from opt_common.outputs import BaseModelOutput, CausalLMOutput
+from opt_common.outputs import BaseModelOutput, CausalLMOutput, can_return_tuple
 
 from . import layers as nn  # Keras's layers, as PyTorch calls them
 from .attention import View, attend, choose, split_heads
@@ -20,7 +20,6 @@ from .cache import CacheWriter, KVCache, past_length
 from .generation import compute_transition_scores, generate, stream
 from .inputs import check, columns, place, wanted
 from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, runner
-from .outputs import can_return_tuple
 from .pretrained import TFOPTPreTrainedModel
 
 

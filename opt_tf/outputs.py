@@ -3,9 +3,7 @@ take a None for an output, and functional models refuse outputs that are not ten
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
 from typing import Any
 
 import optree
@@ -26,16 +24,3 @@ def _register(cls: type[ModelOutput]) -> None:
 
 for _cls in OUTPUTS:
     _register(_cls)
-
-
-def can_return_tuple(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a model's call the argument return_dict: False returns a tuple; the config's by default."""
-
-    @wraps(call)
-    def wrapper(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
-        out = call(self, *args, **kwargs)
-        if return_dict is None:  # the config speaks to users, not to the models around a decoder
-            return_dict = self.config.return_dict if hasattr(type(self), "architecture") else True
-        return out if return_dict else out.to_tuple()
-
-    return wrapper

@@ -70,7 +70,8 @@ def parity(
     keys = [_framework(key) for key in framework or registered()]
     given: Row = {"prompt": prompt}
     check_text(given, "prompt")
-    _check_early(model, None, GPT2Tokenizer.from_pretrained(model), [given], {"max_new_tokens": new_tokens})
+    ids = GPT2Tokenizer.from_pretrained(model)(prompt)["input_ids"]
+    _check_early(model, None, [ids], [given], {"max_new_tokens": new_tokens})
     with Console(stderr=True).status("Running " + ", ".join(registered()[key].title for key in keys)):
         report = run(model, prompt, new_tokens, keys)
     if as_json:
@@ -161,7 +162,8 @@ def generate(
 
     tokenizer = GPT2Tokenizer.from_pretrained(model, padding_side="left")
     options["tokenizer"] = tokenizer
-    _check_early(model, draft, tokenizer, rows, options)
+    ids = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    _check_early(model, draft, ids, rows, options)
     settings = {"dtype": dtype} | ({} if attn is None else {"attn_implementation": attn})
     load = functools.partial(chosen.model_class().from_pretrained, **settings)
     with chosen.on(device):
@@ -175,7 +177,7 @@ def generate(
             print()
             return
         write = functools.partial(texts, chosen, network, tokenizer, options)
-        lengths = [len(tokenizer(row["prompt"])["input_ids"]) for row in rows]
+        lengths = [*map(len, ids)]
         with counter(f"Generating with {chosen.title}", len(rows)) as progress:
             found = continue_all(rows, lengths, write, batch_size, journal, progress)
     for row in found if journal is None else []:
@@ -188,8 +190,8 @@ def generate(
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _check_early(model: str, draft: str | None, tokenizer: Any, rows: list[Row], options: dict[str, Any]) -> None:
-    """What can be said of a call before its models are loaded, which takes the most of its time."""
+def _check_early(model: str, draft: str | None, ids: list[list[int]], rows: list[Row], options: dict[str, Any]) -> None:
+    """What can be said of a call before its models are loaded, which takes the most of its time. ids: of each row."""
     from .checkpoints.open import find_checkpoint
     from .generation import GenerationConfig
     from .generation.prompts import prompt
@@ -200,7 +202,7 @@ def _check_early(model: str, draft: str | None, tokenizer: Any, rows: list[Row],
         find_checkpoint(draft, prefer=True)
     checkpoint, config = find_checkpoint(model, prefer=True)
     held = GenerationConfig.from_folder(checkpoint.folder, config)
-    longest = max((tokenizer(row["prompt"])["input_ids"] for row in rows), key=len)
+    longest = max(ids, key=len)
     try:
         with warnings.catch_warnings(action="ignore"):  # generate says it again
             prompt(config, [longest], [[1] * len(longest)], options, held)

@@ -4,7 +4,8 @@ and, as transformers' outputs, by number among the fields that are there."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any, ClassVar
 
 from .kin import Kin
@@ -136,3 +137,16 @@ class GenerateOutput(ModelOutput):
 
 
 OUTPUTS = (BaseModelOutput, CausalLMOutput, SequenceClassifierOutput, QuestionAnsweringOutput, GenerateOutput)
+
+
+def can_return_tuple(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a model's call the argument return_dict: False returns a tuple; the config's by default."""
+
+    @wraps(call)
+    def run(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        out = call(self, *args, **kwargs)
+        if return_dict is None:  # the config speaks to users, not to the models around a decoder
+            return_dict = self.config.return_dict if hasattr(type(self), "architecture") else True
+        return out if return_dict else out.to_tuple()
+
+    return run

@@ -1,34 +1,40 @@
-"""Progress bars, for work that takes a while."""
+"""Progress bars, for work that takes a while. They show on stderr, on terminals only, and disappear at the end."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
 
 
 @contextmanager
 def byte_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the bytes just done. The bar shows on stderr, on terminals only, and disappears at
-    the end."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    """Yields a function to call with the bytes just done."""
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)
+    with _bar(title, total, DownloadColumn(), TransferSpeedColumn()) as advance:
+        yield advance
 
 
 @contextmanager
 def counter(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with how many more of `total` are done; shown as `byte_bar`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Yields a function to call with how many more of `total` are done."""
+    from rich.progress import MofNCompleteColumn
 
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+    with _bar(title, total, MofNCompleteColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(title: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    shown = (TextColumn(title), BarColumn(), *columns, TimeRemainingColumn())
+    with Progress(*shown, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from opt_common.generation import Options, Settings, StopStrings
+from opt_common.generation import Options, Settings, StopStrings, allowed
 
 Function = Callable[..., Array]
 
@@ -39,12 +39,14 @@ def callbacks(settings: Settings, options: Options, padding: np.ndarray) -> Call
     functions = settings.processors.get("logits_processor", ())
     if not traceable(functions):
         found.processors["logits_processor"] = lambda texts, scores: _in_turn(functions, texts, scores)
-    if (allowed := settings.processors.get("prefix_allowed_tokens_fn")) is not None:
+    if (function := settings.processors.get("prefix_allowed_tokens_fn")) is not None:
         each = max(settings.num_beams, settings.num_return_sequences)
-        found.processors["prefix_allowed_tokens_fn"] = lambda texts, scores: _allowed(allowed, each, texts, scores)
+        found.processors["prefix_allowed_tokens_fn"] = lambda texts, scores: jnp.asarray(
+            allowed(function, each, np.asarray(texts), np.asarray(scores))
+        )
     if settings.stop_strings:
         stops = StopStrings(options.get("tokenizer"), settings.stop_strings)
-        found.criteria.append(lambda texts, scores: _stopped(stops, padding, np.asarray(texts)))
+        found.criteria.append(lambda texts, scores: stops.of(np.asarray(texts), padding))
     if settings.max_time is not None:
         until = time.monotonic() + settings.max_time
         found.criteria.append(lambda texts, scores: time.monotonic() > until)
@@ -57,22 +59,3 @@ def _in_turn(functions: tuple[Function, ...], texts: Array, scores: Array) -> Ar
     for function in functions:
         scores = function(texts, scores, texts.shape[1]) if traceable((function,)) else function(texts, scores)
     return scores
-
-
-def _allowed(function: Callable[[int, Any], Any], each: int, texts: Array, scores: Array) -> Array:
-    """The scores of the tokens that `prefix_allowed_tokens_fn` allows, and 0 for them where none has any chance in any
-    text of its prompt."""
-    mask = np.full(scores.shape, -np.inf, np.float32)
-    for row, text in enumerate(np.asarray(texts)):
-        tokens = [int(token) for token in function(row // each, text)]
-        if not tokens:
-            raise ValueError(f"prefix_allowed_tokens_fn: found no tokens for row {row // each}, wanted at least one")
-        mask[row, tokens] = 0
-    found = np.asarray(scores) + mask
-    lost = np.isneginf(found).reshape(len(found) // each, -1).all(axis=1)
-    return jnp.asarray(np.where(lost.repeat(each)[:, None], mask, found))
-
-
-def _stopped(stops: StopStrings, padding: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    padding = padding.repeat(len(texts) // len(padding))
-    return np.array([stops(text[n:]) for text, n in zip(texts, padding, strict=True)])

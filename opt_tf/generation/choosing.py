@@ -14,9 +14,7 @@ import tensorflow as tf
 from keras import ops
 from tensorflow import Tensor
 
-from opt_common.generation import Sequences, Settings
-
-from .callbacks import allowed
+from opt_common.generation import Sequences, Settings, allowed
 
 # A filter that needs the likeliest tokens looks at so many of them first: to sort all takes XLA ten times as long.
 FEW, MORE = 64, 1024
@@ -341,8 +339,8 @@ PROCESSORS: dict[str, Callable[..., Tensor]] = {
     "encoder_no_repeat_ngram_size": lambda scores, n, seen: _no_repeat(scores, n, seen, prompt_only=True),
     "bad_words_ids": _biases,
     "min_new_tokens": _min_new_tokens,
-    "prefix_allowed_tokens_fn": lambda scores, _, seen: allowed(
-        scores, seen.plan.allowed, seen.text[:, : seen.end], seen.plan.copies
+    "prefix_allowed_tokens_fn": lambda scores, _, seen: tf.constant(
+        allowed(seen.plan.allowed, seen.plan.copies, seen.text[:, : seen.end], scores.numpy())
     ),
     "forced_bos_token_id": lambda scores, ids, seen: _forced(scores, ids, seen.end == 1),
     "forced_eos_token_id": lambda scores, ids, seen: _forced(scores, ids, seen.step == seen.numbers.max_new_tokens - 1),

@@ -2,6 +2,7 @@
 
 from .config import GenerationConfig as GenerationConfig
 from .options import Options as Options
+from .prefixes import allowed as allowed
 from .prompts import Prompt as Prompt
 from .prompts import prompt as prompt
 from .settings import Sequences as Sequences

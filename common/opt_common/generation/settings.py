@@ -132,9 +132,9 @@ def check_generate(config: OPTConfig, width: int, longest: int, shortest: int, o
     do_sample = bool(get("do_sample", False)) and get("temperature", 1.0) != 0
     beams, returned = get("num_beams", 1), get("num_return_sequences", 1)
     _check(beams > 0, "num_beams", beams, "a number > 0")
-    several = do_sample or returned <= beams
-    wanted = f"at most num_beams={beams}, or do_sample=True" if beams == 1 else f"at most num_beams={beams}"
-    _check(returned > 0 and (several if beams == 1 else returned <= beams), "num_return_sequences", returned, wanted)
+    wanted = f"at most num_beams={beams}" + (", or do_sample=True" if beams == 1 else "")
+    enough = returned <= beams or (beams == 1 and do_sample)
+    _check(returned > 0 and enough, "num_return_sequences", returned, wanted)
     early = get("early_stopping", False)
     _check(early in (True, False, "never"), "early_stopping", early, 'True, False or "never"')
     seed = get("seed")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 
 class StopStrings:
     """Whether the last token of a text completes one of some strings, as transformers' StopStringCriteria says it: a
@@ -20,6 +22,11 @@ class StopStrings:
         before, text = (self._text(tokens) for tokens in (window[:-1], window))
         known = len(before.rstrip("\N{REPLACEMENT CHARACTER}"))  # the last token may complete a character
         return any(string in text[max(0, known - len(string) + 1) :] for string in self.strings)
+
+    def of(self, texts: np.ndarray, padding: np.ndarray) -> np.ndarray:
+        """Which of texts [R, T] end, [R]. padding: [B], how many columns in front of each prompt's are no tokens."""
+        padding = padding.repeat(len(texts) // len(padding))
+        return np.array([self(text[n:]) for text, n in zip(texts, padding, strict=True)])
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
