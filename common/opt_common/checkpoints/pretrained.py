@@ -95,7 +95,7 @@ def open_pretrained(
         del options[name]
     for name in ("use_safetensors", "from_tf", "from_flax"):
         layout = _LAYOUT_OF.get((name, options.pop(name, None)), layout)
-    rounded = [bits for bits in (8, 4) if options.pop(f"load_in_{bits}bit", False)]
+    rounded = [bits for bits in (8, 4) if options.pop(f"load_in_{bits}bit", None)]
     if len(rounded) > 1:
         raise ValueError("load_in_8bit, load_in_4bit: found both, wanted one of them")
     unknown = sorted(options.keys() - CHANGEABLE - {*FETCH_OPTIONS})
