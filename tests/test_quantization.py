@@ -315,3 +315,103 @@ def test_damaged(tmp_path, four, case):
         if case == "another shape":
             break  # floats have their own
     assert not (tmp_path / "no").exists()
+
+
+# === GPTQ's files ===
+
+
+def gptq_columns(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """Whole numbers [n, m] as int32 [n·bits/32, m], the first of a column in the lowest bits."""
+    each = 32 // bits
+    parts = numbers.astype(np.uint32).reshape(-1, each, numbers.shape[1])
+    return (parts << (bits * np.arange(each, dtype=np.uint32))[:, None]).sum(1, dtype=np.uint32).view(np.int32)
+
+
+def gptq_folder(
+    folder: Path, bits: int, size: int, symmetric: bool = True, shuffled: bool = False, form: str | None = None
+) -> dict[str, np.ndarray]:
+    """Write random weights in GPTQ's format; returns them as floats by the Hub's names."""
+    rng, config = np.random.default_rng(3), small()
+    random_checkpoint(folder, config)
+    tensors, floats = arrays(folder), {}
+    for name in [name for name in tensors if ".layers." in name and tensors[name].ndim == 2]:
+        (out, into), path = tensors.pop(name).shape, name.removesuffix(".weight")
+        group = np.arange(into) // (into if size == -1 else size)
+        group = rng.permutation(group) if shuffled else group
+        scales = rng.uniform(0.01, 0.1, (group.max() + 1, out)).astype(np.float16)
+        numbers = rng.integers(0, 2**bits, (into, out))
+        zeros = np.full(scales.shape, 2 ** (bits - 1)) if symmetric else rng.integers(0, 2**bits, scales.shape)
+        stored = zeros if form == "gptq_v2" else (zeros - 1) % 2**bits
+        tensors[f"{path}.qweight"], tensors[f"{path}.scales"] = gptq_columns(numbers, bits), scales
+        tensors[f"{path}.qzeros"] = np.ascontiguousarray(gptq_columns(stored.T, bits).T)
+        tensors[f"{path}.g_idx"] = group.astype(np.int32)
+        floats[name] = ((numbers - zeros[group]) * scales[group].astype(np.float64)).T
+    said = {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": symmetric, "desc_act": shuffled}
+    if form is not None:
+        said["checkpoint_format"] = form
+
+    def replace(old: dict[str, np.ndarray]) -> None:
+        old.clear()
+        old.update(tensors)
+
+    rewrite(folder, replace, quantization_config=said)
+    return floats
+
+
+GPTQ: dict[str, tuple[dict[str, Any], QuantizationConfig | None]] = {
+    "4 bits": ({"bits": 4, "size": 32}, QuantizationConfig.rounding(4, 32)),
+    "8 bits": ({"bits": 8, "size": -1}, QuantizationConfig.rounding(8)),
+    "second form": ({"bits": 4, "size": 128, "form": "gptq_v2"}, QuantizationConfig.rounding(4)),
+    "one group out of order": ({"bits": 8, "size": -1, "shuffled": True}, QuantizationConfig.rounding(8)),
+    "zero points": ({"bits": 4, "size": 32, "symmetric": False}, None),
+    "columns apart": ({"bits": 4, "size": 32, "shuffled": True}, None),
+    "both": ({"bits": 8, "size": 64, "symmetric": False, "shuffled": True, "form": "gptq"}, None),
+}
+
+
+@pytest.mark.parametrize("case", GPTQ)
+def test_gptq(tmp_path, case):
+    """Symmetric files are read as ours; others as floats. Either way with the numbers that they mean."""
+    made, wanted = GPTQ[case]
+    floats = gptq_folder(tmp_path / "gptq", **made)
+    opened = open_checkpoint(tmp_path / "gptq")
+    assert opened.config.quantization_config == wanted
+    convert(tmp_path / "gptq", tmp_path / "ours")
+    assert ("model.decoder.layers.0.fc1.weight_packed" in arrays(tmp_path / "ours")) == (wanted is not None)
+    convert(tmp_path / "gptq", tmp_path / "floats", dtype="float64")
+    found = arrays(tmp_path / "floats")
+    for name, array in floats.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_gptq_refuses(tmp_path):
+    gptq_folder(tmp_path, 4, 32)
+    path, config = FC1, json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    whole = arrays(tmp_path)
+    for name, change, message in [
+        ("scales", lambda x: None, r"fc1\.scales: missing, wanted \[4, 256\]"),
+        ("scales", lambda x: x[:3], r"fc1\.scales: found float16 \[3, 256\], wanted float16 or .* \[4, 256\]"),
+        ("qzeros", lambda x: x[:, :-1], r"fc1\.qzeros: found int32 \[4, 31\], wanted int32 \[4, 32\]"),
+        ("g_idx", lambda x: x[1:], r"fc1\.g_idx: found int32 \[127\], wanted int32 or int64 \[128\]"),
+        ("qweight", lambda x: x[:-4], r"fc1\.scales: found float16 \[4, 256\], wanted .* \[3, 256\]"),
+        ("qzeros", lambda x: x - 1, r"fc1\.qzeros: found zero points, wanted 7 everywhere, as sym true says"),
+        ("g_idx", lambda x: x[::-1], r"fc1\.g_idx: found columns out of order, wanted them in order"),
+        ("scales", lambda x: x * np.float16(np.nan), r"fc1\.weight_scale: found 1024 scales that are NaN"),
+    ]:
+
+        def damage(
+            tensors: dict[str, np.ndarray], name: str = f"{path}.{name}", change: Callable[..., Any] = change
+        ) -> None:
+            tensors.update(whole)
+            tensors.pop(name)
+            if (array := change(whole[name])) is not None:
+                tensors[name] = np.ascontiguousarray(array)
+
+        rewrite(tmp_path, damage, quantization_config=config)
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path, tmp_path / "no")
+    damage_group = {**config, "desc_act": True}
+    rewrite(tmp_path, lambda t: (t.update(whole), t[f"{path}.g_idx"].fill(9)), quantization_config=damage_group)
+    with pytest.raises(ValueError, match=r"fc1\.g_idx: found groups 9 to 9, wanted 0 to 3"):
+        convert(tmp_path, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
