@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,14 +20,13 @@ from opt_common.generation import GenerationConfig
 from opt_common.weights import KERAS, Spec
 
 from .cache import KVCache
-from .inputs import arguments
-from .layers import Block, Embedding, normal, wide
-from .training import prepare_tf_dataset, with_labels
+from .layers import Embedding, Network, normal, wide
+from .training import of_tokens, prepare_tf_dataset, with_labels
 
 register = keras.saving.register_keras_serializable(package="opt_zoo")  # for keras.saving.load_model
 
 
-class TFOPTPreTrainedModel(Block, keras.Model):
+class TFOPTPreTrainedModel(Network, keras.Model):
     """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`."""
 
     architecture: str
@@ -46,10 +44,6 @@ class TFOPTPreTrainedModel(Block, keras.Model):
         as dtype, a name or a policy."""
         super().__init__(**kwargs)
         self.config, self.initializer = config, initializer or normal(config)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model. Its arguments may come in one dictionary or list, as `fit` and its like pass them."""
-        return super().__call__(**arguments([*inspect.signature(self.call).parameters], args, kwargs))
 
     # === Its parts ===
 
@@ -257,12 +251,15 @@ class TFOPTPreTrainedModel(Block, keras.Model):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         return self(x, training=False, use_cache=False)
 
-    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Tensor:
         """The loss given to `compile` is of the logits. Without one, or without targets, as in `fit` on dictionaries
         with labels, it is the model's own; of several replicas, each one's share of it."""
         if y_pred.get("loss") is not None and (y is None or self._compile_loss is None):
             return y_pred.loss / tf.distribute.get_strategy().num_replicas_in_sync
-        return super().compute_loss(x, y, self.scores(y_pred), *args, **kwargs)
+        scores = self.scores(y_pred)
+        return super().compute_loss(x, y, scores, of_tokens(sample_weight, scores), training)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The metrics given to `compile` are of the logits."""

@@ -66,6 +66,10 @@ def test_ways_to_give_the_arguments(tiny, ids):
     for way, call in ways.items():
         np.testing.assert_allclose(np.asarray(call().logits)[REAL], wanted, rtol=0, atol=1e-3, err_msg=way)
     assert "past_key_values" not in ways["predict"]()
+    wanted = model(ids, MASK, output_hidden_states=True).hidden_states[-1]
+    for inner in (model.model, model.model.decoder):  # the parts take theirs in the same ways
+        for given in (Encoding(input_ids=ids, attention_mask=MASK), [ids, MASK]):
+            np.testing.assert_array_equal(inner(given).last_hidden_state, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int8", "int64", "float32"])
@@ -266,6 +270,17 @@ def test_fit_by_the_models_own_loss(kind, ids):
     if kind == "apart":
         with pytest.raises(ValueError, match="sample_weight: found one"):
             model.fit(*data, sample_weight=np.ones(3), verbose=0)
+
+
+def test_weights_of_rows(model, ids):
+    """Given [B], they count for every token of their row, also where B is T."""
+    x, y, weights = ids[:, :3], ids[:, 1:4], np.array([1.0, 0.0, 3.0], np.float32)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    losses = keras.losses.sparse_categorical_crossentropy(y, model(x).logits, from_logits=True)
+    wanted = pytest.approx(float(np.mean(losses * weights[:, None])), rel=1e-5)
+    assert model.evaluate(x, y, sample_weight=weights, verbose=0) == wanted
+    assert model.evaluate(x, y, sample_weight=np.repeat(weights[:, None], 3, axis=1), verbose=0) == wanted
+    assert model.fit(x, y, sample_weight=weights, verbose=0).history["loss"] == [wanted]
 
 
 def test_replicas_share_the_loss(tmp_path):
