@@ -33,8 +33,8 @@ def traceable(functions: tuple[Function, ...]) -> bool:
     return all(len(inspect.signature(function).parameters) > 2 for function in functions)
 
 
-def callbacks(settings: Settings, options: Options, padding: np.ndarray) -> Callbacks:
-    """Those of a `generate` whose prompts have so many columns of padding, [B], on the left."""
+def callbacks(settings: Settings, options: Options) -> Callbacks:
+    """Those of a `generate`."""
     found = Callbacks({}, [])
     functions = settings.processors.get("logits_processor", ())
     if not traceable(functions):
@@ -46,7 +46,7 @@ def callbacks(settings: Settings, options: Options, padding: np.ndarray) -> Call
         )
     if settings.stop_strings:
         stops = StopStrings(options.get("tokenizer"), settings.stop_strings)
-        found.criteria.append(lambda texts, scores: stops.of(np.asarray(texts), padding))
+        found.criteria.append(lambda texts, scores: stops.of(np.asarray(texts)))
     if settings.max_time is not None:
         until = time.monotonic() + settings.max_time
         found.criteria.append(lambda texts, scores: time.monotonic() > until)

@@ -37,9 +37,8 @@ class Chooser:
         functions = PROCESSORS | {"guidance_scale": partial(_guidance_scale, guide)}
         ordered = _ordered(settings.processors)
         self.processors = [(functions[name], _on(device, value)) for name, value in ordered]
-        output = settings.return_dict_in_generate
-        self.scores: list[Tensor] | None = [] if output and settings.output_scores else None
-        self.logits: list[Tensor] | None = [] if output and settings.output_logits else None
+        self.scores: list[Tensor] | None = [] if settings.output_scores else None
+        self.logits: list[Tensor] | None = [] if settings.output_logits else None
         self.rng = _generator(settings.seed, device) if settings.do_sample else None
         self.fixed = self.scores is None and self.logits is None and not HOST & settings.processors.keys()
         self.greedy = self.fixed and not self.processors and not self.do_sample
