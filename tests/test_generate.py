@@ -90,6 +90,10 @@ def test_min_new_tokens_and_max_length(framework, tiny, load, rng):
     assert model.generate(input_ids=ids, eos_token_id=first, max_new_tokens=10).shape == (1, 6)
     assert model.generate(input_ids=ids, eos_token_id=95, max_length=12).shape[1] <= 12
     assert model.generate(input_ids=ids, min_new_tokens=20).shape == (1, 25), "20 new ones, as in transformers 5"
+    with pytest.warns(UserWarning, match="found min_new_tokens=9 and 4 new tokens at most"):
+        found = model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=9, eos_token_id=first)
+    assert found.shape == (1, 9)
+    assert first not in found[0, 5:]
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=0.7), dict(top_k=5), dict(top_p=0.6, top_k=0),
@@ -134,7 +138,7 @@ WRONG = {
     "max_new_tokens": (dict(max_new_tokens=0), "max_new_tokens: found 0"),
     "too long": (dict(max_new_tokens=59), "6 tokens and 59 new ones make 65, wanted at most 64"),
     "max_length": (dict(max_length=6), "max_length: found 6"),
-    "min": (dict(max_new_tokens=3, min_new_tokens=4), "min_new_tokens: found 4"),
+    "min": (dict(max_new_tokens=3, min_new_tokens=-1), "min_new_tokens: found -1"),
     "temperature": (dict(max_new_tokens=3, do_sample=True, temperature=-1.0), "temperature: found -1"),
     "top_k": (dict(max_new_tokens=3, top_k=-1), "top_k: found -1"),
     "top_p": (dict(max_new_tokens=3, top_p=1.5), "top_p: found 1.5"),
@@ -229,6 +233,15 @@ def test_a_generation_config_stays_with_the_model(framework, tiny, rng, tmp_path
     assert model.generate(input_ids=ids, eos_token_id=[], max_new_tokens=2).shape == (1, 8)
     given = GenerationConfig(max_new_tokens=3, eos_token_id=[])
     assert model.generate(input_ids=ids, generation_config=given).shape == (1, 9)
+    assert model.generate(input_ids=ids, generation_config=given, max_length=20).shape == (1, 9), "not the length"
+    two = np.concatenate([ids, ids[:, ::-1]])
+    ended = dict(eos_token_id=[first], max_new_tokens=5, pad_token_id=None)
+    wanted = reference.generate(torch.tensor(two), attention_mask=torch.ones(2, 6), do_sample=False, **ended)
+    np.testing.assert_array_equal(model.generate(input_ids=two, **ended), wanted)
+    assert (wanted[0, 6:] == first).all(), "no padding by an end"
+    model.model.generation_config = GenerationConfig(max_new_tokens=5)
+    assert model.generate(input_ids=ids).shape == (1, 11), "the model's config ends no text"
+    model.model.generation_config = GenerationConfig(max_new_tokens=4, eos_token_id=[95, first], pad_token_id=1)
     model.model.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == [95, first]
     file.write_text(json.dumps({"penalty_alpha": 0.6}))

@@ -40,9 +40,8 @@ def callbacks(settings: Settings, options: Options) -> Callbacks:
     if not traceable(functions):
         found.processors["logits_processor"] = lambda texts, scores: _in_turn(functions, texts, scores)
     if (function := settings.processors.get("prefix_allowed_tokens_fn")) is not None:
-        each = max(settings.num_beams, settings.num_return_sequences)
         found.processors["prefix_allowed_tokens_fn"] = lambda texts, scores: jnp.asarray(
-            allowed(function, each, np.asarray(texts), np.asarray(scores))
+            allowed(function, settings.num_beams, np.asarray(texts), np.asarray(scores))
         )
     if settings.stop_strings:
         stops = StopStrings(options.get("tokenizer"), settings.stop_strings)

@@ -200,13 +200,13 @@ def _min_new_tokens(text: Text, scores: Tensor, least: int) -> Tensor:
 def _prefix_allowed_tokens_fn(text: Text, scores: Tensor, function: Callable[[int, Tensor], Any]) -> Tensor:
     allowed = torch.full_like(scores, -torch.inf)
     for row, ids in enumerate(text.so_far()):
-        tokens = function(row // text.copies, ids)
+        tokens = function(row // text.beams, ids)
         if len(tokens) == 0:
-            raise ValueError(f"prefix_allowed_tokens_fn: found no tokens for row {row // text.copies}, wanted some")
+            raise ValueError(f"prefix_allowed_tokens_fn: found no tokens for row {row // text.beams}, wanted some")
         allowed[row, tokens] = 0
     kept = scores + allowed
-    # where other options leave none of them, in all copies of a row, they are allowed all the same
-    nothing = kept.amax(dim=1).isneginf().view(-1, text.copies).all(dim=1).repeat_interleave(text.copies)
+    # where other options leave none of them, in all beams of a prompt, they are allowed all the same
+    nothing = kept.amax(dim=1).isneginf().view(-1, text.beams).all(dim=1).repeat_interleave(text.beams)
     return torch.where(nothing[:, None], allowed, kept)
 
 

@@ -73,9 +73,11 @@ class Writer:
         settings, sources = given.settings, (input_ids, options.get("inputs"), options.get("inputs_embeds"))
         self.home = next((x.device for x in sources if isinstance(x, Tensor)), model.device)  # where the result goes
         device = self.home if model.device.type == "meta" else model.device
-        inputs |= {name: True for name in ("output_attentions", "output_hidden_states") if getattr(settings, name)}
+        shown = {name: True for name in ("output_attentions", "output_hidden_states") if getattr(settings, name)}
         self.model, self.given = model, given
         self.ids, mask = (torch.tensor(x, device=device, dtype=torch.long) for x in (given.ids, given.mask))
+        if shown:  # padding too, which in transformers' generate stands at position 0
+            inputs = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0) * mask} | inputs | shown
         T = mask.shape[1] - given.held
         # with embeddings alone, what stands in their columns is not looked at
         ids = self.ids if self.ids.shape[1] == T else self.ids.new_zeros(len(mask), T)

@@ -340,7 +340,7 @@ PROCESSORS: dict[str, Callable[..., Tensor]] = {
     "bad_words_ids": _biases,
     "min_new_tokens": _min_new_tokens,
     "prefix_allowed_tokens_fn": lambda scores, _, seen: tf.constant(
-        allowed(seen.plan.allowed, seen.plan.copies, seen.text[:, : seen.end], scores.numpy())
+        allowed(seen.plan.allowed, seen.plan.num_beams, seen.text[:, : seen.end], scores.numpy())
     ),
     "forced_bos_token_id": lambda scores, ids, seen: _forced(scores, ids, seen.end == 1),
     "forced_eos_token_id": lambda scores, ids, seen: _forced(scores, ids, seen.step == seen.numbers.max_new_tokens - 1),

@@ -83,10 +83,13 @@ def merged(held: GenerationConfig | None, options: Mapping[str, Any]) -> Options
     nothing; ValueError names the others, and those that do not exist."""
     given = dict(options)
     kept: dict[str, Any] = {"top_k": 50, "use_cache": True}
+    off = {"top_k": 0, "eos_token_id": [], "pad_token_id": None}
+    if held is not None:  # a token id that it lacks is lacking: the model's config is not asked, as in transformers
+        kept |= {name: off[name] for name in ("eos_token_id", "pad_token_id")}
     for config in (held, given.pop("generation_config", None)):
         found = {} if config is None else {k: v for k, v in config.to_diff_dict().items() if v is not None}
-        kept = _without(kept, found) | found
-    result = {k: v for k, v in (_without(kept, given) | given).items() if k not in SAID}
+        kept |= found
+    result = {k: v for k, v in (kept | given).items() if k not in SAID}
     for name in result.keys() & NEUTRAL.keys():
         value = result.pop(name)
         if value is not None and value not in NEUTRAL[name]:
@@ -95,15 +98,7 @@ def merged(held: GenerationConfig | None, options: Mapping[str, Any]) -> Options
     if unknown := result.keys() - Options.__annotations__.keys():
         names = ", ".join(sorted(unknown))
         raise ValueError(f"generate: found unknown options {names}; wanted those of opt_common.generation.Options")
-    off = {"top_k": 0, "eos_token_id": []}
     return {k: off.get(k) if v is None else v for k, v in result.items() if v is not None or k in off}  # type: ignore[return-value]
-
-
-def _without(kept: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The kept options that `given` leaves: a length given in either way replaces one that is kept in either way."""
-    lengths = [("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")]
-    gone = {name for pair in lengths if any(given.get(one) is not None for one in pair) for name in pair}
-    return {name: value for name, value in kept.items() if name not in gone}
 
 
 def check_generate(
@@ -240,7 +235,9 @@ def _processors(
     if (least := get("min_new_tokens")) is None:
         least = max(0, get("min_length", 0) - width)
     else:
-        _check(0 <= least <= new, "min_new_tokens", least, f"0 to {new}")
+        _check(least >= 0, "min_new_tokens", least, "a number ≥ 0")
+        if least > new:
+            warnings.warn(f"generate: found min_new_tokens={least} and {new} new tokens at most", stacklevel=4)
     if least and eos:
         found["min_new_tokens"] = least
     if get("prefix_allowed_tokens_fn") is not None:
