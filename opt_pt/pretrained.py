@@ -218,10 +218,12 @@ class OPTPreTrainedModel(Kin, nn.Module):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of a call that continues a cache, as peft's language models ask for them: of what is given, the
-        columns that the cache does not hold. inputs_embeds replace the ids."""
+        columns that the cache does not hold. inputs_embeds replace the ids. A mask wider than the ids has columns of
+        the cache in front, of which there are no ids."""
         if past_key_values is not None:  # prompt tuning's cache holds more tokens than there are ids
-            past = min(int(past_key_values.get_seq_length()), input_ids.shape[1] - 1)
-            input_ids = input_ids[:, past:]
+            T = input_ids.shape[1]
+            held = 0 if attention_mask is None else max(0, attention_mask.shape[1] - T)
+            input_ids = input_ids[:, max(0, min(int(past_key_values.get_seq_length()) - held, T - 1)) :]
         T = input_ids.shape[1]
         if position_ids is not None:
             kwargs["position_ids"] = position_ids[:, -T:]
