@@ -5,7 +5,8 @@ names the file.
 
 Runs under a limit of memory, so that a small file that asks for much shows, and of time, so that a hang does; a
 connection, a program or a class that is about to be used is a failure. A failure ends the run and leaves the damaged
-folder, whose name it prints; it comes again with the seed and the number printed. See test_fuzz.py.
+folder, whose name it prints; it comes again with the seed and the number printed, or, if it ended the process, with
+those in the file `input` beside that folder. See test_fuzz.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -25,14 +27,19 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import h5py
+import numpy as np
 import tensorstore
 import zstandard
 
 from checkpoints import random_checkpoint, tiny_config
 from fuzz_mutations import change_of, mutate
+from opt_common.checkpoints.containers import hdf5_headers
+from opt_common.checkpoints.containers.hdf5 import read_hdf5
 from opt_common.checkpoints.layouts import WRITABLE
 from opt_common.checkpoints.open import open_checkpoint
 from opt_common.config import OPTConfig
@@ -42,7 +49,7 @@ from opt_common.tokenizer import AutoTokenizer, GPT2Tokenizer
 
 MEMORY = 1_500_000_000  # above what the process has mapped when it starts; every file here is smaller than 250 kB
 SECONDS = 20  # for one input
-READERS = (*WRITABLE, "tokenizer", "config")
+READERS = (*WRITABLE, "hdf5", "tokenizer", "config")
 
 # Files that lie in the folders, and are not opened when weights are read.
 UNREAD = ("vocab.json", "vocabulary.json", "merges.txt", "tokenizer.json", "generation_config.json", "metadata.json",
@@ -56,7 +63,8 @@ def valid(folder: Path, readers: tuple[str, ...]) -> list[tuple[str, Path, Path]
     """(reader, folder, one of its files that is read): each layout whole and in shards, each of two models."""
     files = []
     for reader in readers:
-        for made in _tokenizers(folder) if reader in ("tokenizer", "config") else _checkpoints(folder, reader):
+        make = {"hdf5": _hdf5, "tokenizer": _tokenizers, "config": _tokenizers}.get(reader)
+        for made in make(folder) if make else _checkpoints(folder, reader):
             names = {"tokenizer": TOKENIZER_FILES, "config": ("config.json", "generation_config.json")}.get(reader)
             read = sorted(path for path in made.rglob("*") if path.is_file())
             read = [path for path in read if path.name in names or ()] if names else read
@@ -77,6 +85,20 @@ def _checkpoints(folder: Path, layout: str) -> list[Path]:
             in_one_store(made, {} if shards == "900B" else {"compression": None, "max_inline_value_bytes": 0})
         found.append(made)
     return found
+
+
+def _hdf5(folder: Path) -> list[Path]:
+    """Files of HDF5 1.6's and later structures, with groups small and large enough for each of them."""
+    versions: list[dict[str, Any]] = [dict(libver=name) for name in ("earliest", "v108", "latest")]
+    for i, how in enumerate([*versions, dict(libver="earliest", track_order=True)]):
+        (folder / f"hdf5-{i}").mkdir(parents=True)
+        with h5py.File(folder / f"hdf5-{i}" / "x.h5", "w", **how) as file:
+            for links in (2, 9, 70):
+                for j in range(links):
+                    file.create_group(f"a/{links}/{'x' * (j % 5)}{j}")
+                file[f"a/{links}/w"] = np.ones((2, 3), "f4")
+            file["a"].attrs["names"] = ["x" * 300] * 3
+    return sorted(folder.glob("hdf5-*"))
 
 
 def _tokenizers(folder: Path) -> list[Path]:
@@ -132,7 +154,34 @@ def read_config(folder: Path, layout: str | None) -> None:
     GenerationConfig.from_folder(folder, config).to_json_string()
 
 
-READ: dict[str, Callable[[Path, str | None], None]] = {"tokenizer": read_tokenizer, "config": read_config}
+class NoChecksum:
+    """That of any bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+CHECKSUM = hdf5_headers.checksum
+
+
+def ignore_checksums(ignored: bool) -> None:
+    """Read HDF5 files as if their damage came with checksums that fit."""
+    hdf5_headers.checksum = NoChecksum if ignored else CHECKSUM
+
+
+def read_datasets(folder: Path, layout: str | None) -> None:
+    for name, entry in read_hdf5(folder / "x.h5").items():
+        assert entry.read().nbytes == entry.nbytes, name
+
+
+READ: dict[str, Callable[[Path, str | None], None]] = {
+    "hdf5": read_datasets,
+    "tokenizer": read_tokenizer,
+    "config": read_config,
+}
 
 
 class Peak:
@@ -166,37 +215,42 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     faulthandler.enable()  # for crashes in native code
+    faulthandler.register(signal.SIGALRM, chain=True)  # for what takes too long: the stack, then the end
     readers = tuple(options.reader) or READERS
     outcomes: Counter[str] = Counter()
     slowest, largest, start = (0.0, ""), (0, ""), time.monotonic()
 
     root = Path(tempfile.mkdtemp(prefix="opt-zoo-fuzz-"))
-    files = {reader: valid(root, (reader,)) for reader in readers}
-    work = root / "damaged"
+    files = {reader: valid(root / "valid", (reader,)) for reader in readers}
+    texts = {path: path.read_bytes() for each in files.values() for _, _, path in each}
+    shutil.copytree(root / "valid", root / "damaged", copy_function=os.link)
     for reader, folder, _ in (file for each in files.values() for file in each):
         READ.get(reader, read_weights)(folder, reader)  # import what reading takes before memory is limited
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, resource.RLIM_INFINITY))
     used: list[str] = []
     sys.addaudithook(lambda event, _: used.append(event) if event in FORBIDDEN else None)
+    current = open(root / "input", "wb", buffering=0)
     peak = Peak()
+    gc.freeze()
 
     for number in range(options.first, options.first + options.examples):
         random = Random(f"{options.seed}/{number}")
         reader = random.choice(readers)
         _, folder, path = random.choice(files[reader])
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(folder, work, copy_function=os.link)
+        work = root / "damaged" / folder.relative_to(root / "valid")
         changed = work / path.relative_to(folder)
+        damaged = mutate(change_of(path), texts[path], random)
         changed.unlink()
-        damaged = mutate(change_of(path), path.read_bytes(), random)
         changed.write_bytes(damaged)
         label = f"{reader}, {path.relative_to(root)}, --seed {options.seed} --first {number}"
+        os.pwrite(current.fileno(), f"{label:300}".encode(), 0)
+        ignore_checksums(random.random() < 0.5)
         peak.take()
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         began = time.monotonic()
         try:
-            READ.get(reader, read_weights)(work, reader if random.random() < 0.5 else None)
+            READ.get(reader, read_weights)(work, reader if random.random() < 0.8 else None)
             outcomes["read"] += 1
         except (ValueError, OSError) as error:
             assert not used, f"{used}: {label}: {work}"
@@ -207,10 +261,12 @@ def main() -> None:
             print(f"failed: {label}: {work}", file=sys.stderr)
             raise
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
         assert not used, f"{used}: {label}: {work}"
         slowest = max(slowest, (time.monotonic() - began, f"{label}, {len(damaged):,} bytes"))
         largest = max(largest, (peak.take(), f"{label}, {len(damaged):,} bytes"))
+        changed.unlink()
+        os.link(path, changed)
         if number % 1000 == 0:
             gc.collect()
     shutil.rmtree(root)
