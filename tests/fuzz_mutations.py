@@ -172,6 +172,8 @@ def change_keras(data: bytes, random: Random) -> bytes:
 def change_zip(data: bytes, random: Random, hdf5: Change | None = None) -> bytes:
     """A record: its content, which is a pickle, an HDF5 file or JSON; its name, how it is stored, or how often."""
     records = [*records_of(data)]
+    if not records:
+        raise Unfit
     main = [i for i, (name, _) in enumerate(records) if name.endswith((".pkl", ".h5"))]
     at = random.choice(main if main and random.random() < 0.6 else range(len(records)))
     name, content = records[at]
