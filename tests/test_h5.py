@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import h5py
@@ -255,6 +256,25 @@ def test_checksums(tmp_path):
         path.write_bytes(data)
         refused(lambda: read_hdf5(path), path, "checksum of")
         data[at + 20] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "message"),
+    [
+        (16, lambda at, end: (at, 24), "found more headers than"),  # a header that goes on with itself
+        (16, lambda at, end: (end, 1), "wanted 1 bytes"),
+        (17, lambda at, end: (at, at), "local heap at byte .*: found .*, wanted .b'HEAP', 0"),
+        (17, lambda at, end: (2**64 - 1, 2**64 - 1), "found the end at byte"),
+    ],
+)
+def test_headers_that_lead_astray(golden, kind, data, message):
+    file = bytearray(golden.read_bytes())
+    (root,) = struct.unpack_from("<Q", file, 64)
+    at = file.index(struct.pack("<2H", 17, 16), root)  # the message that says where the root's links are
+    struct.pack_into("<2H4x2Q", file, at, kind, 16, *data(at, len(file)))
+    golden.write_bytes(file)
+    with pytest.raises(ValueError, match=f"{golden}: not readable as HDF5 weights: .*{message}"):
+        TF_H5.read(golden)
 
 
 def test_very_many_groups(tmp_path):
