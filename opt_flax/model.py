@@ -25,6 +25,7 @@ from .inputs import check, columns, place, wanted
 from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, dropout, embed, embedding, layerdrop, norm, runner
 from .pretrained import FlaxOPTPreTrainedModel
 from .products import head, linear
+from .quantized import quantized
 
 
 class OPTAttention(nnx.Module):
@@ -200,7 +201,7 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
     architecture = "OPTModel"
 
     def build(self, **how: Any) -> None:
-        self.decoder = OPTDecoder(self.config, **how)
+        self.decoder = quantized(OPTDecoder(self.config, **how), **how)
 
     @functional
     @can_return_tuple

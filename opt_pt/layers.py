@@ -16,6 +16,7 @@ from opt_common.kin import Kin
 
 from .fast.layer import layer_forward
 from .fast.products import linear as linear  # a Linear, by its fastest route
+from .quantized import QuantizedLinear
 
 # As modules, so that hooks see them and users can replace them
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -104,6 +105,9 @@ def wide(x: Tensor) -> Tensor:
 @torch.no_grad()
 def init_weights(module: nn.Module, config: OPTConfig) -> None:
     """Draw the weights of a Linear or Embedding from N(0, init_std²); its bias and padding row are 0."""
+    if isinstance(module, QuantizedLinear):
+        module.reset_parameters(config.init_std)
+        return
     if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
         return
     module.weight.normal_(0.0, config.init_std)

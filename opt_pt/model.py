@@ -23,6 +23,7 @@ from .inputs import check, columns, loss_options, place, wanted
 from .layers import ACTIVATIONS, OPTLearnedPositionalEmbedding, cross_entropy, embedding, init_weights, linear, runner
 from .outputs import can_return_tuple, takes_cache
 from .pretrained import OPTPreTrainedModel
+from .quantized import quantized
 
 
 class OPTAttention(Kin, nn.Module):
@@ -127,9 +128,8 @@ class OPTDecoder(nn.Module):
         self.embed_positions = OPTLearnedPositionalEmbedding(P, H)
         self.project_out = nn.Linear(H, E, bias=False) if config.projects_embeddings else None
         self.project_in = nn.Linear(E, H, bias=False) if config.projects_embeddings else None
-        affine = config.layer_norm_elementwise_affine
-        norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine) if config.has_final_layer_norm else None
-        self.final_layer_norm = norm
+        norm: Any = {"eps": 1e-5, "elementwise_affine": config.layer_norm_elementwise_affine}
+        self.final_layer_norm = nn.LayerNorm(H, **norm) if config.has_final_layer_norm else None
         self.layers = nn.ModuleList(OPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
 
     @can_return_tuple
@@ -199,7 +199,7 @@ class OPTModel(OPTPreTrainedModel):
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
-        self.decoder = OPTDecoder(self.config)
+        self.decoder = quantized(OPTDecoder(self.config))
         self.apply(lambda module: init_weights(module, config))
 
     @can_return_tuple

@@ -329,7 +329,8 @@ class OPTPreTrainedModel(Kin, nn.Module):
         devices = device_of(model, device_map, max_memory, device)
         state = {}
         for spec, array in opened.tensors:
-            state[spec.name] = _tensor(array).to(device=devices(spec.path), dtype=wanted)
+            kind = getattr(torch, spec.dtype(opened.dtype))
+            state[spec.name] = _tensor(array).to(device=devices(spec.path), dtype=kind)
             del array  # or it would be held while the next is read
         for spec in opened.new:
             state[spec.name] = torch.zeros(spec.shape, device=devices(spec.path), dtype=wanted)

@@ -177,8 +177,9 @@ class TFOPTPreTrainedModel(Block, keras.Model):
             parameter = KERAS.parameter(model, spec)
             parameter.assign((draw if spec.kind == "linear" else tf.zeros)(parameter.shape, parameter.dtype))
         for spec, array in opened.tensors:
-            array = KERAS.oriented(spec, array).astype(numpy_dtype(opened.dtype), copy=False)
-            KERAS.parameter(model, spec).assign(array)
+            if spec.kind != "shape":  # which the layer knows
+                array = KERAS.oriented(spec, array).astype(numpy_dtype(spec.dtype(opened.dtype)), copy=False)
+                KERAS.parameter(model, spec).assign(array)
             del array  # or it would be held while the next is read
         model.config.name_or_path, model.generation_config = str(path_or_name), opened.generation
         if not output_loading_info:
@@ -212,7 +213,7 @@ class TFOPTPreTrainedModel(Block, keras.Model):
         """
         if push_to_hub:
             raise ValueError(f"push_to_hub: found {push_to_hub!r}; save, then huggingface_hub.upload_folder")
-        if quantized := [w.path for w in self.weights if "int" in w.dtype]:
+        if quantized := [w.path for w in self.weights if "int8" in w.dtype]:
             raise ValueError(
                 f"save_pretrained: found quantized weights, {quantized[0]} ..., wanted those of a checkpoint"
             )
@@ -303,6 +304,8 @@ class TFOPTPreTrainedModel(Block, keras.Model):
     def get_config(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self.config)
         del fields["_attn_implementation"]  # of the model that runs, not of the file
+        quantization = self.config.quantization_config
+        fields["quantization_config"] = quantization and quantization.to_dict()
         return super().get_config() | {"config": fields}
 
     @classmethod

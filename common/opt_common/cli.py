@@ -28,6 +28,7 @@ from .files import json_text, naming, plain
 from .frameworks import registered
 from .hub import DEMO
 from .progress import counter
+from .quantization import QuantizationConfig
 
 KEYS = " or ".join(registered())
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -248,6 +249,10 @@ def convert(
     to: Annotated[str, typer.Option(help=f"layout to write: {', '.join(WRITABLE)}")] = "safetensors",
     layout: From = None,
     dtype: Annotated[str | None, typer.Option(help="cast to float16, bfloat16 or float32; default: unchanged")] = None,
+    bits: Annotated[int | None, typer.Option(help="round the layers' matrices to 8 or 4 bits")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="how many weights of a row share a scale; default: all in 8 bits, 128 in 4")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="largest weight file, such as 200MB")] = MAX_SHARD_SIZE,
     plan: Annotated[
         bool, typer.Option("--plan", help="write nothing; show the files, memory and time it would take")
@@ -256,14 +261,18 @@ def convert(
 ) -> None:
     """Write a checkpoint in another layout, dtype or sharding, with its config, generation config and tokenizer.
 
-    Bit for bit unless --dtype is given. Killed at any moment, it leaves the target unchanged or complete.
+    Bit for bit unless --dtype or --bits is given. --dtype alone turns quantized weights into floats. Killed at any
+    moment, it leaves the target unchanged or complete.
     """
     from .checkpoints import convert as job
 
+    if bits is None and group_size is not None:
+        raise ValueError(f"--group-size: found {group_size}, wanted none without --bits")
+    quantization = None if bits is None else QuantizationConfig.rounding(bits, group_size)
     if plan:
-        _print_plan(job.plan(source, target, to, dtype, max_shard_size, layout), as_json)
+        _print_plan(job.plan(source, target, to, dtype, max_shard_size, layout, quantization), as_json)
         return
-    files = job.convert(source, target, to, dtype, max_shard_size, layout)
+    files = job.convert(source, target, to, dtype, max_shard_size, layout, quantization)
     written = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
     if as_json:
         _print_json(written)
