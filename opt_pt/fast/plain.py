@@ -50,6 +50,7 @@ def unwatched(x: Tensor) -> bool:
     function transform or dispatch mode (a FLOP counter, a fake tensor), and `x` is a plain tensor."""
     return not (
         type(x) not in (Tensor, Parameter)
+        or x.is_meta
         or torch.compiler.is_compiling()
         or hooks._has_any_global_hook()
         or nn.Module.__call__ is not _CALL
