@@ -222,6 +222,10 @@ class PositionalEmbedding(Embedding):
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__(num_embeddings + self.offset, embedding_dim)
 
+    def __call__(self, attention_mask: Tensor | None, past_key_values_length: int = 0, **kwargs: Any) -> Any:
+        # by name: Keras takes only tensors by position
+        return super().__call__(attention_mask, past_key_values_length=past_key_values_length, **kwargs)
+
     def call(
         self, attention_mask: Tensor | None, past_key_values_length: int = 0, position_ids: Tensor | None = None
     ) -> Tensor:

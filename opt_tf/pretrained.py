@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -228,11 +229,19 @@ class TFOPTPreTrainedModel(Network, keras.Model):
         )
         if saved_model:
             if signatures is None:
-                serve, dtypes = tf.function(self._serve), {"serving_default": "int32", "int64_serving": "int64"}
-                signatures = {name: serve.get_concrete_function(*_signature(dtype)) for name, dtype in dtypes.items()}
-            module = tf.Module()  # in place of the model, whose variables TFLite would not find
-            module.weights = [variable.value for variable in self.variables]
-            tf.saved_model.save(module, str(Path(save_directory, "saved_model", str(version))), signatures)
+                dtypes = {"serving_default": "int32", "int64_serving": "int64"}
+                signatures = {
+                    name: self.serving.get_concrete_function(_inputs(dtype)) for name, dtype in dtypes.items()
+                }
+            tf.saved_model.save(self, str(Path(save_directory, "saved_model", str(version))), signatures)
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type != "savedmodel":
+            return children
+        # in place of Keras's variables, in which TFLite does not find the values
+        values = {f"variables.{i}": variable.value for i, variable in enumerate(self.variables)}
+        return {name: child for name, child in children.items() if not isinstance(child, keras.layers.Layer)} | values
 
     # === Keras's training ===
 
@@ -289,8 +298,19 @@ class TFOPTPreTrainedModel(Network, keras.Model):
 
         archive = keras.export.ExportArchive()
         archive.track(self)
-        archive.add_endpoint("serve", self._serve, input_signature or _signature("int32"))
+        archive.add_endpoint("serve", self._serve, input_signature or [*self.input_signature.values()])
         archive.write_out(filepath, verbose=True if verbose is None else verbose, **kwargs)
+
+    @property
+    def input_signature(self) -> dict[str, tf.TensorSpec]:
+        """What `serving` takes."""
+        return _inputs("int32")
+
+    @tf.function(autograph=False)
+    def serving(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The output's tensors by their names, from input_ids and attention_mask: what a SavedModel of
+        `save_pretrained` computes, unless a subclass says something else."""
+        return self._serve(**inputs)
 
     def _serve(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         out = self(input_ids, attention_mask=attention_mask, training=False, use_cache=False, return_dict=True)
@@ -313,8 +333,8 @@ class TFOPTPreTrainedModel(Network, keras.Model):
         )
 
 
-def _signature(dtype: str) -> list[tf.TensorSpec]:
-    return [tf.TensorSpec((None, None), dtype, name) for name in ("input_ids", "attention_mask")]
+def _inputs(dtype: str) -> dict[str, tf.TensorSpec]:
+    return {name: tf.TensorSpec((None, None), dtype, name) for name in ("input_ids", "attention_mask")}
 
 
 def _empty(shape: tuple[int, ...], dtype: str) -> Tensor:

@@ -486,6 +486,9 @@ def test_saved_models_and_tflite(model, ids, tmp_path):
     wanted = np.asarray(model(ids, MASK).logits)[REAL]
     model.save_pretrained(tmp_path, saved_model=True)
     folder = str(tmp_path / "saved_model" / "1")
+    given = {"input_ids": ids, "attention_mask": MASK}
+    assert model.input_signature.keys() == given.keys()
+    close(np.asarray(model.serving(given)["logits"])[REAL], wanted)
     loaded = tf.saved_model.load(folder)
     for name, dtype in (("serving_default", "int32"), ("int64_serving", "int64")):
         given = {"input_ids": tf.constant(ids, dtype), "attention_mask": tf.constant(MASK, dtype)}
@@ -505,3 +508,6 @@ def test_saved_models_and_tflite(model, ids, tmp_path):
     lite = tf.lite.Interpreter(model_content=tf.lite.TFLiteConverter.from_saved_model(folder).convert())
     given = {"input_ids": ids, "attention_mask": MASK.astype(np.int32)}
     close(lite.get_signature_runner("serving_default")(**given)["logits"][REAL], wanted, 1e-4)
+    traced = likeliest.get_concrete_function()
+    lite = tf.lite.Interpreter(model_content=tf.lite.TFLiteConverter.from_concrete_functions([traced], model).convert())
+    np.testing.assert_array_equal(lite.get_signature_runner()(ids=ids)["next"], found["next"])
