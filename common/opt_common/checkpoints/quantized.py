@@ -119,7 +119,7 @@ class _Gptq:
         if name not in entries:
             raise ValueError(f"{self.qweight.file}: {name}: missing, wanted {list(shape)}")
         entry = entries[name]
-        if tuple(entry.shape) != shape or entry.dtype not in dtypes or not self.out:
+        if tuple(entry.shape) != shape or entry.dtype not in dtypes or not self.out * self.width:
             wanted = f"{' or '.join(dtypes)} {list(shape)}"
             raise ValueError(f"{entry.file}: {name}: found {entry.dtype} {list(entry.shape)}, wanted {wanted}")
         return entry
@@ -162,11 +162,14 @@ class _Gptq:
 
         def read() -> np.ndarray:
             group = self.in_order() if self.g_idx is None else self.g_idx.read()
-            if group.min() < 0 or group.max() >= len(scales := self.scales.read()):
+            scales = self.scales.read()
+            if group.min() < 0 or group.max() >= len(scales):
                 raise self.error("g_idx", f"groups {group.min()} to {group.max()}", f"0 to {len(scales) - 1}")
             _check(Spec(self.path, "scale", scales.shape, ()), self.scales, scales)
             numbers = unpack(np.ascontiguousarray(self.qweight.map().T), self.bits)  # [out, in]
-            weight = numbers.astype(np.float32) - self.zeros().T[:, group]
-            return (weight * scales.T[:, group]).astype(np.float32)
+            weight = numbers.astype(np.float32)
+            weight -= self.zeros().astype(np.float32).T[:, group]
+            weight *= scales.astype(np.float32).T[:, group]
+            return weight
 
         return {f"{self.path}.weight": Entry((self.out, self.width), "float32", self.qweight.file, read, read)}
