@@ -110,7 +110,7 @@ class OPTDecoderLayer(nn.Block):
         return hidden_states, weights, past_key_values
 
 
-class OPTDecoder(nn.Block):
+class OPTDecoder(nn.Network):
     """Embeddings, the layers, and the final norm and projection where the size has them."""
 
     def __init__(self, config: OPTConfig) -> None:

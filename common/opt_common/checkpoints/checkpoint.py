@@ -141,12 +141,12 @@ def of_one_save(folder: Path, read: Callable[[], T]) -> T:
 def _version(folder: Path) -> list[tuple[int, ...] | None]:
     """What is another after another save."""
     there = _stamp(folder)
-    return [there and there[:1], *(_stamp(folder / name) for name in ("config.json", *FILES))]
+    return [there and there[:1], *(_stamp(os.path.join(folder, name)) for name in ("config.json", *FILES))]
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
+def _stamp(path: Path | str) -> tuple[int, ...] | None:
     try:
-        found = path.stat()
+        found = os.stat(path)
     except (OSError, ValueError):  # a name may hold a null byte
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
