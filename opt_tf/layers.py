@@ -17,9 +17,7 @@ from tensorflow import Tensor
 from opt_common.config import OPTConfig
 from opt_common.inputs import check_classes, check_kind
 
-from .inputs import as_raised, integers
-
-from .inputs import arguments
+from .inputs import arguments, as_raised, integers
 
 PARTS = 16  # of a matrix, for a product of few rows
 
