@@ -9,12 +9,14 @@ from .fast.plain import register
 from .heads import OPTForQuestionAnswering, OPTForSequenceClassification
 from .layers import OPTLearnedPositionalEmbedding
 from .model import OPTAttention, OPTDecoder, OPTDecoderLayer, OPTForCausalLM, OPTModel
+from .parallel import LinearByInputs, LinearByOutputs, QuantizedByInputs, QuantizedByOutputs
 from .pretrained import OPTPreTrainedModel as OPTPreTrainedModel
 from .quantized import QuantizedLinear
 
 register(
-    OPTLearnedPositionalEmbedding, OPTAttention, OPTDecoderLayer, OPTDecoder, OPTModel, OPTForCausalLM, QuantizedLinear
-)
+    OPTLearnedPositionalEmbedding, OPTAttention, OPTDecoderLayer, OPTDecoder, OPTModel, OPTForCausalLM, QuantizedLinear,
+    LinearByOutputs, LinearByInputs, QuantizedByOutputs, QuantizedByInputs,
+)  # fmt: skip
 
 # transformers' names for what finds out itself which model it loads: here an OPT, or an error
 AutoConfig = OPTConfig

@@ -81,6 +81,7 @@ class KVCache(Kin):
         slots: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        heads: int | None = None,
     ) -> None:
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
@@ -91,7 +92,8 @@ class KVCache(Kin):
             if (config, batch, slots, device, dtype) != (None, None, None, None, None):
                 raise ValueError("KVCache: found some of config, batch and slots, wanted all of them, or none to grow")
             return
-        shape, layers = (batch, config.num_attention_heads, slots, config.head_dim), config.num_hidden_layers
+        heads, layers = heads or config.num_attention_heads, config.num_hidden_layers
+        shape = (batch, heads, slots, config.head_dim)
         # zeros: a slot that is padding may never be written, and a weight of 0 times what is there must be 0
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]

@@ -147,7 +147,8 @@ def check(
         raise ValueError(f"past_key_values: found {type(cache).__name__}, wanted a KVCache")
     if isinstance(cache, KVCache) and cache.k:
         _, heads, _, width = cache.k[0].shape
-        check_cache(config, len(cache) if cache.fixed else None, heads, width)
+        fewer = heads < config.num_attention_heads  # of pruned layers, or of one of several devices
+        check_cache(config, len(cache) if cache.fixed else None, None if fewer else heads, width)
     past, whole = past_length(cache), attention_mask is not None and attention_mask.ndim == 4
     if input_ids is not None and input_ids.ndim not in (0, 2) and input_ids.numel() > 0:
         input_ids = input_ids.reshape(-1, input_ids.shape[-1])

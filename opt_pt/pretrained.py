@@ -20,6 +20,7 @@ from opt_common.generation import GenerationConfig
 from opt_common.kin import Kin
 from opt_common.weights import TORCH, Spec, table
 
+from . import parallel
 from .attention import check_implementation
 from .cache import KVCache
 from .devices import check_device_map, device_of, dispatch, single_device
@@ -150,12 +151,15 @@ class OPTPreTrainedModel(Kin, nn.Module):
             new.normal_(0.0, self.config.init_std)
         return nn.Parameter(torch.cat([kept, new]), weight.requires_grad)
 
+    tp_size, tp_rank = 1, 0  # of how many processes that share the model this is which
+
     # === How it runs ===
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache with room for `max_length` tokens a row, all of it allocated now."""
-        weight = self._decoder.embed_positions.weight
-        return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype)
+        weight, layers = self._decoder.embed_positions.weight, self._decoder.layers
+        heads = layers[0].self_attn.num_heads if layers else None  # fewer than the config's on each of several devices
+        return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype, heads)
 
     def set_attn_implementation(self, name: str) -> None:
         """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
@@ -306,6 +310,7 @@ class OPTPreTrainedModel(Kin, nn.Module):
         max_memory: dict[Any, Any] | None = None,
         offload_folder: str | Path | None = None,
         attn_implementation: str | None = None,
+        tp_plan: str | None = None,
         output_loading_info: bool = False,
         state_dict: dict[str, Tensor] | None = None,
         **options: Any,
@@ -320,6 +325,8 @@ class OPTPreTrainedModel(Kin, nn.Module):
         device_map: the same, or "auto", "balanced", "sequential" or a dictionary from modules to devices, for several;
             with max_memory and offload_folder as in accelerate, which must be installed.
         attn_implementation: "sdpa" (the default), "eager" or "flash_attention_2"; see `opt_pt.attention`.
+        tp_plan: "auto" under torchrun splits each layer over its processes, one a GPU, each of which reads its part.
+            To learn with dropout, give all of them the same seed.
         output_loading_info: also return which weights were new or not used.
         state_dict: the weights, with None for pretrained_model_name_or_path and config=.
         options: those of `opt_common.checkpoints.pretrained.open_pretrained`: config=, revision, cache_dir, token,
@@ -336,6 +343,12 @@ class OPTPreTrainedModel(Kin, nn.Module):
             model = cls.from_config(options["config"], attn_implementation, dtype=name)
             model.load_state_dict(state_dict)
             return model.to(device or single_device(device_map)).eval()
+        if tp_plan is not None and (tp_plan != "auto" or device_map is not None):
+            found = f"{tp_plan!r}" + (f" with device_map {device_map!r}" if device_map is not None else "")
+            raise ValueError(f'tp_plan: found {found}, wanted "auto" alone')
+        rank, world = (0, 1) if tp_plan is None else parallel.processes()
+        if tp_plan is not None and device is None and torch.distributed.get_backend() == "nccl":
+            device = torch.device("cuda", torch.cuda.current_device())
         check_device_map(device_map, max_memory, offload_folder)
         device = single_device(device_map) if device is None else device
         if device is None and device_map is None:
@@ -348,12 +361,17 @@ class OPTPreTrainedModel(Kin, nn.Module):
         with torch.device("meta"):  # shapes without memory, and no random numbers
             model = cls(opened.config) if attn_implementation is None else cls(opened.config, attn_implementation)
         model.to(wanted)
+        if tp_plan is not None:
+            parallel.check(opened.config, world)
+            parallel.split(model._decoder, world)
+            model.tp_size, model.tp_rank = world, rank
         devices = device_of(model, device_map, max_memory, device)
         state = {}
         for spec, array in opened.tensors:
             kind = getattr(torch, spec.dtype(opened.dtype))
-            state[spec.name] = _tensor(array).to(device=devices(spec.path), dtype=kind)
-            del array  # or it would be held while the next is read
+            mine = _tensor(array) if world == 1 else parallel.part(spec, _tensor(array), rank, world).contiguous()
+            state[spec.name] = mine.to(device=devices(spec.path), dtype=kind)
+            del array, mine  # or it would be held while the next is read
         for spec in opened.new:
             state[spec.name] = torch.zeros(spec.shape, device=devices(spec.path), dtype=wanted)
             if spec.kind == "linear":
@@ -404,9 +422,12 @@ class OPTPreTrainedModel(Kin, nn.Module):
         if push_to_hub or variant is not None:
             name = "push_to_hub" if push_to_hub else "variant"
             raise ValueError(f"{name}: found {push_to_hub or variant!r}; save, then huggingface_hub.upload_folder")
+        weights = state_dict if state_dict is not None else {}
+        if self.tp_size > 1 and state_dict is None:
+            weights = parallel.whole(self)  # of which the first process writes
+            is_main_process = is_main_process and self.tp_rank == 0
         if not is_main_process:
             return
-        weights = state_dict if state_dict is not None else {}
 
         def get(spec: Spec) -> np.ndarray:
             return _array((weights[spec.name] if spec.name in weights else TORCH.parameter(self, spec)).detach())

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import parallel
 from ..cache import KVCache
 from ..quantized import QuantizedLinear
-from .plain import standard, unwatched
+from .plain import LINEARS, Linears, standard, unwatched
 
 if TYPE_CHECKING:
     from ..generation.text import Text
@@ -34,7 +35,9 @@ def can_step(model: Any, token: Tensor) -> bool:
     device = token.device
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return usual(model, device) and unwatched(token) and standard(model, _linears(model))
+    if not (usual(model, device) and unwatched(token)):
+        return False
+    return standard(model, _linears(model), lambda spec: parallel.shape(spec, model.tp_size))
 
 
 def usual(model: Any, device: torch.device) -> bool:
@@ -53,10 +56,20 @@ def usual(model: Any, device: torch.device) -> bool:
     )
 
 
-def _linears(model: Any) -> type[nn.Module]:
-    """The class that all the Linears of the decoder's layers have to be."""
-    layers = model.model.decoder.layers
-    return QuantizedLinear if layers and isinstance(layers[0].fc1, QuantizedLinear) else nn.Linear
+KINDS: tuple[Linears, ...] = (
+    LINEARS,
+    (QuantizedLinear, QuantizedLinear),
+    (parallel.LinearByOutputs, parallel.LinearByInputs),
+    (parallel.QuantizedByOutputs, parallel.QuantizedByInputs),
+)
+
+
+def _linears(model: Any) -> Linears:
+    """Which of `KINDS` all the layers have to have."""
+    for layer in model.model.decoder.layers:
+        if (type(layer.fc1), type(layer.fc2)) in KINDS:
+            return type(layer.fc1), type(layer.fc2)
+    return LINEARS
 
 
 def _activation(module: nn.Module) -> str | None:
@@ -175,6 +188,7 @@ class Step:
         config, device, dtype = model.config, mask.device, cache.k[0].dtype
         self.config = config
         B, H, slots = len(token), config.hidden_size, cache.k[0].shape[2]
+        self.heads = cache.k[0].shape[1]  # this process's
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
@@ -186,11 +200,12 @@ class Step:
         self.visible = torch.zeros(B // tail, slots, device=device, dtype=torch.uint8)
         self.visible[:, : cache.length] = mask
         self.words, self.place = empty(B, config.embed_dim), empty(B, H)
-        self.x, self.y, self.q, self.attended = (empty(B, H) for _ in range(4))
-        self.between, self.logits = empty(B, config.ffn_dim), empty(B, config.vocab_size)
+        self.x, self.y = empty(B, H), empty(B, H)
+        self.q, self.attended = (empty(B, self.heads * config.head_dim) for _ in range(2))
+        self.between, self.logits = empty(B, config.ffn_dim // model.tp_size), empty(B, config.vocab_size)
         self.normed = empty(B, max(H, config.embed_dim))
         self.narrow = empty(B, config.embed_dim)
-        N, D = config.num_attention_heads, _power(config.head_dim)
+        N, D = self.heads, _power(config.head_dim)
         self.block, self.warps, self.splits = tiles_attend(B, N, slots)
         self.partial = empty(B, N, self.splits, 2 + D, dtype=torch.float32)
         self.arrived = torch.zeros(B, N, device=device, dtype=torch.int32)
@@ -205,6 +220,7 @@ class Step:
         self.activation = _activation(self.layers[0].activation_fn)
         # what the kernels are compiled for
         self.variant = (config.to_json(), B, tail, table is None, self.block, self.splits, dtype, device)
+        self.variant += (self.heads, model.tp_rank > 0)
         self.compiling: list[Any] | None = None  # the kernels of a call that only compiles
 
     def __call__(self) -> Tensor:
@@ -233,11 +249,13 @@ class Step:
             self._linear(x, qkv, self.q, norm=norm, layer=i)
             self._attend(i, attention.out_proj)
             self._linear(self.attended, [attention.out_proj], y, residual=x, residual_norm=last)
+            self._sum(y)
             if not pre_norm:
                 last = layer.self_attn_layer_norm
             norm = layer.final_layer_norm if pre_norm else last
             self._linear(y, [layer.fc1], self.between, norm=norm, activation=self.activation, reader=layer.fc2)
             self._linear(self.between, [layer.fc2], x, residual=y, residual_norm=last)
+            self._sum(x)
             if not pre_norm:
                 last = layer.final_layer_norm
         last = decoder.final_layer_norm if pre_norm else last
@@ -304,14 +322,18 @@ class Step:
         first, qkv, parts = linears[0], layer is not None, len(linears)
         quantized = isinstance(first, QuantizedLinear)
         M, K = (first.out_features, first.in_features) if quantized else first.weight.shape
-        bias = first.bias is not None
+        summed = isinstance(first, parallel.ByInputs)
+        if summed and self.model.tp_rank > 0:  # the first process adds the bias and the residual
+            bias, residual = False, None
+        else:
+            bias = first.bias is not None
         # three of each; what is not there is anything that is a pointer: it is not read
         ws = [f.weight_packed if quantized else f.weight for f in linears] * (3 // parts)
         bs = [w if f.bias is None else f.bias for f, w in zip(linears, ws, strict=False)] * (3 // parts)
         name = activation or "none"
         k, v = (self.cache.k[layer], self.cache.v[layer]) if layer is not None else (out, out)
         affine = self.config.layer_norm_elementwise_affine
-        H, D = self.config.hidden_size, self.config.head_dim
+        H, D = M if qkv else self.config.hidden_size, self.config.head_dim
         if self.B == 1 and not quantized:
             BLOCK_M, BLOCK_K, warps = tiles_one(parts * M, K)
             gain, shift = (norm.weight, norm.bias) if norm is not None and affine else (x, x)
@@ -376,8 +398,13 @@ class Step:
             num_warps=warps, **constants,
         )  # fmt: skip
 
+    def _sum(self, x: Tensor) -> None:
+        """x over the processes that share the model."""
+        if self.model.tp_size > 1 and self.compiling is None:
+            parallel.summed(x)
+
     def _attend(self, layer: int, reader: nn.Module) -> None:
-        N, D = self.config.num_attention_heads, self.config.head_dim
+        N, D = self.heads, self.config.head_dim
         self._run(
             self.kernels.attend, (N, self.B, self.splits),
             self.q, self.cache.k[layer], self.cache.v[layer], self.visible, self.slot,

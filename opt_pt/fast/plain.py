@@ -18,7 +18,7 @@ from torch.nn.modules import module as hooks
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from opt_common.weights import table
+from opt_common.weights import Spec, table
 
 _CALL = nn.Module.__call__
 # exact types, each with the forward it had when this package was imported; `register` adds the model's own
@@ -69,33 +69,45 @@ def plain(module: Any, cls: type[nn.Module]) -> bool:
     return type(module) is cls and untouched(module) and "weight" in module._parameters and "bias" in module._parameters
 
 
+def _plain_linear(module: nn.Module | None, cls: type[nn.Module]) -> bool:
+    if cls is nn.Linear:
+        return plain(module, cls)
+    return module is not None and type(module) is cls and untouched(module)
+
+
 def _only_default_devices() -> bool:
     """Whether the modes around PyTorch's functions only say where new tensors go (`with torch.device(...)`)."""
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def plain_layer(layer: nn.Module, linears: type[nn.Module] = nn.Linear) -> bool:
+Linears = tuple[type[nn.Module], type[nn.Module]]  # the class of q, k, v and fc1, and that of out_proj and fc2
+LINEARS: Linears = (nn.Linear, nn.Linear)
+
+
+def plain_layer(layer: nn.Module, linears: Linears = LINEARS) -> bool:
     """Whether a decoder layer, its attention and all their parts are untouched and of the usual types, its Linears
-    exactly `linears`."""
+    exactly of the classes `linears`."""
     m = layer._modules
     attention = m.get("self_attn")
     if attention is None or not (untouched(layer) and untouched(attention)):
         return False
     a = attention._modules
-    for linear in (a.get("q_proj"), a.get("k_proj"), a.get("v_proj"), a.get("out_proj"), m.get("fc1"), m.get("fc2")):
-        if linear is None or type(linear) is not linears or not untouched(linear):
+    for linear in (a.get("q_proj"), a.get("k_proj"), a.get("v_proj"), m.get("fc1")):
+        if not _plain_linear(linear, linears[0]):
             return False
-        if linears is nn.Linear and not plain(linear, linears):
-            return False
+    if not (_plain_linear(a.get("out_proj"), linears[1]) and _plain_linear(m.get("fc2"), linears[1])):
+        return False
     if not (plain(m.get("self_attn_layer_norm"), nn.LayerNorm) and plain(m.get("final_layer_norm"), nn.LayerNorm)):
         return False
     activation = m.get("activation_fn")
     return activation is not None and untouched(activation)
 
 
-def standard(model: Any, linears: type[nn.Module] = nn.Linear) -> bool:
+def standard(
+    model: Any, linears: Linears = LINEARS, shape: Callable[[Spec], tuple[int, ...]] = lambda spec: spec.shape
+) -> bool:
     """Whether a language model is in eval mode, all of its modules are plain, the Linears of its layers exactly
-    `linears`, and its numbers are its config's: what the decoding engines take as given."""
+    `linears`, and its numbers are its config's: what the decoding engines take as given. shape: of a tensor."""
     config, decoder = model.config, getattr(model.model, "decoder", None)
     if "prepare_inputs_for_generation" in model.__dict__:  # peft's prompt tuning wraps it
         return False
@@ -116,7 +128,7 @@ def standard(model: Any, linears: type[nn.Module] = nn.Linear) -> bool:
             return False
         if layer.do_layer_norm_before != config.do_layer_norm_before:
             return False
-    shapes = {spec.name: spec.shape for spec in table(config)}
+    shapes = {spec.name: shape(spec) for spec in table(config)}
     norms = [m for m in model.modules() if type(m) is nn.LayerNorm]
     return all(norm.eps == 1e-5 for norm in norms) and all(
         tuple(p.shape) == shapes.get(name) for name, p in model.named_parameters()

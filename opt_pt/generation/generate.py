@@ -15,6 +15,7 @@ from torch import Tensor
 from opt_common.generation import Options, Prompt, pieces, prompt
 from opt_common.outputs import GenerateOutput
 
+from ..parallel import agreed
 from . import beams, drafts, loop
 from .choosing import Chooser
 from .passes import Passes, passes
@@ -69,6 +70,8 @@ class Writer:
 
     def __init__(self, model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str, Any]) -> None:
         options, inputs = _divided(model, options)
+        if model.tp_size > 1:
+            options["seed"] = agreed(options.get("seed"))
         given = prompt(model.config, _numpy(input_ids), _numpy(attention_mask), options, model.generation_config)
         settings, sources = given.settings, (input_ids, options.get("inputs"), options.get("inputs_embeds"))
         self.home = next((x.device for x in sources if isinstance(x, Tensor)), model.device)  # where the result goes

@@ -147,8 +147,7 @@ class OnCPU(Passes):
 
     def _room(self, slots: int) -> KVCache:
         """An empty cache for the prompts."""
-        dtype = self.model.model.decoder.embed_positions.weight.dtype
-        return KVCache(self.model.config, len(self.mask) // self.text.copies, slots, self.mask.device, dtype)
+        return self.model.init_cache(len(self.mask) // self.text.copies, slots)
 
     def _step(self, cache: KVCache) -> Any:
         """What makes a pass over one token a row, behind the cache of the prompts."""
@@ -213,8 +212,8 @@ class OnGPU(OnCPU):
         return logits
 
     def _room(self, slots: int) -> KVCache:
-        R, n, dtype = len(self.mask), self.text.copies, self.model.model.decoder.embed_positions.weight.dtype
-        self.cache = KVCache(self.model.config, R, slots + self.draft, self.mask.device, dtype)
+        n = self.text.copies
+        self.cache = self.model.init_cache(len(self.mask), slots + self.draft)
         if n == 1:
             return self.cache
         prompts = KVCache()  # the first row of each

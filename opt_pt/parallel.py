@@ -1,0 +1,182 @@
+"""One model over several GPUs, a process each: tensor parallelism.
+
+A layer's first products are split by outputs, its second by inputs: a process has some of the heads and some of the
+feed-forward, and only the sums behind `out_proj` and `fc2` meet (Shoeybi et al. 2019, arXiv:1909.08053). Embeddings,
+norms and the head are whole everywhere, so that every process has all logits and chooses the same tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opt_common.config import OPTConfig
+from opt_common.weights import TORCH, Spec, table
+
+from .quantized import QuantizedLinear
+
+BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "fc1")
+BY_INPUTS = ("out_proj", "fc2")
+
+
+class ByOutputs:
+    """A Linear that has some of the outputs. The gradients of its input meet."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(_Split.apply(input) if torch.is_grad_enabled() else input)  # type: ignore[misc]
+
+
+class ByInputs:
+    """A Linear that has some of the inputs. Its outputs are summed over the processes, and the bias added once."""
+
+    weight: Any
+    bias: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.linear(input, self.weight.to(input.dtype))
+        y = _Met.apply(y) if torch.is_grad_enabled() else summed(y)
+        return y if self.bias is None else y + self.bias  # type: ignore[return-value]
+
+
+class LinearByOutputs(ByOutputs, nn.Linear):
+    __doc__ = ByOutputs.__doc__
+
+
+class LinearByInputs(ByInputs, nn.Linear):
+    __doc__ = ByInputs.__doc__
+
+
+class QuantizedByOutputs(ByOutputs, QuantizedLinear):
+    __doc__ = ByOutputs.__doc__
+
+
+class QuantizedByInputs(ByInputs, QuantizedLinear):
+    __doc__ = ByInputs.__doc__
+
+
+def summed(x: Tensor) -> Tensor:
+    """x, summed over the processes in place."""
+    dist.all_reduce(x)
+    return x
+
+
+class _Split(torch.autograd.Function):
+    """As it is; the gradients of all processes are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return summed(grad.contiguous().clone())
+
+
+class _Met(torch.autograd.Function):
+    """The sum over the processes; each has all of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return summed(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+def processes() -> tuple[int, int]:
+    """This process's number, and how many there are; under torchrun, join the others first.
+
+    Raises RuntimeError outside of torchrun, if nobody has called `torch.distributed.init_process_group`.
+    """
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            raise RuntimeError("tp_plan: found one process, wanted several: torchrun --nproc-per-node 2 script.py")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+        else:
+            dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def check(config: OPTConfig, world: int) -> None:
+    """Raise ValueError if a config's heads, features or groups cannot be split evenly over `world` processes."""
+    for name in ("num_attention_heads", "ffn_dim"):
+        if getattr(config, name) % world:
+            raise ValueError(f"tp_plan: found {name} {getattr(config, name)}, wanted a multiple of {world} processes")
+    for spec in table(config, "OPTModel"):
+        for n, axis in zip(spec.shape, spec.axes, strict=True):
+            if spec.packing is not None and axis in ("heads", "ffn") and n > 1 and n % world:
+                raise ValueError(f"tp_plan: {spec.name}: found {n} columns, wanted a multiple of {world} processes")
+
+
+def split(decoder: Any, world: int) -> None:
+    """Replace the Linears of a decoder's layers with those of one of `world` processes, without values."""
+    for layer in decoder.layers:
+        layer.self_attn.num_heads //= world
+        for parent in (layer.self_attn, layer):
+            for name in (*BY_OUTPUTS, *BY_INPUTS):
+                if (old := parent._modules.get(name)) is not None:
+                    setattr(parent, name, _part(old, name in BY_OUTPUTS, world))
+
+
+def _part(old: Any, by_outputs: bool, world: int) -> nn.Module:
+    into, out = old.in_features, old.out_features
+    into, out = (into, out // world) if by_outputs else (into // world, out)
+    if isinstance(old, QuantizedLinear):
+        cls = QuantizedByOutputs if by_outputs else QuantizedByInputs
+        with torch.device(old.weight_packed.device):
+            return cls(into, out, old.packing, old.bias is not None).to(old.weight_scale.dtype)
+    cls = LinearByOutputs if by_outputs else LinearByInputs
+    return cls(into, out, old.bias is not None, old.weight.device, old.weight.dtype)
+
+
+def shape(spec: Spec, world: int) -> tuple[int, ...]:
+    """The shape of what one of `world` processes has of a tensor of the checkpoint."""
+    if spec.kind == "shape":
+        return spec.shape
+    return tuple(
+        n // world if axis in ("heads", "ffn") and n > 1 else n for n, axis in zip(spec.shape, spec.axes, strict=True)
+    )
+
+
+def part(spec: Spec, tensor: Tensor, rank: int, world: int) -> Tensor:
+    """What a process has of a tensor of the checkpoint, a view of it."""
+    if spec.kind == "shape":
+        out, into = spec.matrix
+        name = spec.path.rpartition(".")[2]
+        return torch.tensor([out // world if name in BY_OUTPUTS else out, into // world if name in BY_INPUTS else into])
+    for axis, n in enumerate(shape(spec, world)):
+        tensor = tensor.narrow(axis, rank * n if n < tensor.shape[axis] else 0, n)
+    return tensor
+
+
+def whole(model: Any) -> dict[str, Tensor]:
+    """All of a split model's tensors in the main memory, by their names in a checkpoint. Every process must call it;
+    only the first one's result is full."""
+    rank, world = processes()
+    found = {}
+    for spec in table(model.config, model.architecture):
+        mine = TORCH.parameter(model, spec).detach().contiguous()
+        if spec.kind == "shape":
+            mine = torch.tensor(spec.matrix)
+        elif (axis := next((i for i, n in enumerate(mine.shape) if n < spec.shape[i]), None)) is not None:
+            parts = [torch.empty_like(mine) for _ in range(world)]
+            dist.all_gather(parts, mine)
+            mine = torch.cat(parts, dim=axis)
+        if rank == 0:
+            found[spec.name] = mine.cpu()
+    return found
+
+
+def agreed(seed: int | None) -> int:
+    """The seed, or one that the first process draws: all must choose the same tokens."""
+    given = [int(torch.randint(2**62, ())) if seed is None else seed]
+    dist.broadcast_object_list(given)
+    return given[0]
