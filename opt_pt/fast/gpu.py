@@ -79,7 +79,7 @@ def _activation(module: nn.Module) -> str | None:
     return {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}.get(type(module))
 
 
-def _pairs(linear: nn.Module) -> int:
+def _pairs(linear: Any) -> int:
     """Of how many numbers of its input the even ones are to lie before the odd ones, if several rows are."""
     if isinstance(linear, QuantizedLinear) and linear.packing.bits == 4:
         return block_quantized(linear)
@@ -210,6 +210,7 @@ class Step:
         self.partial = empty(B, N, self.splits, 2 + D, dtype=torch.float32)
         self.arrived = torch.zeros(B, N, device=device, dtype=torch.int32)
         self.best, self.where = empty(B, CHUNKS, dtype=torch.float32), empty(B, CHUNKS, dtype=torch.int32)
+        self.sum = parallel.Sum(B, H, dtype=dtype, device=device) if model.tp_size > 1 else None
         self.lying = 0  # the `_pairs` of what `normed` holds
         self.gpu = GPU.of(device)
         self.pdl = self.gpu.early_start
@@ -249,13 +250,11 @@ class Step:
             self._linear(x, qkv, self.q, norm=norm, layer=i)
             self._attend(i, attention.out_proj)
             self._linear(self.attended, [attention.out_proj], y, residual=x, residual_norm=last)
-            self._sum(y)
             if not pre_norm:
                 last = layer.self_attn_layer_norm
             norm = layer.final_layer_norm if pre_norm else last
             self._linear(y, [layer.fc1], self.between, norm=norm, activation=self.activation, reader=layer.fc2)
             self._linear(self.between, [layer.fc2], x, residual=y, residual_norm=last)
-            self._sum(x)
             if not pre_norm:
                 last = layer.final_layer_norm
         last = decoder.final_layer_norm if pre_norm else last
@@ -317,16 +316,34 @@ class Step:
         layer: int | None = None,
         reader: nn.Module | None = None,
     ) -> None:
+        """As `_product`; what is split by inputs is summed over the processes, the first of which adds the rest."""
+        if self.sum is None or not isinstance(linears[0], parallel.ByInputs):
+            self._product(x, linears, out, norm, activation, residual, residual_norm, layer, reader)
+            return
+        if self.model.tp_rank > 0:
+            residual = residual_norm = None
+        self._product(x, linears, self.sum.mine, norm, activation, residual, residual_norm, layer, reader)
+        if self.compiling is None:
+            self.sum.into(out)
+
+    def _product(
+        self,
+        x: Tensor,
+        linears: list[Any],
+        out: Tensor,
+        norm: nn.LayerNorm | None,
+        activation: str | None,
+        residual: Tensor | None,
+        residual_norm: nn.LayerNorm | None,
+        layer: int | None,
+        reader: nn.Module | None,
+    ) -> None:
         """out = act(norm(x) wᵀ + b) + residual_norm(residual). With `layer` the weights are those of q, k and v, of
         which k and v go to that layer's cache. `reader`: the Linear that reads out."""
         first, qkv, parts = linears[0], layer is not None, len(linears)
         quantized = isinstance(first, QuantizedLinear)
         M, K = (first.out_features, first.in_features) if quantized else first.weight.shape
-        summed = isinstance(first, parallel.ByInputs)
-        if summed and self.model.tp_rank > 0:  # the first process adds the bias and the residual
-            bias, residual = False, None
-        else:
-            bias = first.bias is not None
+        bias = first.bias is not None and not (isinstance(first, parallel.ByInputs) and self.model.tp_rank > 0)
         # three of each; what is not there is anything that is a pointer: it is not read
         ws = [f.weight_packed if quantized else f.weight for f in linears] * (3 // parts)
         bs = [w if f.bias is None else f.bias for f, w in zip(linears, ws, strict=False)] * (3 // parts)
@@ -397,11 +414,6 @@ class Step:
             BLOCK_B=BLOCK_B, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, STAGES=stages, EARLY=early, SPLITS=splits,
             num_warps=warps, **constants,
         )  # fmt: skip
-
-    def _sum(self, x: Tensor) -> None:
-        """x over the processes that share the model."""
-        if self.model.tp_size > 1 and self.compiling is None:
-            parallel.summed(x)
 
     def _attend(self, layer: int, reader: nn.Module) -> None:
         N, D = self.heads, self.config.head_dim

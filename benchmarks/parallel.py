@@ -1,0 +1,145 @@
+"""One model over several GPUs, a process each:
+
+    torchrun --nproc-per-node 2 -m benchmarks parallel --out parallel.json
+    torchrun --nproc-per-node 1 -m benchmarks parallel --cells 30b:16
+    torchrun --nproc-per-node 2 -m benchmarks parallel --smoke     # tiny models on the CPU: proves the code alone
+
+Random weights of the real shapes, made where they lie; a cell is a size and the bits of its layers' weights (16 is
+float16; 4 in groups of 128). Greedy, prompt 64: 96 more new tokens over the seconds that a call with 32 + 96 takes
+longer than one with 32. read: bytes of weights a step, of one process. of_copy: of the rate at which a GPU copies
+within its memory, in the same run. first_ms: 512 tokens of prompt and one new token, whole call. sum_us: one sum of a
+row of hidden states over the processes, of many in one CUDA graph, as a step has two a layer.
+
+`answers` compares the split model with the whole one on each GPU: relative error of the logits, float16 both, and how
+many of 32 greedy tokens agree before the first that does not.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+
+from benchmarks import systems
+from benchmarks.bits import copied
+from benchmarks.gpu import PROMPT, generator, steady
+from benchmarks.report import Row, console, heading, over, say, show
+from benchmarks.systems import Setup, forward, wall_ms
+from opt_common.files import write_atomically
+from opt_common.quantization import QuantizationConfig
+from opt_common.weights import TORCH, table
+from opt_pt import OPTForCausalLM, parallel
+from opt_pt.quantized import QuantizedLinear
+
+
+def build(setup: Setup, size: str, bits: int, rank: int, world: int) -> OPTForCausalLM:
+    """This process's part, random."""
+    packing = None
+    if bits < 16:
+        packing = QuantizationConfig.rounding(bits, None if bits == 8 else 32 if setup.smoke else 128)
+    model = empty(setup, size, packing, rank, world)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.is_floating_point():
+                p.fill_(1) if "norm.weight" in name else p.normal_(0, 0.02)
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.reset_parameters(0.02)
+    return model
+
+
+def empty(setup: Setup, size: str, packing: Any, rank: int, world: int) -> OPTForCausalLM:
+    config = setup.config(size).changed(quantization_config=packing)
+    with torch.device("meta"):
+        model = OPTForCausalLM(config).to(setup.dtype)
+    parallel.check(config, world)
+    parallel.split(model.model.decoder, world)
+    model.tp_size, model.tp_rank = world, rank
+    model.to_empty(device=setup.device)
+    model.tie_weights()
+    return model.eval()
+
+
+def answers(setup: Setup, size: str, rank: int, world: int) -> Row:
+    whole, ids = systems.build_ours(setup, size), setup.tokens(size, 1, PROMPT)
+    split = empty(setup, size, None, rank, world)
+    for spec in table(whole.config):
+        TORCH.parameter(split, spec).data.copy_(parallel.part(spec, TORCH.parameter(whole, spec).data, rank, world))
+    one, several = (forward(model, ids).double() for model in (whole, split))
+    texts = [
+        m.generate(ids, max_new_tokens=setup.length(32), eos_token_id=[])[0, ids.shape[1] :] for m in (whole, split)
+    ]
+    same = int((texts[0] == texts[1]).int().cumprod(0).sum())
+    return {
+        "size": size,
+        "logits": float((several - one).norm() / one.norm()),
+        "same_tokens": same,
+        "of": len(texts[0]),
+    }
+
+
+def sum_us(setup: Setup, width: int) -> float | None:
+    if setup.smoke:
+        return None
+    x, times = torch.zeros(1, width, device=setup.device, dtype=setup.dtype), 200
+    add = parallel.Sum(*x.shape, dtype=x.dtype, device=x.device)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        add.into(x)
+        torch.cuda.synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        for _ in range(times):
+            add.into(x)
+        graph.capture_end()
+    torch.cuda.synchronize()
+    return 1000 * min(wall_ms(setup, graph.replay) for _ in range(5)) / times
+
+
+def measure(
+    setup: Setup, size: str, bits: int, rank: int, world: int, rows: list[int], copy: float | None
+) -> list[Row]:
+    model, found = build(setup, size, bits, rank, world), []
+    read = sum(p.numel() * p.element_size() for p in model.parameters())
+    ids = setup.tokens(size, 1, 512)
+    first = min(wall_ms(setup, lambda: generator(model, ids)(1)) for _ in range(3))
+    of_sum = sum_us(setup, model.config.hidden_size)
+    for B in rows:
+        speed = steady(setup, {"": generator(model, setup.tokens(size, B, PROMPT))}, B)[""]
+        row = {"size": size, "bits": bits, "GPUs": world, "B": B, "steady": speed, "read": read}
+        found.append(row | {"of_copy": over(read * speed / B, copy), "first_ms": first, "sum_us": of_sum})
+    return found
+
+
+def parallel_(
+    out: Annotated[Path | None, typer.Option(help="JSON with every number, written after each cell")] = None,
+    cells: Annotated[str, typer.Option(help="SIZE:BITS,... and SIZE:answers")] = "6.7b:answers,30b:16,66b:16,175b:4",
+    rows: Annotated[str, typer.Option()] = "1,16",
+    smoke: Annotated[bool, typer.Option(help="tiny models on the CPU, once: proves the code alone")] = False,
+) -> None:
+    """One model over several GPUs, under torchrun."""
+    rank, world = parallel.processes()
+    setup, printed = Setup(smoke), console()
+    report: Row = systems.machine(setup) | {"processes": world, "copy": copied(setup), "answers": [], "rows": []}
+    if rank == 0:
+        printed.print(heading(report), report["dtype"], highlight=False)
+    for cell in cells.split(","):
+        size, _, what = cell.partition(":")
+        if rank == 0:
+            say(f"opt-{size}: {what}")
+        if what == "answers":
+            report["answers"].append(answers(setup, size, rank, world))
+        else:
+            counts = [int(n) for n in rows.split(",")]
+            report["rows"] += measure(setup, size, int(what), counts, report["copy"])
+        setup.free()
+        if out is not None and rank == 0:
+            write_atomically(out, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    if rank == 0:
+        show(printed, "Split against whole", report["answers"])
+        show(printed, "New tokens per second over all rows", report["rows"])
+    dist.destroy_process_group()
