@@ -87,7 +87,7 @@ def sum_us(setup: Setup, width: int) -> float | None:
     if setup.smoke:
         return None
     x, times = torch.zeros(1, width, device=setup.device, dtype=setup.dtype), 200
-    add = parallel.Sum(*x.shape, dtype=x.dtype, device=x.device)
+    add = parallel.Sum(*x.shape, device=x.device)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         add.into(x)

@@ -68,43 +68,46 @@ def summed(x: Tensor) -> Tensor:
 
 class Sum:
     """The sum over the processes of a tensor of one shape, often: by one kernel that reads the other GPUs' memory where
-    they can, by `all_reduce` elsewhere. It can be captured in a CUDA graph. `mine` is where a process puts its part."""
+    they can, by `all_reduce` elsewhere. It can be captured in a CUDA graph. `mine`, in float32, is where a process puts
+    its part: PyTorch's kernel does not add float16."""
 
-    def __init__(self, *shape: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.group: str | None = None
+    def __init__(self, *shape: int, device: torch.device) -> None:
+        n, self.group = math.prod(shape), None
         if device.type == "cuda" and dist.get_world_size() > 1:
-            self.mine, self.group = _shared(math.prod(shape), dtype, device)
-            self.mine = self.mine[: math.prod(shape)].view(shape)
+            room, self.group = _shared(n, device)
         else:
-            self.mine = torch.empty(shape, dtype=dtype, device=device)
+            room = torch.empty(n, device=device)
+        self.mine = room[:n].view(shape)
+        self.total = torch.empty_like(self.mine)
 
     def into(self, out: Tensor) -> None:
-        """out: of the same shape."""
+        """out: of the same shape, in any dtype."""
         if self.group is None:
             dist.all_reduce(self.mine)
             out.copy_(self.mine)
         else:
-            torch.ops.symm_mem.one_shot_all_reduce_out(self.mine, "sum", self.group, out)
+            torch.ops.symm_mem.one_shot_all_reduce_out(self.mine, "sum", self.group, self.total)
+            out.copy_(self.total)
 
 
-_buffers: dict[tuple[Any, ...], tuple[Tensor, str | None]] = {}
+_buffers: dict[tuple[int, torch.device], tuple[Tensor, str | None]] = {}
 
 
-def _shared(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, str | None]:
+def _shared(n: int, device: torch.device) -> tuple[Tensor, str | None]:
     """Room for n numbers that the other processes can read, and the name of their group; None if they cannot."""
     n = 1 << max(10, (n - 1).bit_length())
-    if (n, dtype, device) not in _buffers:
+    if (n, device) not in _buffers:
         import torch.distributed._symmetric_memory as symmetric
 
         group = dist.group.WORLD
         assert group is not None
         try:
-            room: Tensor = symmetric.empty(n, dtype=dtype, device=device)
+            room: Tensor = symmetric.empty(n, dtype=torch.float32, device=device)
             symmetric.rendezvous(room, group.group_name)
-            _buffers[n, dtype, device] = room, group.group_name
+            _buffers[n, device] = room, group.group_name
         except RuntimeError:  # GPUs of several hosts, or without a link
-            _buffers[n, dtype, device] = torch.empty(n, dtype=dtype, device=device), None
-    return _buffers[n, dtype, device]
+            _buffers[n, device] = torch.empty(n, device=device), None
+    return _buffers[n, device]
 
 
 class _Split(torch.autograd.Function):

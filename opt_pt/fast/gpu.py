@@ -210,7 +210,7 @@ class Step:
         self.partial = empty(B, N, self.splits, 2 + D, dtype=torch.float32)
         self.arrived = torch.zeros(B, N, device=device, dtype=torch.int32)
         self.best, self.where = empty(B, CHUNKS, dtype=torch.float32), empty(B, CHUNKS, dtype=torch.int32)
-        self.sum = parallel.Sum(B, H, dtype=dtype, device=device) if model.tp_size > 1 else None
+        self.sum = parallel.Sum(B, H, device=device) if model.tp_size > 1 else None
         self.lying = 0  # the `_pairs` of what `normed` holds
         self.gpu = GPU.of(device)
         self.pdl = self.gpu.early_start
