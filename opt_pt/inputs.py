@@ -17,7 +17,7 @@ from .cache import past_length
 
 # Arguments of transformers' models that have no effect on an OPT's, there and here.
 _NO_EFFECT = {"token_type_ids", "head_mask", "cache_position"}
-_OF_THE_LOSS = ("num_items_in_batch", "shift_labels")
+_OF_THE_LOSS = ("ignore_index", "num_items_in_batch", "shift_labels")
 
 
 class Wanted(NamedTuple):

@@ -365,6 +365,8 @@ def test_a_decoder_is_a_model(tiny):
         assert (decoder.device, decoder.dtype) == (model.device, model.dtype)
         assert decoder.get_input_embeddings() is model.get_input_embeddings() and decoder.get_decoder() is decoder
         assert decoder.num_parameters() == model.num_parameters()
+        model.set_decoder(new := nn.Identity())
+        assert model.get_decoder() is new
 
 
 def test_a_class_of_ones_own(tiny, ids):
@@ -378,6 +380,11 @@ def test_a_class_of_ones_own(tiny, ids):
                 self.value = nn.Linear(config.hidden_size, 1)
                 self.post_init()
 
+            def _init_weights(self, module):
+                super()._init_weights(module)
+                if module is self.value:
+                    nn.init.constant_(module.bias, 7.0)
+
             def forward(self, *args):
                 return self.value(self.model(*args).last_hidden_state)
 
@@ -385,7 +392,7 @@ def test_a_class_of_ones_own(tiny, ids):
 
     theirs = reward(transformers.OPTPreTrainedModel, transformers.OPTModel).from_pretrained(tiny()[0])
     ours = reward(OPTPreTrainedModel, OPTModel).from_pretrained(tiny()[0])
-    assert ours.value.weight.std() > 0
+    assert ours.value.weight.std() > 0 and ours.value.bias == theirs.value.bias == 7
     ours.value.load_state_dict(theirs.value.state_dict())
     with torch.no_grad():
         close(ours(ids), theirs(ids))
@@ -407,12 +414,21 @@ def test_a_decoding_loop_by_hand(tiny, ids):
     assert torch.equal(texts[1], texts[0])
 
 
+def test_a_batch_with_labels_is_continued(tiny, ids):
+    """Seq2SeqTrainer gives `generate` all of its batch."""
+    theirs, ours = pair(tiny()[0])
+    options = {"labels": ids, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
+
+
 def test_the_loss_function_is_the_users(tiny, ids):
     for model in pair(tiny()[0]):
         plain = model(ids, labels=ids).loss
         close(model.loss_function(model(ids).logits, ids, vocab_size=96), plain)
         flat = model(ids, labels=ids.flatten()).loss  # shifted as it is: a row's last token learns the next row's first
         close(flat, nn.functional.cross_entropy(model(ids).logits.flatten(0, 1)[:-1], ids.flatten()[1:]))
+        with_3 = model(ids, labels=ids.where(ids > 40, 3), ignore_index=3).loss
+        close(with_3, model(ids, labels=ids.where(ids > 40, -100)).loss)
         model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.square().sum() / vocab_size
         close(model(ids, labels=ids).loss, model(ids).logits.square().sum() / 96)
 
