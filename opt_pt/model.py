@@ -219,7 +219,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
         self.model = OPTModel(self.config)
-        self.lm_head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(self.config.embed_dim, config.vocab_size, bias=False)
         init_weights(self.lm_head, config)
         self.tie_weights()
 

@@ -45,6 +45,8 @@ class OPTPreTrainedModel(Kin, nn.Module):
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__()
+        if not isinstance(config, OPTConfig):  # transformers'
+            config = OPTConfig.from_pretrained(config)
         if attn_implementation is not None:
             config = dataclasses.replace(config, _attn_implementation=attn_implementation)
         check_implementation(config._attn_implementation)

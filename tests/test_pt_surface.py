@@ -398,6 +398,24 @@ def test_a_class_of_ones_own(tiny, ids):
         close(ours(ids), theirs(ids))
 
 
+@pytest.mark.filterwarnings("ignore:.*newly initialized")
+@pytest.mark.parametrize(
+    "name", ["OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"]
+)
+def test_a_config_of_transformers(tiny, ids, name):
+    """Scripts that import the config, or AutoConfig, from there still."""
+    config = transformers.AutoConfig.from_pretrained(tiny()[0], dropout=0.3, num_labels=4)
+    theirs = getattr(transformers, name)(config).eval()
+    for ours in (
+        getattr(opt_pt, name)(config).eval(),
+        getattr(opt_pt, name).from_pretrained(tiny()[0], config=config),
+    ):
+        assert type(ours.config) is OPTConfig and ours.config.dropout == 0.3
+        ours.load_state_dict(theirs.state_dict())
+        with torch.no_grad():
+            close(ours(ids)[0], theirs(ids)[0])
+
+
 def test_a_decoding_loop_by_hand(tiny, ids):
     """Of the two methods that transformers' own loop is made of."""
     texts = []
