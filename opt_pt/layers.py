@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opt_common.config import OPTConfig
+from opt_common.inputs import check_classes, check_kind
 from opt_common.kin import Kin
 
 from .fast.layer import layer_forward
 from .fast.products import linear as linear  # a Linear, by its fastest route
+from .inputs import recording
+from .quantized import QuantizedLinear
 
 # As modules, so that hooks see them and users can replace them
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -95,11 +98,21 @@ def cross_entropy(
     if shift_labels is None:
         # the labels are shifted, not the logits: part of the logits would be copied, and its gradient once more
         shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    scores, targets = wide(logits).flatten(0, 1), shift_labels.flatten().to(logits.device)
+    targets = classes("labels", shift_labels.flatten(), logits.shape[-1], ignore_index).to(logits.device)
+    scores = wide(logits).flatten(0, 1)
     if num_items_in_batch is None:
         return F.cross_entropy(scores, targets, ignore_index=ignore_index)
     items = num_items_in_batch.to(logits.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
     return F.cross_entropy(scores, targets, reduction="sum", ignore_index=ignore_index) / items
+
+
+def classes(name: str, labels: Tensor, number: int, ignored: int = -100) -> Tensor:
+    """Labels as int64. Raises ValueError, naming the argument, for other kinds of numbers, and for one that is neither
+    a class of this number of them nor `ignored`; on a GPU, looking would wait for it."""
+    check_kind(name, labels.dtype)
+    if labels.device.type == "cpu" and not recording(labels.device):
+        check_classes(name, labels[labels != ignored], number)
+    return labels.long()
 
 
 def wide(x: Tensor) -> Tensor:
@@ -110,6 +123,9 @@ def wide(x: Tensor) -> Tensor:
 @torch.no_grad()
 def init_weights(module: nn.Module, config: OPTConfig) -> None:
     """Draw the weights of a Linear or Embedding from N(0, init_std²); its bias and padding row are 0."""
+    if isinstance(module, QuantizedLinear):
+        module.reset_parameters(config.init_std)
+        return
     if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
         return
     module.weight.normal_(0.0, config.init_std)

@@ -23,6 +23,7 @@ from .inputs import check, columns, loss_options, place, wanted
 from .layers import ACTIVATIONS, OPTLearnedPositionalEmbedding, cross_entropy, embedding, init_weights, linear, runner
 from .outputs import can_return_tuple, takes_cache
 from .pretrained import OPTPreTrainedModel
+from .quantized import quantized
 
 
 class OPTAttention(Kin, nn.Module):
@@ -199,7 +200,7 @@ class OPTModel(OPTPreTrainedModel):
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
-        self.decoder = OPTDecoder(self.config)
+        self.decoder = quantized(OPTDecoder(self.config))
         self.apply(lambda module: init_weights(module, config))
 
     @can_return_tuple

@@ -228,12 +228,14 @@ class OPTPreTrainedModel(Kin, nn.Module):
     ) -> dict[str, Any]:
         """The arguments of a call that continues a cache, as peft's language models ask for them: of what is given, the
         last `next_sequence_length` columns, by default those that the cache does not hold. (transformers 5 gives all
-        columns by default, which its model cannot take beside the cache.) inputs_embeds replace the ids."""
+        columns by default, which its model cannot take beside the cache.) inputs_embeds replace the ids. A mask wider
+        than the ids has columns of the cache in front, of which there are no ids."""
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
         elif past_key_values is not None:  # prompt tuning's cache holds more tokens than there are ids
-            past = min(int(past_key_values.get_seq_length()), input_ids.shape[1] - 1)
-            input_ids = input_ids[:, past:]
+            T = input_ids.shape[1]
+            held = 0 if attention_mask is None else max(0, attention_mask.shape[1] - T)
+            input_ids = input_ids[:, max(0, min(int(past_key_values.get_seq_length()) - held, T - 1)) :]
         T = input_ids.shape[1]
         if position_ids is not None:
             kwargs["position_ids"] = position_ids[:, -T:]
@@ -359,7 +361,8 @@ class OPTPreTrainedModel(Kin, nn.Module):
         devices = device_of(model, device_map, max_memory, device)
         state = {}
         for spec, array in opened.tensors:
-            state[spec.name] = _tensor(array).to(device=devices(spec.path), dtype=wanted)
+            kind = getattr(torch, spec.dtype(opened.dtype))
+            state[spec.name] = _tensor(array).to(device=devices(spec.path), dtype=kind)
             del array  # or it would be held while the next is read
         for spec in opened.new:
             state[spec.name] = torch.zeros(spec.shape, device=devices(spec.path), dtype=wanted)

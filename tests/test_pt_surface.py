@@ -104,7 +104,7 @@ def test_loading_options(tiny):
     with pytest.raises(ValueError, match="attn_implementation: found 'by eye'"):
         OPTForCausalLM(config)
     load(folder, low_cpu_mem_usage=True, trust_remote_code=True, use_safetensors=True, variant=None, load_in_8bit=False)
-    for option in ("variant", "load_in_8bit", "quantization_config"):
+    for option in ("variant", "gguf_file", "quantization_config"):
         with pytest.raises(ValueError, match=f"{option}: OPT Zoo does not offer this"):
             load(folder, **{option: "x"})
     with pytest.raises(TypeError, match="found argument 'num_lables'"):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from .files import json_text, read_json, write_atomically
 from .hub import FETCH_OPTIONS, fetch
 from .kin import Kin
+from .quantization import QuantizationConfig
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -39,7 +40,6 @@ SIZES["350m"] |= {"word_embed_proj_dim": 512, "do_layer_norm_before": False}
 
 # Things a config.json can ask for that no OPT here does. Running such a model without them would answer wrongly.
 _REFUSED = {
-    "quantization_config": (None,),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
     "pruned_heads": (None, {}),
@@ -73,8 +73,8 @@ class OPTConfig(Kin):
     "float32", "float64") or None if it does not say. `use_cache`, `output_attentions`, `output_hidden_states` and
     `return_dict` are the defaults of a call's arguments of those names. `num_labels`, `id2label`, `label2id` and
     `problem_type` are OPTForSequenceClassification's: see its `labels`; as in transformers, a file gives num_labels as
-    the length of `id2label`. `unknown` holds keys that OPT has no use for (`prefix`, one of your own ...): they read as
-    attributes, and saving writes them back.
+    the length of `id2label`. `quantization_config` says which Linears have few bits. `unknown` holds keys that OPT has
+    no use for (`prefix`, one of your own ...): they read as attributes, and saving writes them back.
 
     Raises ValueError, naming the field, for a value that cannot be an OPT or a feature that is not implemented.
     """
@@ -110,6 +110,7 @@ class OPTConfig(Kin):
     output_hidden_states: bool = False
     return_dict: bool = True
     dtype: str | None = None
+    quantization_config: QuantizationConfig | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict, hash=False)
     _attn_implementation: str = "sdpa"  # of the model that runs, not of the checkpoint: in no file
 
@@ -128,6 +129,9 @@ class OPTConfig(Kin):
         torch_dtype = values.pop("torch_dtype", None)
         dtype = values.pop("dtype", None) or torch_dtype
         values["dtype"] = _name(dtype)
+        quantization = values.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, QuantizationConfig):
+            values["quantization_config"] = QuantizationConfig.from_dict(quantization)
         if "attn_implementation" in unknown:  # transformers' keyword
             values["_attn_implementation"] = unknown.pop("attn_implementation") or "sdpa"
         labels = unknown.get("id2label")
@@ -198,6 +202,8 @@ class OPTConfig(Kin):
         check(self.num_labels <= MAX_LABELS, "num_labels", f"at most {MAX_LABELS}")
         wanted = f"one of {', '.join(PROBLEM_TYPES)}, or null"
         check(self.problem_type in (None, *PROBLEM_TYPES), "problem_type", wanted)
+        quantization = self.quantization_config
+        check(quantization is None or isinstance(quantization, QuantizationConfig), "quantization_config", "none")
 
     @property
     def embed_dim(self) -> int:
@@ -368,12 +374,14 @@ class OPTConfig(Kin):
         values: dict[str, Any] = {"architectures": ["OPTForCausalLM"], "model_type": "opt"} | dict(self.unknown)
         for f in fields(self):
             value = getattr(self, f.name)
-            kept = f.name not in ("unknown", "dtype", "num_labels", "_attn_implementation")
+            kept = f.name not in ("unknown", "dtype", "quantization_config", "num_labels", "_attn_implementation")
             if kept and (f.name not in _SETTINGS or value != f.default):
                 values[f.name] = list(value) if isinstance(value, tuple) else value
         if self.num_labels != len(self.unknown.get("id2label") or (0, 1)):
             values["id2label"] = {str(i): name for i, name in self.id2label.items()}
             values["label2id"] = {name: i for i, name in self.id2label.items()}
+        if self.quantization_config is not None:
+            values["quantization_config"] = self.quantization_config.to_dict()
         if self.dtype is not None:
             values["torch_dtype"] = self.dtype  # every release of transformers reads this spelling
         return dict(sorted(values.items()))
