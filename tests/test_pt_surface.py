@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 import opt_pt
@@ -151,6 +152,19 @@ def test_weights_from_a_state_dict(tiny, ids):
         OPTForCausalLM.from_pretrained(folder, state_dict=theirs.state_dict())
     with pytest.raises(ValueError, match="state_dict: found None"):
         OPTForCausalLM.from_pretrained(None, config=ours.config)
+
+
+def test_names_of_other_peoples_checkpoints(tiny, ids, tmp_path):
+    theirs, _ = pair(tiny()[0])
+    theirs.config.save_pretrained(tmp_path)
+    weights = {f"transformer.{name}": x.clone() for name, x in theirs.model.state_dict().items()}
+    weights = {name.replace("fc1", "up"): x for name, x in weights.items()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    mapping = {r"^transformer\.(.*)\.up\.": r"model.\1.fc1.", r"^transformer\.": "model."}
+    for cls in (transformers.OPTForCausalLM, OPTForCausalLM):
+        model = cls.from_pretrained(tmp_path, key_mapping=mapping)
+        with torch.no_grad():
+            close(model(ids).logits, theirs(ids).logits)
 
 
 def test_saving_options(tiny, ids, tmp_path):
@@ -432,11 +446,13 @@ def test_a_decoding_loop_by_hand(tiny, ids):
     assert torch.equal(texts[1], texts[0])
 
 
-def test_a_batch_with_labels_is_continued(tiny, ids):
-    """Seq2SeqTrainer gives `generate` all of its batch."""
+def test_what_generate_is_given(tiny, ids):
+    """Seq2SeqTrainer gives all of its batch; some give their settings second."""
     theirs, ours = pair(tiny()[0])
     options = {"labels": ids, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
+    config = transformers.GenerationConfig(max_new_tokens=3, eos_token_id=2, pad_token_id=1)  # the second argument
+    assert torch.equal(ours.generate(ids, config), theirs.generate(ids, config))
 
 
 def test_the_loss_function_is_the_users(tiny, ids):

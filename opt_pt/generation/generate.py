@@ -68,6 +68,8 @@ class Writer:
     """One `generate`: what its arguments make, and what it returns."""
 
     def __init__(self, model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str, Any]) -> None:
+        if hasattr(attention_mask, "to_dict"):  # transformers' second argument
+            attention_mask, options = None, {**options, "generation_config": attention_mask}
         options, inputs = _divided(model, options)
         given = prompt(model.config, _numpy(input_ids), _numpy(attention_mask), options, model.generation_config)
         settings, sources = given.settings, (input_ids, options.get("inputs"), options.get("inputs_embeds"))
