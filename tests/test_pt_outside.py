@@ -137,7 +137,7 @@ def test_classes_of_transformers(tiny, ids):
     for x, cls in (
         (ours, transformers.PreTrainedModel), (ours, transformers.OPTForCausalLM), (ours.model, transformers.OPTModel),
         (layer, modeling_opt.OPTDecoderLayer), (layer.self_attn, modeling_opt.OPTAttention),
-        (output, transformers.modeling_outputs.CausalLMOutputWithPast), (ours.config, transformers.OPTConfig),
+        (output, transformers.utils.ModelOutput), (ours.config, transformers.OPTConfig),
         (output.past_key_values, transformers.DynamicCache), (ours.model.decoder, transformers.PreTrainedModel),
         (tokenizer, transformers.PreTrainedTokenizerFast), (tokenizer("a"), transformers.BatchEncoding),
     ):  # fmt: skip

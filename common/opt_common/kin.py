@@ -18,8 +18,6 @@ _MODULES = (
     "transformers.modeling_utils",
     "transformers.models.opt.configuration_opt",
     "transformers.configuration_utils",
-    "transformers.modeling_outputs",
-    "transformers.generation.utils",
     "transformers.utils.generic",
     "transformers.cache_utils",
     "transformers.models.gpt2.tokenization_gpt2",
@@ -29,11 +27,6 @@ _MODULES = (
 _NAMES = {  # the closest that is loaded with any model
     "OPTPreTrainedModel": ("PreTrainedModel",),
     "OPTConfig": ("OPTConfig", "PreTrainedConfig"),
-    "BaseModelOutput": ("BaseModelOutputWithPast",),
-    "CausalLMOutput": ("CausalLMOutputWithPast",),
-    "SequenceClassifierOutput": ("SequenceClassifierOutputWithPast",),
-    "QuestionAnsweringOutput": ("QuestionAnsweringModelOutput",),
-    "GenerateOutput": ("GenerateDecoderOnlyOutput",),
     "KVCache": ("DynamicCache",),
     "GPT2Tokenizer": ("GPT2Tokenizer", "TokenizersBackend"),
 }
