@@ -145,9 +145,9 @@ def check(
     with more dimensions than two. Raises ValueError that names the argument."""
     if not (cache is None or hasattr(cache, "get_seq_length")):
         raise ValueError(f"past_key_values: found {type(cache).__name__}, wanted a KVCache")
-    if isinstance(cache, KVCache) and cache.k:
+    if isinstance(cache, KVCache) and cache.fixed:  # one that grows is as wide as the layers, which may be pruned
         _, heads, _, width = cache.k[0].shape
-        check_cache(config, len(cache) if cache.fixed else None, heads, width)
+        check_cache(config, len(cache), heads, width)
     past, whole = past_length(cache), attention_mask is not None and attention_mask.ndim == 4
     if input_ids is not None and input_ids.ndim not in (0, 2) and input_ids.numel() > 0:
         input_ids = input_ids.reshape(-1, input_ids.shape[-1])

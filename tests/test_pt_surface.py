@@ -350,6 +350,19 @@ def test_rows_of_a_cache(tiny, ids):
               ours(torch.cat([ids, token], 1)).logits[[0, 0, 1, 1], -1:])  # fmt: skip
 
 
+def test_a_cache_of_fewer_heads(tiny, ids):
+    """As pruning leaves them; the config still has all."""
+    _, ours = pair(tiny()[0])
+    for layer in ours.model.decoder.layers:
+        attention, kept = layer.self_attn, layer.self_attn.head_dim
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+            linear.weight, linear.bias = nn.Parameter(linear.weight[:kept]), nn.Parameter(linear.bias[:kept])
+        attention.out_proj.weight = nn.Parameter(attention.out_proj.weight[:, :kept])
+    with torch.no_grad():
+        past = ours(ids[:, :5]).past_key_values
+        close(ours(ids[:, 5:], past_key_values=past).logits, ours(ids).logits[:, 5:])
+
+
 def test_what_modules_are_given(tiny, ids):
     """Hooks see tensors of the same shapes; masks, positions and their names too, so that those who set them can."""
     mask, seen = torch.ones_like(ids), ([], [])
