@@ -31,7 +31,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         super().__init__(config, attn_implementation)
         self.num_labels = config.num_labels
         self.model = OPTModel(self.config)
-        self.score = nn.Linear(config.embed_dim, config.num_labels, bias=False)
+        self.score = nn.Linear(self.config.embed_dim, config.num_labels, bias=False)
         init_weights(self.score, config)
 
     @can_return_tuple
@@ -90,7 +90,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
         self.model = OPTModel(self.config)
-        self.qa_outputs = nn.Linear(config.embed_dim, 2)
+        self.qa_outputs = nn.Linear(self.config.embed_dim, 2)
         init_weights(self.qa_outputs, config)
 
     @can_return_tuple

@@ -29,7 +29,7 @@ from .cache import KVCache, past_length
 
 # Arguments of transformers' models that have no effect on an OPT's, there and here.
 _NO_EFFECT = {"token_type_ids", "head_mask", "cache_position"}
-_OF_THE_LOSS = ("num_items_in_batch", "shift_labels")
+_OF_THE_LOSS = ("ignore_index", "num_items_in_batch", "shift_labels")
 
 # The types that go on as they are, of each argument that is a tensor
 _INDICES, _FLOATS = {torch.int64, torch.int32}, {torch.float32, torch.float16, torch.bfloat16, torch.float64}
@@ -145,10 +145,10 @@ def check(
     with more dimensions than two. Raises ValueError that names the argument."""
     if not (cache is None or hasattr(cache, "get_seq_length")):
         raise ValueError(f"past_key_values: found {type(cache).__name__}, wanted a KVCache")
-    if isinstance(cache, KVCache) and cache.k:
+    if isinstance(cache, KVCache) and cache.fixed:  # one that grows is as wide as the layers, which may be pruned
         _, heads, _, width = cache.k[0].shape
-        fewer = heads < config.num_attention_heads  # of pruned layers, or of one of several devices
-        check_cache(config, len(cache) if cache.fixed else None, None if fewer else heads, width)
+        fewer = heads < config.num_attention_heads  # of one of several devices
+        check_cache(config, len(cache), None if fewer else heads, width)
     past, whole = past_length(cache), attention_mask is not None and attention_mask.ndim == 4
     if input_ids is not None and input_ids.ndim not in (0, 2) and input_ids.numel() > 0:
         input_ids = input_ids.reshape(-1, input_ids.shape[-1])

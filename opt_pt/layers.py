@@ -88,29 +88,30 @@ def cross_entropy(
     vocab_size: int | None = None,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """The mean loss of logits [B, T, V] against the next token's label [B, T], -100 left out; or against
+    """The mean loss of logits [B, T, V] against the next token's label [B, T], `ignore_index` left out; or against
     `shift_labels`, the labels already shifted. `num_items_in_batch`: the sum over this number, in place of the mean.
     vocab_size: V, which transformers gives its losses."""
     if labels.numel() != logits.shape[0] * logits.shape[1]:
         raise ValueError(f"labels: found shape {list(labels.shape)}, wanted {list(logits.shape[:2])}")
     if shift_labels is None:
         # the labels are shifted, not the logits: part of the logits would be copied, and its gradient once more
-        shift_labels = F.pad(labels[..., 1:], (0, 1), value=-100)
-    scores, targets = wide(logits).flatten(0, 1), classes("labels", shift_labels.flatten(), logits.shape[-1])
-    targets = targets.to(logits.device)
+        shift_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    targets = classes("labels", shift_labels.flatten(), logits.shape[-1], ignore_index).to(logits.device)
+    scores = wide(logits).flatten(0, 1)
     if num_items_in_batch is None:
-        return F.cross_entropy(scores, targets)
+        return F.cross_entropy(scores, targets, ignore_index=ignore_index)
     items = num_items_in_batch.to(logits.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
-    return F.cross_entropy(scores, targets, reduction="sum") / items
+    return F.cross_entropy(scores, targets, reduction="sum", ignore_index=ignore_index) / items
 
 
-def classes(name: str, labels: Tensor, number: int) -> Tensor:
+def classes(name: str, labels: Tensor, number: int, ignored: int = -100) -> Tensor:
     """Labels as int64. Raises ValueError, naming the argument, for other kinds of numbers, and for one that is neither
-    a class of this number of them nor -100; on a GPU, looking would wait for it."""
+    a class of this number of them nor `ignored`; on a GPU, looking would wait for it."""
     check_kind(name, labels.dtype)
     if labels.device.type == "cpu" and not recording(labels.device):
-        check_classes(name, labels[labels != -100], number)
+        check_classes(name, labels[labels != ignored], number)
     return labels.long()
 
 

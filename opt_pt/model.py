@@ -161,8 +161,7 @@ class OPTDecoder(OPTPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, E]
         if self.project_in is not None:
             hidden_states = linear(self.project_in, hidden_states)  # [B, T, H]
-        if cache is None and want.cache:
-            cache = KVCache()
+        cache = KVCache() if cache is None and want.cache else cache
         positions, segments = place(config, B, T, hidden_states.device, attention_mask, position_ids, cache)
         past = past_length(cache)
         hidden_states = hidden_states + self.embed_positions(attention_mask, past, position_ids=positions)
@@ -220,7 +219,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
         self.model = OPTModel(self.config)
-        self.lm_head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(self.config.embed_dim, config.vocab_size, bias=False)
         init_weights(self.lm_head, config)
         self.tie_weights()
 

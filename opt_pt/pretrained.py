@@ -46,6 +46,8 @@ class OPTPreTrainedModel(Kin, nn.Module):
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__()
+        if not isinstance(config, OPTConfig):  # transformers'
+            config = OPTConfig.from_pretrained(config)
         if attn_implementation is not None:
             config = dataclasses.replace(config, _attn_implementation=attn_implementation)
         check_implementation(config._attn_implementation)
@@ -91,6 +93,10 @@ class OPTPreTrainedModel(Kin, nn.Module):
     def get_decoder(self) -> nn.Module:
         """The decoder."""
         return getattr(self.base_model, "decoder", self)  # a decoder is its own
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Replace the decoder."""
+        self.base_model.decoder = decoder
 
     @property
     def _decoder(self) -> Any:
@@ -261,12 +267,16 @@ class OPTPreTrainedModel(Kin, nn.Module):
 
     # === Smaller things that scripts and libraries ask for ===
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw the weights of a Linear or Embedding. A subclass may have its own way."""
+        init_weights(module, self.config)
+
     def post_init(self) -> None:
         """transformers' end of a constructor: initialize the modules that a subclass added."""
         known = {id(m) for m in self.base_model.modules()} | {id(self.get_output_embeddings())}
         for module in self.modules():
             if id(module) not in known:
-                init_weights(module, self.config)
+                self._init_weights(module)
 
     def add_model_tags(self, tags: Iterable[str] | str) -> None:
         """Name it for the Hub's model card; kept in `model_tags`."""
@@ -467,7 +477,7 @@ def _initialize_added(model: OPTPreTrainedModel, config: OPTConfig, devices: Cal
         module.to_empty(device=devices(path), recurse=False)
         reset = getattr(module, "reset_parameters", None)
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            init_weights(module, config)
+            model._init_weights(module)
         elif reset is not None:
             reset()
         else:

@@ -137,8 +137,8 @@ def test_classes_of_transformers(tiny, ids):
     for x, cls in (
         (ours, transformers.PreTrainedModel), (ours, transformers.OPTForCausalLM), (ours.model, transformers.OPTModel),
         (layer, modeling_opt.OPTDecoderLayer), (layer.self_attn, modeling_opt.OPTAttention),
-        (output, transformers.utils.ModelOutput), (output.past_key_values, transformers.DynamicCache),
-        (ours.config, transformers.OPTConfig), (ours.model.decoder, transformers.PreTrainedModel),
+        (output, transformers.utils.ModelOutput), (ours.config, transformers.OPTConfig),
+        (output.past_key_values, transformers.DynamicCache), (ours.model.decoder, transformers.PreTrainedModel),
         (tokenizer, transformers.PreTrainedTokenizerFast), (tokenizer("a"), transformers.BatchEncoding),
     ):  # fmt: skip
         assert isinstance(x, cls) and isinstance(x, type(x)) and issubclass(x.__class__, type(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 import opt_pt
@@ -151,6 +152,19 @@ def test_weights_from_a_state_dict(tiny, ids):
         OPTForCausalLM.from_pretrained(folder, state_dict=theirs.state_dict())
     with pytest.raises(ValueError, match="state_dict: found None"):
         OPTForCausalLM.from_pretrained(None, config=ours.config)
+
+
+def test_names_of_other_peoples_checkpoints(tiny, ids, tmp_path):
+    theirs, _ = pair(tiny()[0])
+    theirs.config.save_pretrained(tmp_path)
+    weights = {f"transformer.{name}": x.clone() for name, x in theirs.model.state_dict().items()}
+    weights = {name.replace("fc1", "up"): x for name, x in weights.items()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    mapping = {r"^transformer\.(.*)\.up\.": r"model.\1.fc1.", r"^transformer\.": "model."}
+    for cls in (transformers.OPTForCausalLM, OPTForCausalLM):
+        model = cls.from_pretrained(tmp_path, key_mapping=mapping)
+        with torch.no_grad():
+            close(model(ids).logits, theirs(ids).logits)
 
 
 def test_saving_options(tiny, ids, tmp_path):
@@ -336,6 +350,19 @@ def test_rows_of_a_cache(tiny, ids):
               ours(torch.cat([ids, token], 1)).logits[[0, 0, 1, 1], -1:])  # fmt: skip
 
 
+def test_a_cache_of_fewer_heads(tiny, ids):
+    """As pruning leaves them; the config still has all."""
+    _, ours = pair(tiny()[0])
+    for layer in ours.model.decoder.layers:
+        attention, kept = layer.self_attn, layer.self_attn.head_dim
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+            linear.weight, linear.bias = nn.Parameter(linear.weight[:kept]), nn.Parameter(linear.bias[:kept])
+        attention.out_proj.weight = nn.Parameter(attention.out_proj.weight[:, :kept])
+    with torch.no_grad():
+        past = ours(ids[:, :5]).past_key_values
+        close(ours(ids[:, 5:], past_key_values=past).logits, ours(ids).logits[:, 5:])
+
+
 def test_what_modules_are_given(tiny, ids):
     """Hooks see tensors of the same shapes; masks, positions and their names too, so that those who set them can."""
     mask, seen = torch.ones_like(ids), ([], [])
@@ -365,6 +392,8 @@ def test_a_decoder_is_a_model(tiny):
         assert (decoder.device, decoder.dtype) == (model.device, model.dtype)
         assert decoder.get_input_embeddings() is model.get_input_embeddings() and decoder.get_decoder() is decoder
         assert decoder.num_parameters() == model.num_parameters()
+        model.set_decoder(new := nn.Identity())
+        assert model.get_decoder() is new
 
 
 def test_a_class_of_ones_own(tiny, ids):
@@ -378,6 +407,11 @@ def test_a_class_of_ones_own(tiny, ids):
                 self.value = nn.Linear(config.hidden_size, 1)
                 self.post_init()
 
+            def _init_weights(self, module):
+                super()._init_weights(module)
+                if module is self.value:
+                    nn.init.constant_(module.bias, 7.0)
+
             def forward(self, *args):
                 return self.value(self.model(*args).last_hidden_state)
 
@@ -385,10 +419,28 @@ def test_a_class_of_ones_own(tiny, ids):
 
     theirs = reward(transformers.OPTPreTrainedModel, transformers.OPTModel).from_pretrained(tiny()[0])
     ours = reward(OPTPreTrainedModel, OPTModel).from_pretrained(tiny()[0])
-    assert ours.value.weight.std() > 0
+    assert ours.value.weight.std() > 0 and ours.value.bias == theirs.value.bias == 7
     ours.value.load_state_dict(theirs.value.state_dict())
     with torch.no_grad():
         close(ours(ids), theirs(ids))
+
+
+@pytest.mark.filterwarnings("ignore:.*newly initialized")
+@pytest.mark.parametrize(
+    "name", ["OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"]
+)
+def test_a_config_of_transformers(tiny, ids, name):
+    """Scripts that import the config, or AutoConfig, from there still."""
+    config = transformers.AutoConfig.from_pretrained(tiny()[0], dropout=0.3, num_labels=4)
+    theirs = getattr(transformers, name)(config).eval()
+    for ours in (
+        getattr(opt_pt, name)(config).eval(),
+        getattr(opt_pt, name).from_pretrained(tiny()[0], config=config),
+    ):
+        assert type(ours.config) is OPTConfig and ours.config.dropout == 0.3
+        ours.load_state_dict(theirs.state_dict())
+        with torch.no_grad():
+            close(ours(ids)[0], theirs(ids)[0])
 
 
 def test_a_decoding_loop_by_hand(tiny, ids):
@@ -407,12 +459,23 @@ def test_a_decoding_loop_by_hand(tiny, ids):
     assert torch.equal(texts[1], texts[0])
 
 
+def test_what_generate_is_given(tiny, ids):
+    """Seq2SeqTrainer gives all of its batch; some give their settings second."""
+    theirs, ours = pair(tiny()[0])
+    options = {"labels": ids, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
+    config = transformers.GenerationConfig(max_new_tokens=3, eos_token_id=2, pad_token_id=1)  # the second argument
+    assert torch.equal(ours.generate(ids, config), theirs.generate(ids, config))
+
+
 def test_the_loss_function_is_the_users(tiny, ids):
     for model in pair(tiny()[0]):
         plain = model(ids, labels=ids).loss
         close(model.loss_function(model(ids).logits, ids, vocab_size=96), plain)
         flat = model(ids, labels=ids.flatten()).loss  # shifted as it is: a row's last token learns the next row's first
         close(flat, nn.functional.cross_entropy(model(ids).logits.flatten(0, 1)[:-1], ids.flatten()[1:]))
+        with_3 = model(ids, labels=ids.where(ids > 40, 3), ignore_index=3).loss
+        close(with_3, model(ids, labels=ids.where(ids > 40, -100)).loss)
         model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.square().sum() / vocab_size
         close(model(ids, labels=ids).loss, model(ids).logits.square().sum() / 96)
 

@@ -330,12 +330,15 @@ class OPTConfig(Kin):
         return cls.from_dict(read_json(Path(path)), source=str(path))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> OPTConfig:
-        """From a folder with a `config.json`, "opt-demo", or a Hub name.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | Any, **options: Any) -> OPTConfig:
+        """From a folder with a `config.json`, "opt-demo", or a Hub name; or from transformers' config, an object with
+        `to_dict`.
 
         options: what `opt_common.hub.fetch` takes (revision, cache_dir, token, local_files_only), config overrides,
             `num_labels=3`, `dropout=0.0`, and `from_dict`'s return_unused_kwargs.
         """
+        if hasattr(pretrained_model_name_or_path, "to_dict"):
+            return cls.from_dict(pretrained_model_name_or_path.to_dict(), **options)
         path, options = _file(pretrained_model_name_or_path, options)
         return cls.from_dict(read_json(path), source=str(path), **options)
 

@@ -69,6 +69,8 @@ class Writer:
     """One `generate`: what its arguments make, and what it returns."""
 
     def __init__(self, model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str, Any]) -> None:
+        if hasattr(attention_mask, "to_dict"):  # transformers' second argument
+            attention_mask, options = None, {**options, "generation_config": attention_mask}
         options, inputs = _divided(model, options)
         if model.tp_size > 1:
             options["seed"] = agreed(options.get("seed"))
@@ -132,9 +134,10 @@ class Writer:
 
 def _divided(model: Any, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of `generate`, and the further arguments of the model's call."""
-    own = Options.__annotations__.keys() | {"labels", "logits_to_keep", "return_dict"}
+    own = Options.__annotations__.keys() | {"logits_to_keep", "return_dict"}
     further = inspect.signature(model.forward).parameters.keys() - own
     left = {"past_key_values" if name == "cache" else name: value for name, value in options.items()}
+    left.pop("labels", None)  # Seq2SeqTrainer gives the batch as it is
     inputs = {name: left.pop(name) for name in [*left] if name in further}
     criteria: Any = left.get("stopping_criteria")
     for criterion in criteria if isinstance(criteria, list) else [criteria]:

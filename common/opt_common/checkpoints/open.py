@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ def open_checkpoint(
     changes: Mapping[str, Any] | None = None,
     resized_heads: bool = False,
     added: Callable[[OPTConfig], Collection[str]] = lambda config: (),
+    key_mapping: Mapping[str, str] | None = None,
     **hub: Any,
 ) -> Opened:
     """Find, open and check a checkpoint. This reads no tensor and allocates nothing of its size.
@@ -47,16 +49,24 @@ def open_checkpoint(
     order of LAYOUTS; otherwise they are an error. From a Hub repository only the preferred layout is fetched.
     `companions`: whether to fetch the tokenizer and the generation config too.
     `architecture`: whose table the checkpoint is matched against, `resized_heads`, and the names that `added` gives for
-    a config: see `match`. `config`: to use in place of the checkpoint's. `changes`: config overrides.
+    a config: see `match`. `config`: to use in place of the checkpoint's. `changes`: config overrides. `key_mapping`: by
+    regular expression, what to put in place of its matches in a tensor's name; the first that matches counts.
     Raises FileNotFoundError and ValueError as `fetch`, `Checkpoint`, `OPTConfig.from_dict` and `match` do.
     """
     checkpoint, stored = find_checkpoint(path_or_name, layout, prefer, companions, **hub)
+    if key_mapping:
+        checkpoint.rearrange(lambda tensors: {_renamed(name, key_mapping): x for name, x in tensors.items()})
     given = config is not None
     config = config or stored
     config = config.changed(**changes) if changes else config
     fewer = (given or "num_hidden_layers" in (changes or ())) and config.num_hidden_layers < stored.num_hidden_layers
     names, tied = match(checkpoint, config, architecture, fewer, resized_heads, added(config))
     return Opened(checkpoint, config, names, tied, architecture or stored_architecture(checkpoint))
+
+
+def _renamed(name: str, key_mapping: Mapping[str, str]) -> str:
+    changed = (re.subn(pattern, new, name) for pattern, new in key_mapping.items())
+    return next((text for text, matches in changed if matches), name)
 
 
 def find_checkpoint(

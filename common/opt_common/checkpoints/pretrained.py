@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ _LAYOUT_OF = {
 _NO_EFFECT = {"low_cpu_mem_usage", "trust_remote_code", "offload_state_dict", "offload_buffers", "weights_only"}
 _NO_EFFECT |= {"proxies", "resume_download", "from_pt", "_fast_init", "code_revision", "adapter_kwargs"}
 # What is not there to be used, and so may only be off.
-_ONLY_OFF = ("quantization_config", "variant", "use_flash_attention_2", "key_mapping", "gguf_file", "tp_plan")
+_ONLY_OFF = ("quantization_config", "variant", "use_flash_attention_2", "gguf_file", "tp_plan")
 _ONLY_OFF += ("torchscript",)
 
 
@@ -68,6 +68,7 @@ def open_pretrained(
     layout: str | None = None,
     config: OPTConfig | str | Path | None = None,
     ignore_mismatched_sizes: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
     added: Callable[[OPTConfig], Collection[str]] = lambda config: (),
     **options: Any,
 ) -> Pretrained:
@@ -76,11 +77,11 @@ def open_pretrained(
     `architecture`: one of `weights.HEADS`. `dtype` is a name, or "auto" for the checkpoint's own. `copied`: the caller
     copies each array elsewhere and drops it, so it may be a map of the file. `layout`: which to read of several, as on
     the Hub; the preferred one by default (`open_checkpoint`). `config`: replaces the checkpoint's; an OPTConfig, or a
-    folder or Hub name. `ignore_mismatched_sizes`: a head of another shape is newly initialized. `added`: the names of
-    tensors that a model of this config has besides the table's. `options`: config
-    overrides (`num_labels`, `dropout` ...; fewer `num_hidden_layers` drop the last layers), what `opt_common.hub.fetch`
-    takes, and transformers' use_safetensors, from_tf, from_flax, load_in_8bit and load_in_4bit, which round the layers'
-    Linears as they are read, and others that cannot change what is loaded.
+    folder or Hub name. `ignore_mismatched_sizes`: a head of another shape is newly initialized. `key_mapping`: as in
+    `open_checkpoint`. `added`: the names of tensors that a model of this config has besides the table's. `options`:
+    config overrides (`num_labels`, `dropout` ...; fewer `num_hidden_layers` drop the last layers), what
+    `opt_common.hub.fetch` takes, and transformers' use_safetensors, from_tf, from_flax, load_in_8bit and load_in_4bit,
+    which round the layers' Linears as they are read, and others that cannot change what is loaded.
     Warns, in one line, of weights that are not used, and of those that the checkpoint does not hold. Raises before
     anything is allocated: TypeError for an unknown option, ValueError for one that is not offered.
     """
@@ -107,9 +108,8 @@ def open_pretrained(
     given = config
 
     def read() -> tuple[Opened, GenerationConfig]:
-        opened = open_checkpoint(
-            path_or_name, layout, True, False, architecture, given, changes, ignore_mismatched_sizes, added, **options
-        )
+        fitting = (architecture, given, changes, ignore_mismatched_sizes, added, key_mapping)
+        opened = open_checkpoint(path_or_name, layout, True, False, *fitting, **options)
         return opened, GenerationConfig.from_folder(opened.checkpoint.folder, opened.config)
 
     opened, generation = of_one_save(local(path_or_name) / options.get("subfolder", ""), read)
