@@ -258,6 +258,12 @@ class TFOPTPreTrainedModel(Network, keras.Model):
         self._compile_loss = self._compile_metrics = None  # Keras would keep those of an earlier call
         super().compile(optimizer, loss, *args, **kwargs)
 
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as a loaded file says; Keras's leaves it to classes that have a `compile` of their own."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
     def train_step(self, data: Any) -> Any:
         """Keras's; without a compiled loss, the labels go to the model, whose own it then is."""
         return super().train_step(with_labels(self, data))
