@@ -117,7 +117,8 @@ class FunctionalModel(nnx.Module):
 
     @property
     def params(self) -> Params:
-        """The weights, a nested dictionary. Setting an entry of it sets the weight; setting `params` sets them all.
+        """The weights, a nested dictionary. Setting an entry of it sets the weight, as of the next call of the model or
+        look at `params`, but not for NNX's functions before that; setting `params` sets them all, at once.
         Raises ValueError for a model made with _do_init=False, and for missing, unknown and misshapen weights."""
         check_weights(self)
         return give(self)

@@ -84,7 +84,7 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
     """OPT with two scores a token: that the answer begins there, and that it ends there."""
 
     architecture = "OPTForQuestionAnswering"
-    label_names = ("start_positions", "end_positions")
+    label_names, score_names = ("start_positions", "end_positions"), ("start_logits", "end_logits")
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         super().__init__(config, initializer, **kwargs)
@@ -127,6 +127,3 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
                 losses.append(mean_cross_entropy(scores, ops.where(within, columns, -100)))
             loss = (losses[0] + losses[1]) / 2
         return QuestionAnsweringOutput(loss, starts, ends, out.past_key_values, out.hidden_states, out.attentions)
-
-    def scores(self, output: Any) -> Any:
-        return output.start_logits, output.end_logits

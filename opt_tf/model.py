@@ -195,7 +195,7 @@ class OPTDecoder(nn.Network):
 class TFOPTModel(TFOPTPreTrainedModel):
     """OPT without a head. New weights are drawn from N(0, init_std²), biases and the padding row are 0."""
 
-    architecture, label_names = "OPTModel", ()
+    architecture, label_names, score_names = "OPTModel", (), ("last_hidden_state",)
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         super().__init__(config, initializer, **kwargs)

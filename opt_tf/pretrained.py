@@ -33,6 +33,7 @@ class TFOPTPreTrainedModel(Network, keras.Model):
     architecture: str
     generation_config: GenerationConfig | None = None  # the config's token ids, if None
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
+    score_names: ClassVar[tuple[str, ...]] = ("logits",)  # what a compiled loss compares with those
 
     # What scripts and libraries read, with transformers' values
     config_class = OPTConfig
@@ -247,6 +248,23 @@ class TFOPTPreTrainedModel(Network, keras.Model):
 
     prepare_tf_dataset = prepare_tf_dataset
 
+    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Keras's. As in transformers, the loss "passthrough" is the model's own, as None is, and a list may have None
+        for what a call returns besides its scores."""
+        n = len(self.score_names)
+        if isinstance(loss, str) and loss == "passthrough":
+            loss = None
+        elif isinstance(loss, (list, tuple)) and not any(loss[n:]):
+            loss = loss[0] if n == 1 else loss[:n]
+        self._compile_loss = self._compile_metrics = None  # Keras would keep those of an earlier call
+        super().compile(optimizer, loss, *args, **kwargs)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as a loaded file says; Keras's leaves it to classes that have a `compile` of their own."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
     def train_step(self, data: Any) -> Any:
         """Keras's; without a compiled loss, the labels go to the model, whose own it then is."""
         return super().train_step(with_labels(self, data))
@@ -263,20 +281,25 @@ class TFOPTPreTrainedModel(Network, keras.Model):
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Tensor:
-        """The loss given to `compile` is of the logits. Without one, or without targets, as in `fit` on dictionaries
-        with labels, it is the model's own; of several replicas, each one's share of it."""
-        if y_pred.get("loss") is not None and (y is None or self._compile_loss is None):
-            return y_pred.loss / tf.distribute.get_strategy().num_replicas_in_sync
+        """The loss given to `compile` is of the scores. Without one it is the model's own; of several replicas, each
+        one's share of it."""
+        own = y_pred.get("loss") if isinstance(y_pred, Mapping) else None
+        if own is not None and (y is None or self._compile_loss is None):
+            return own / tf.distribute.get_strategy().num_replicas_in_sync
         scores = self.scores(y_pred)
         return super().compute_loss(x, y, scores, of_tokens(sample_weight, scores), training)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The metrics given to `compile` are of the logits."""
+        """The metrics given to `compile` are of the scores."""
         return super().compute_metrics(x, y, self.scores(y_pred), *args, **kwargs)
 
     def scores(self, output: Any) -> Any:
-        """The part of an output that the loss and the metrics given to `compile` are computed from."""
-        return output.logits
+        """The part of an output that the loss and the metrics given to `compile` are computed from; all that a subclass
+        returns in place of one."""
+        if not isinstance(output, Mapping):
+            return output
+        found = tuple(output[name] for name in self.score_names)
+        return found if len(found) > 1 else found[0]
 
     def export(
         self,

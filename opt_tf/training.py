@@ -12,16 +12,30 @@ import tensorflow as tf
 
 
 def with_labels(model: Any, data: Any) -> Any:
-    """The data of a step, its targets among the inputs too, where no loss is compiled: the model's own needs them."""
+    """The data of a step, its targets where they are wanted: apart, and where no loss is compiled among the inputs too,
+    for the model's own. As in transformers they may be given in either place, apart also in a dictionary, by the names
+    of the arguments or of the outputs."""
     x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
-    if y is None or model._compile_loss is not None or not model.label_names:
+    names = model.label_names
+    if isinstance(x, Mapping) and y is None:
+        y = {name: x[name] for name in names if name in x}
+    if not names or y is None or (isinstance(y, Mapping) and not y):
         return data
-    if weights is not None:
-        raise ValueError("sample_weight: found one, which the model's own loss does not take; compile a loss")
-    inputs = x if isinstance(x, Mapping) else {"input_ids": x}
-    if not isinstance(y, Mapping):
-        y = dict(zip(model.label_names, y if isinstance(y, (list, tuple)) else [y], strict=True))
-    return {**inputs, **y}, y
+    if isinstance(y, Mapping):
+        arguments = dict(zip(model.score_names, names, strict=True))
+        y = {arguments.get(name, name): value for name, value in y.items()}
+        if y.keys() != {*names}:
+            raise ValueError(f"y: found {', '.join(sorted(y))}, wanted {', '.join(names)}")
+        y = [y[name] for name in names]
+    targets = tuple(y) if isinstance(y, (list, tuple)) else (y,)
+    if model._compile_loss is None:
+        if weights is not None:
+            raise ValueError("sample_weight: found one, which the model's own loss does not take; compile a loss")
+        inputs = x if isinstance(x, Mapping) else {"input_ids": x}
+        x = {**dict(zip(names, targets, strict=True)), **inputs}
+    elif isinstance(x, Mapping):
+        x = {name: value for name, value in x.items() if name not in names}
+    return keras.utils.pack_x_y_sample_weight(x, targets if len(targets) > 1 else targets[0], weights)
 
 
 def of_tokens(weights: Any, scores: Any) -> Any:

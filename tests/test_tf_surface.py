@@ -275,6 +275,31 @@ def test_fit_by_the_models_own_loss(kind, ids):
             model.fit(*data, sample_weight=np.ones(3), verbose=0)
 
 
+def test_where_targets_may_be(model, ids):
+    """By a loss of Keras's, in every place; as in transformers they are not shifted then."""
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(MASK)}
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    wanted = pytest.approx(float(loss(ids, model(**inputs).logits)), rel=1e-5)
+    accuracy = np.mean(np.argmax(model(**inputs).logits, axis=-1) == ids)
+    for given in (loss, [loss, None, None]):
+        model.compile("sgd", given, metrics=[keras.metrics.SparseCategoricalAccuracy()])
+        for data in ((inputs, ids), (inputs | {"labels": ids},), (inputs, {"labels": ids}), (inputs, {"logits": ids})):
+            assert model.evaluate(*data, verbose=0) == [wanted, pytest.approx(accuracy)]
+    with pytest.raises(ValueError, match="y: found label, wanted labels"):
+        model.evaluate(inputs, {"label": ids}, verbose=0)
+    model.compile("sgd", "passthrough", metrics=[keras.metrics.SparseCategoricalAccuracy()])
+    own = pytest.approx(float(model(**inputs, labels=ids).loss), rel=1e-5)
+    assert model.evaluate(inputs | {"labels": ids}, verbose=0) == [own, pytest.approx(accuracy)]
+
+
+def test_targets_by_the_names_of_outputs(ids):
+    model = TFOPTForQuestionAnswering(OPTConfig(**SMALL))
+    model.compile("sgd")
+    spans = {"end_logits": np.array([7, 2, 2]), "start_logits": np.array([4, 1, 2])}
+    wanted = model(ids, start_positions=spans["start_logits"], end_positions=spans["end_logits"]).loss
+    assert model.evaluate(ids, spans, verbose=0) == pytest.approx(float(wanted), rel=1e-5)
+
+
 def test_weights_of_rows(model, ids):
     """Given [B], they count for every token of their row, also where B is T."""
     x, y, weights = ids[:, :3], ids[:, 1:4], np.array([1.0, 0.0, 3.0], np.float32)
