@@ -11,6 +11,7 @@ import pytest
 
 from backends import COMPLETE
 from checkpoints import tiny_config
+from long_runs import Run
 from opt_common.config import OPTConfig
 from opt_common.frameworks import registered
 from opt_common.generation.prompts import prompt
@@ -302,3 +303,14 @@ def test_what_is_no_number_stays_in_its_row(here):
     embeds[1, 2, 0] = np.nan
     found = here.numbers(inputs_embeds=embeds)
     assert np.isnan(found[1, 2:]).any(axis=-1).all() and np.isfinite(found[0]).all()
+
+
+# Long runs. `python tests/long_runs.py` does as many calls as wanted, and watches memory and compiled programs.
+
+
+def test_threads_and_forked_workers(framework):
+    if framework not in COMPLETE:
+        pytest.skip(f"{framework}: has no beams, nor other texts of one prompt")
+    run = Run(framework)
+    assert run.threads(count=4, each=1) == {"threads": 4, "calls": 4, "wrong": 0, "first": ""}
+    assert run.workers(batches=1) == {"workers": 2, "texts": 4, "wrong": 0}
