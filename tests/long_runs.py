@@ -157,8 +157,9 @@ class Run:
         rng = np.random.default_rng(2)
         texts = [prompts(rng, 1, 20)["input_ids"][0].tolist() for _ in range(4 * batches)]
         wanted = [self.generate({"input_ids": np.array([text])}, {}, 5) for text in texts]
+        every: Any = texts
         loader: Any = DataLoader(
-            texts, batch_size=4, num_workers=count, collate_fn=list, timeout=60, multiprocessing_context="fork"
+            every, batch_size=4, num_workers=count, collate_fn=list, timeout=60, multiprocessing_context="fork"
         )
         found = [self.generate({"input_ids": np.array([text])}, {}, 5) for batch in loader for text in batch]
         wrong = sum(not np.array_equal(*pair) for pair in zip(found, wanted, strict=True))
@@ -175,8 +176,8 @@ class programs:
 
             jax.monitoring.register_event_duration_secs_listener(self._event)
 
-    def _event(self, name: str, *_: Any, **__: Any) -> None:
-        self.compiled += name.endswith("backend_compile_duration")
+    def _event(self, event: str, duration_secs: float, **_: Any) -> None:
+        self.compiled += event.endswith("backend_compile_duration")
 
     @property
     def count(self) -> int:
@@ -196,7 +197,8 @@ def memory() -> int:
 
 def slope(used: list[tuple[int, int]]) -> float:
     """Bytes a call, of (call, bytes)."""
-    return float(np.polyfit(*zip(*used, strict=True), 1)[0])
+    calls, memory = zip(*used, strict=True)
+    return float(np.polyfit(calls, memory, 1)[0])
 
 
 def faults(part: str, found: dict[str, Any]) -> Iterator[str]:
