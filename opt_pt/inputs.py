@@ -128,9 +128,9 @@ def can_cache(decoder: Any) -> bool:
     return len({*numbers}) == len(numbers) or None in numbers
 
 
-def loss_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call that are its loss's alone."""
-    return {name: kwargs[name] for name in _OF_THE_LOSS if name in kwargs}
+def loss_options(config: OPTConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a model's loss_function takes by keyword: the size of the vocabulary, and what is in a call for it alone."""
+    return {"vocab_size": config.vocab_size, **{name: kwargs[name] for name in _OF_THE_LOSS if name in kwargs}}
 
 
 def check(
@@ -156,7 +156,7 @@ def check(
         None if input_ids is None else input_ids.shape,
         None if inputs_embeds is None else inputs_embeds.shape,
         None if attention_mask is None or whole else attention_mask.shape,
-        None if position_ids is None else position_ids.shape,
+        None if position_ids is None else position_ids.view(-1, position_ids.shape[-1]).shape,
         past,
         slots=getattr(cache, "slots", None),
         rows=getattr(cache, "rows", None),
@@ -216,6 +216,8 @@ def place(
             check_positions(config, int(position_ids.max()), smallest=int(position_ids.min()))
         return position_ids.long(), attention_mask
     past, before = past_length(cache), getattr(cache, "segments", None)
+    if before is not None and before.shape[1] != past:
+        before = None  # somebody took slots out of the cache, or put some in
     tracing = recording(device)
     if attention_mask is not None and before is None and not tracing and bool(attention_mask.all()):
         attention_mask = None  # a mask of ones is what tokenizers give when nothing is padded
@@ -223,7 +225,7 @@ def place(
     slots = torch.arange(past + T, device=device)
     if attention_mask is None and position_ids is None and before is None:
         check_positions(config, past + T - 1, "input_ids")
-        return slots[None, past:], None
+        return slots[None, past:].expand(B, -1), None
     real = slots.new_ones((B, past + T)) if attention_mask is None else (attention_mask != 0).long()
     old = real[:, :past] if before is None else real[:, :past] * before
     new = real[:, past:]
@@ -236,7 +238,7 @@ def place(
         if before is None or before.dtype == torch.bool:
             segments = segments.bool()
     else:
-        positions = position_ids.long()
+        positions = position_ids.long().view(-1, T)
         starts = positions == 0
         fell = (positions[:, 1:] <= positions[:, :-1]) & (new[:, 1:] & new[:, :-1]).bool()
         starts = torch.cat([starts[:, :1].expand(B, 1), starts[:, 1:] | fell], dim=1)

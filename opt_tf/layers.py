@@ -3,6 +3,7 @@ and the initializer of its matrix, from the layer or model that it is part of.""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from tensorflow import Tensor
 from opt_common.config import OPTConfig
 from opt_common.inputs import check_classes, check_kind
 
-from .inputs import as_raised, integers
+from .inputs import arguments, as_raised, integers
 
 PARTS = 16  # of a matrix, for a product of few rows
 
@@ -67,6 +68,14 @@ class Block(keras.layers.Layer):
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
         # tf.train.Checkpoint would leave out what is in a list of Keras's
         return super()._trackable_children(save_type, **kwargs) | dict(_parts(self))
+
+
+class Network(Block):
+    """A block that is called on tokens. As `fit` and its like pass them, the arguments may come in one dictionary or
+    list."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(**arguments([*inspect.signature(self.call).parameters], args, kwargs))
 
 
 def build_parts(whole: Any) -> None:
@@ -214,6 +223,10 @@ class PositionalEmbedding(Embedding):
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__(num_embeddings + self.offset, embedding_dim)
+
+    def __call__(self, attention_mask: Tensor | None, past_key_values_length: int = 0, **kwargs: Any) -> Any:
+        # by name: Keras takes only tensors by position
+        return super().__call__(attention_mask, past_key_values_length=past_key_values_length, **kwargs)
 
     def call(
         self, attention_mask: Tensor | None, past_key_values_length: int = 0, position_ids: Tensor | None = None

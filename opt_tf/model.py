@@ -21,6 +21,7 @@ from .generation import compute_transition_scores, generate, stream
 from .inputs import check, columns, place, wanted
 from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, runner
 from .pretrained import TFOPTPreTrainedModel
+from .quantized import quantized
 
 
 class OPTAttention(nn.Block):
@@ -109,7 +110,7 @@ class OPTDecoderLayer(nn.Block):
         return hidden_states, weights, past_key_values
 
 
-class OPTDecoder(nn.Block):
+class OPTDecoder(nn.Network):
     """Embeddings, the layers, and the final norm and projection where the size has them."""
 
     def __init__(self, config: OPTConfig) -> None:
@@ -198,7 +199,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         super().__init__(config, initializer, **kwargs)
-        self.decoder = OPTDecoder(self.config)
+        self.decoder = quantized(OPTDecoder(self.config))
         self.build()
 
     @can_return_tuple

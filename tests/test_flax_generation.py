@@ -16,6 +16,7 @@ import jax.numpy as jnp  # noqa: E402
 from conftest import make_reference, save_reference  # noqa: E402
 from opt_common.outputs import GenerateOutput  # noqa: E402
 from opt_flax import FlaxOPTForCausalLM  # noqa: E402
+from opt_flax.generation import loop  # noqa: E402
 from opt_flax.generation.drafts import _looked_up  # noqa: E402
 from opt_flax.generation.loop import run  # noqa: E402
 
@@ -273,6 +274,14 @@ def test_a_number_needs_no_other_program(pair):
         model.generate(IDS, MASK, do_sample="seed" in options, **options)
         counts.append(run._cache_size())
     assert [after - before for before, after in zip(counts, counts[1:], strict=False)] == [1, 0, 1, 0]
+
+
+def test_programs_are_forgotten_when_there_are_many(pair, monkeypatch):
+    """Or the process would run into Linux's limit of memory maps."""
+    monkeypatch.setattr(loop, "KEPT", 2)
+    for rows in range(1, 4):
+        pair[1].generate(np.repeat(IDS[:1], rows, axis=0), max_new_tokens=2)
+    assert sum(program._cache_size() for program in loop.PROGRAMS) <= 2
 
 
 # === Drafts ===

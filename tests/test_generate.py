@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,6 +90,10 @@ def test_min_new_tokens_and_max_length(framework, tiny, load, rng):
     assert model.generate(input_ids=ids, eos_token_id=first, max_new_tokens=10).shape == (1, 6)
     assert model.generate(input_ids=ids, eos_token_id=95, max_length=12).shape[1] <= 12
     assert model.generate(input_ids=ids, min_new_tokens=20).shape == (1, 25), "20 new ones, as in transformers 5"
+    with pytest.warns(UserWarning, match="found min_new_tokens=9 and 4 new tokens at most"):
+        found = model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=9, eos_token_id=first)
+    assert found.shape == (1, 9)
+    assert first not in found[0, 5:]
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=0.7), dict(top_k=5), dict(top_p=0.6, top_k=0),
@@ -133,7 +138,7 @@ WRONG = {
     "max_new_tokens": (dict(max_new_tokens=0), "max_new_tokens: found 0"),
     "too long": (dict(max_new_tokens=59), "6 tokens and 59 new ones make 65, wanted at most 64"),
     "max_length": (dict(max_length=6), "max_length: found 6"),
-    "min": (dict(max_new_tokens=3, min_new_tokens=4), "min_new_tokens: found 4"),
+    "min": (dict(max_new_tokens=3, min_new_tokens=-1), "min_new_tokens: found -1"),
     "temperature": (dict(max_new_tokens=3, do_sample=True, temperature=-1.0), "temperature: found -1"),
     "top_k": (dict(max_new_tokens=3, top_k=-1), "top_k: found -1"),
     "top_p": (dict(max_new_tokens=3, top_p=1.5), "top_p: found 1.5"),
@@ -150,6 +155,59 @@ def test_wrong_arguments(framework, case, tiny, load, rng):
     arguments, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         load(framework, folder).generate(input_ids=rng.integers(3, 96, (1, 6)), **arguments)
+
+
+def test_drafts_are_of_one_text(framework, tiny, load, rng):
+    """What transformers refuses is refused, in one sentence; beams go on without a draft, as there."""
+    folder, reference = tiny("350m")
+    model, ids, lookup = load(framework, folder), rng.integers(3, 96, (2, 6)), dict(prompt_lookup_num_tokens=3)
+    other = SimpleNamespace(config=OPTConfig(vocab_size=50))
+    wrong = {
+        "prompt_lookup_num_tokens: found 2 texts, wanted one": dict(input_ids=ids, **lookup),
+        "assistant_model: found 3 texts, wanted one": dict(assistant_model=model.model, do_sample=True,
+                                                           num_return_sequences=3),
+        "use_cache: found False, wanted True with prompt_lookup": dict(use_cache=False, **lookup),
+        "assistant_model: found vocab_size 50, wanted 96": dict(assistant_model=other),
+    }  # fmt: skip
+    for message, given in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            model.generate(**({"input_ids": ids[:1], "max_new_tokens": 3} | given))
+    wanted = reference.generate(torch.tensor(ids), num_beams=2, max_new_tokens=9, do_sample=False).numpy()
+    with pytest.warns(UserWarning, match="prompt_lookup_num_tokens: found with num_beams=2"):
+        found = model.generate(input_ids=ids, num_beams=2, max_new_tokens=9, **lookup)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(repetition_penalty=1.5, max_length=9)], ids=str)
+def test_new_ids_behind_a_cache(framework, options, tiny, load, rng):
+    """With a mask of all columns, the ids may be those alone that the cache has not; as in transformers, they are then
+    all of the text that options see and that is returned."""
+    folder, reference = tiny("350m")
+    ids, mask = prompts(rng, "left")
+    ids[2], mask[2] = ids[0], mask[0]
+    model, options = load(framework, folder), {"max_new_tokens": None if "max_length" in options else 8} | options
+    options |= dict(do_sample=False, eos_token_id=[95], pad_token_id=1)
+    seen = {"input_ids": ids[:, :6], "attention_mask": mask[:, :6]}
+    with torch.no_grad():
+        theirs = reference(**{name: torch.tensor(x) for name, x in seen.items()}, use_cache=True).past_key_values
+    wanted = reference.generate(torch.tensor(ids[:, 6:]), attention_mask=torch.tensor(mask), past_key_values=theirs,
+                                **options).numpy()  # fmt: skip
+    assert wanted.shape[1] > 7
+
+    def cache():
+        return model(**seen, past_key_values=model.init_cache(3, 16)).past_key_values
+
+    given = dict(input_ids=ids[:, 6:], past_key_values=cache(), **options)
+    np.testing.assert_array_equal(model.generate(attention_mask=mask, **given), wanted)
+    wrong = {
+        "past_key_values: found 6 tokens, wanted fewer than the prompt's 3; or .* all 9 columns": mask[:, 6:],
+        "attention_mask: found 8 columns, wanted 6 of past_key_values and 3 new": mask[:, 1:],
+    }
+    for message, other in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            model.generate(attention_mask=other, **given | {"past_key_values": cache()})
+    with pytest.raises(ValueError, match="use_cache: found False with past_key_values"):
+        model.generate(attention_mask=mask, use_cache=False, **given | {"past_key_values": cache()})
 
 
 def test_unknown_options_are_named(framework, tiny, load, rng):
@@ -175,6 +233,15 @@ def test_a_generation_config_stays_with_the_model(framework, tiny, rng, tmp_path
     assert model.generate(input_ids=ids, eos_token_id=[], max_new_tokens=2).shape == (1, 8)
     given = GenerationConfig(max_new_tokens=3, eos_token_id=[])
     assert model.generate(input_ids=ids, generation_config=given).shape == (1, 9)
+    assert model.generate(input_ids=ids, generation_config=given, max_length=20).shape == (1, 9), "not the length"
+    two = np.concatenate([ids, ids[:, ::-1]])
+    ended = dict(eos_token_id=[first], max_new_tokens=5, pad_token_id=None)
+    wanted = reference.generate(torch.tensor(two), attention_mask=torch.ones(2, 6), do_sample=False, **ended)
+    np.testing.assert_array_equal(model.generate(input_ids=two, **ended), wanted)
+    assert (wanted[0, 6:] == first).all(), "no padding by an end"
+    model.model.generation_config = GenerationConfig(max_new_tokens=5)
+    assert model.generate(input_ids=ids).shape == (1, 11), "the model's config ends no text"
+    model.model.generation_config = GenerationConfig(max_new_tokens=4, eos_token_id=[95, first], pad_token_id=1)
     model.model.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == [95, first]
     file.write_text(json.dumps({"penalty_alpha": 0.6}))

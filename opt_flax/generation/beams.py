@@ -61,8 +61,8 @@ class Beams(NamedTuple):
         return jax.nn.log_softmax(logits)
 
     def propose(self, scores: Array, numbers: Numbers, plan: Plan) -> Proposal:
-        """The likeliest texts with a further token, or some that are drawn, best first: enough that K are left if all
-        tokens that end one are among them."""
+        """The likeliest texts with a further token, best first, or some as they are drawn: enough that K are left if
+        all tokens that end one are among them."""
         (B, K), V = self.sums.shape, scores.shape[1]
         sums = (scores.reshape(B, K, V) + self.sums[..., None]).reshape(B, K * V)
         drawn = 0.0
@@ -70,9 +70,6 @@ class Beams(NamedTuple):
             drawn = jax.random.gumbel(jax.random.fold_in(numbers.key, self.step), sums.shape, sums.dtype)
         chosen = lax.top_k(sums + drawn, plan.least * K)[1]
         sums = jnp.take_along_axis(sums, chosen, axis=1)
-        if numbers.key is not None:
-            order = sums.argsort(axis=1, descending=True)
-            sums, chosen = (jnp.take_along_axis(x, order, axis=1) for x in (sums, chosen))
         beam, token = chosen // V, (chosen % V).astype(jnp.int32)
         row = (beam + K * jnp.arange(B)[:, None]).astype(jnp.int32)
         column = self.ids.shape[2] - plan.room + self.step

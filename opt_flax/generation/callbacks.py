@@ -33,20 +33,19 @@ def traceable(functions: tuple[Function, ...]) -> bool:
     return all(len(inspect.signature(function).parameters) > 2 for function in functions)
 
 
-def callbacks(settings: Settings, options: Options, padding: np.ndarray) -> Callbacks:
-    """Those of a `generate` whose prompts have so many columns of padding, [B], on the left."""
+def callbacks(settings: Settings, options: Options) -> Callbacks:
+    """Those of a `generate`."""
     found = Callbacks({}, [])
     functions = settings.processors.get("logits_processor", ())
     if not traceable(functions):
         found.processors["logits_processor"] = lambda texts, scores: _in_turn(functions, texts, scores)
     if (function := settings.processors.get("prefix_allowed_tokens_fn")) is not None:
-        each = max(settings.num_beams, settings.num_return_sequences)
         found.processors["prefix_allowed_tokens_fn"] = lambda texts, scores: jnp.asarray(
-            allowed(function, each, np.asarray(texts), np.asarray(scores))
+            allowed(function, settings.num_beams, np.asarray(texts), np.asarray(scores))
         )
     if settings.stop_strings:
         stops = StopStrings(options.get("tokenizer"), settings.stop_strings)
-        found.criteria.append(lambda texts, scores: stops.of(np.asarray(texts), padding))
+        found.criteria.append(lambda texts, scores: stops.of(np.asarray(texts)))
     if settings.max_time is not None:
         until = time.monotonic() + settings.max_time
         found.criteria.append(lambda texts, scores: time.monotonic() > until)

@@ -25,7 +25,7 @@ class Text(NamedTuple):
     """The texts so far: prompts, with their padding moved to the left, and the new tokens behind them.
 
     ids: [R, W] int32. start, prompt, end: the columns where the texts begin, where their prompts end, and where they
-    end now; in front and behind is nothing. padding: [R], how many columns of a text are its padding.
+    end now; in front and behind is nothing. padding: [R], how many columns of a mask are padding.
     """
 
     ids: Array

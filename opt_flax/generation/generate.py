@@ -19,7 +19,7 @@ from opt_common.outputs import GenerateOutput
 from . import drafts
 from .callbacks import Callbacks, callbacks, traceable
 from .choosing import Numbers, Plan, chosen, values
-from .loop import Given, Reading, State, run, steps
+from .loop import PROGRAMS, Given, Reading, State, forget, run, steps
 from .prompts import asked, given, key
 from .results import of_passes, texts
 
@@ -46,6 +46,8 @@ def generate(
     options: see `opt_common.generation.Options`. A `logits_processor` of (ids, scores, cur_len) is traced, with ids
         [R, T + max_new_tokens] of which `cur_len` columns are there; one of (ids, scores) is called at each step.
     Under jit and pmap ids and mask may be traced, and the result has all T + max_new_tokens columns.
+    A program is compiled for each kind of settings, number of rows and width, in steps of 32 columns and 64 new tokens;
+    64 of them are kept, then all are forgotten. `jax.clear_caches` forgets them sooner.
     Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
     """
     call = Call.of(self, input_ids, attention_mask, prng_key, options)
@@ -106,6 +108,7 @@ class Call:
 
     @classmethod
     def of(cls, model: Any, input_ids: Any, attention_mask: Any, prng_key: Any, options: Mapping[str, Any]) -> Call:
+        forget((*PROGRAMS, drafts.run))
         prompt = asked(model, input_ids, attention_mask, options)
         settings, options = prompt.settings, prompt.options
         arrays = [options.get(name) for name in ("inputs_embeds", "past_key_values", "negative_prompt_ids")]
@@ -116,8 +119,7 @@ class Call:
                 raise ValueError(f"{name}: found one under jit, where no token is known; wanted a call outside of it")
         functions = settings.processors.get("logits_processor", ())
         functions = functions if traceable(functions) else ()
-        output = settings.return_dict_in_generate
-        shown = output and (settings.output_attentions or settings.output_hidden_states)
+        shown = settings.output_attentions or settings.output_hidden_states
         # what is traced is as wide as it has to be, and so is what the caller sees; a cache has the prompt's columns
         exact = traced or bool(functions) or shown or options.get("past_key_values") is not None
         room = settings.max_new_tokens if exact else -(-settings.max_new_tokens // NEW_STEP) * NEW_STEP
@@ -131,8 +133,8 @@ class Call:
             early_stopping=settings.early_stopping,
             room=room,
             use_cache=settings.use_cache or found.feed.ndim == 3,  # embeddings are read once, as in transformers
-            output_attentions=output and settings.output_attentions,
-            output_hidden_states=output and settings.output_hidden_states,
+            output_attentions=settings.output_attentions,
+            output_hidden_states=settings.output_hidden_states,
         )
         vocabulary, pad, ends = model.config.vocab_size, settings.pad_token_id, settings.eos_token_ids
         numbers = Numbers(
@@ -143,11 +145,8 @@ class Call:
             settings.length_penalty,
             key(settings, prng_key, traced),
         )
-        functions = callbacks(settings, options, found.padding)
-        streamer, assistant = options.get("streamer"), options.get("assistant_model")
-        if assistant is not None and assistant.config.vocab_size != vocabulary:
-            size = assistant.config.vocab_size
-            raise ValueError(f"assistant_model: found vocab_size {size}, wanted the model's {vocabulary}")
+        functions = callbacks(settings, options)
+        streamer, assistant = options.get("streamer"), options.get("assistant_model") if settings.assisted else None
         call = cls(model, prompt.ids, settings, streamer, assistant, found, numbers, plan, functions, traced)
         if call.streamer is not None:
             call.check_one("streamer")
@@ -155,13 +154,11 @@ class Call:
 
     @property
     def drafts(self) -> int:
-        """How many tokens are drafted: none unless one text is written from tokens alone, in one program. The text does
-        not depend on it."""
+        """How many tokens are drafted: none unless the text is written from tokens alone, in one program. It does not
+        depend on that."""
         settings, plan, given = self.settings, self.plan, self.given
-        k = settings.prompt_lookup_num_tokens if self.assistant is None else settings.num_assistant_tokens
-        one = len(self.ids) == plan.each == 1 and not (self.by_step or plan.functions)
-        cached = plan.use_cache and given.cache is None and given.other is None and given.feed.ndim == 2
-        return k if one and cached else 0
+        alone = given.cache is None and given.other is None and given.feed.ndim == 2
+        return settings.draft if alone and not (self.by_step or plan.functions) else 0
 
     @property
     def by_step(self) -> bool:
@@ -169,7 +166,6 @@ class Call:
         settings = self.settings
         wanted = settings.output_scores or settings.output_logits
         wanted = wanted or settings.output_attentions or settings.output_hidden_states
-        wanted = wanted and settings.return_dict_in_generate
         return bool(wanted or self.streamer is not None or any(self.callbacks))
 
     def check_one(self, name: str) -> None:
@@ -197,15 +193,16 @@ class Call:
         """What `generate` returns, from the state at the end and what the steps had."""
         settings, plan, T = self.settings, self.plan, self.given.ids.shape[1]
         fields: dict[str, Any] = {}
+        xp: Any = jnp if self.traced else np  # numpy: for jax every length would be one more program
         ids, count = state.texts, state.step
         if plan.beams:
             n = settings.num_return_sequences
-            ids, sources = (x[:, :n].reshape(-1, x.shape[2]) for x in (state.best, state.best_sources))
+            best = (xp.asarray(x) for x in (state.best, state.best_sources))
+            ids, sources = (x[:, :n].reshape(-1, x.shape[2]) for x in best)
             count = (sources >= 0).sum(axis=1).max()
-            fields["beam_indices"] = sources[:, : self._columns(count)]
+            fields["beam_indices"] = jnp.asarray(sources[:, : self._columns(count)])
             if settings.output_scores:
-                fields["sequences_scores"] = state.best_scores[:, :n].reshape(-1)
-        xp: Any = jnp if self.traced else np  # numpy: for jax every length would be one more program
+                fields["sequences_scores"] = jnp.asarray(xp.asarray(state.best_scores)[:, :n].reshape(-1))
         prompts = xp.repeat(xp.asarray(self.ids, np.int32), settings.num_return_sequences, axis=0)
         sequences = xp.concatenate([prompts, xp.asarray(ids)[:, T : T + self._columns(count)]], axis=1)
         if not settings.return_dict_in_generate:

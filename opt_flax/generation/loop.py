@@ -6,7 +6,7 @@ B prompts   R texts: B, or several of each prompt   P, T columns of the prompt  
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Given(NamedTuple):
     """What is continued.
 
     ids: [B, T] int32, the prompts with their padding moved to the left, which begin at column `start`; padding: [B],
-    how many columns of each are padding.
+    how many columns of each mask are padding.
     feed: [B, P] tokens or [B, P, E] embeddings, what the model reads first, from column `front` on; mask: [B, past +
     P], True for what is real, of what is in `cache` too, which has room for the new tokens.
     other: ids [B, N] and their mask, which guidance moves away from.
@@ -252,9 +252,23 @@ def _by_name(
     return scores
 
 
+# === Compiled programs ===
+
+# On a CPU XLA maps 250 to 550 pieces of memory a program, and Linux lets a process have 65,530: with more it crashes.
+KEPT = 64
+
+
+def forget(programs: Sequence[Any]) -> None:
+    """Drop all compiled programs if there are KEPT; those that are called again are compiled again."""
+    if sum(program._cache_size() for program in programs) >= KEPT:
+        for program in programs:
+            program.clear_cache()
+
+
 _begin = jax.jit(begin, static_argnames="plan")
 _read = jax.jit(read, static_argnames="plan", donate_argnames="state")
 _scored = jax.jit(scored, static_argnames="plan")
 _process = jax.jit(process, static_argnames="plan")
 _propose = jax.jit(propose, static_argnames="plan")
 _settle = jax.jit(lambda state, *rest: state.settle(*rest), static_argnums=4)
+PROGRAMS = (run, _begin, _read, _scored, _process, _propose, _settle)

@@ -16,10 +16,9 @@ from jax import Array
 from jax.core import Tracer
 
 from opt_common.generation import Prompt, Settings, check_generate, merged, prompt
-from opt_common.generation.prompts import padding, started
+from opt_common.generation.prompts import held_alone, padding, started
 from opt_common.inputs import check_call, check_tokens
 
-from ..cache import KVCache
 from .loop import Given
 
 # Prompts are padded to a multiple of so many columns, so that one program serves all widths between.
@@ -36,25 +35,27 @@ def asked(model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str,
     embeds = chosen.get("inputs_embeds") if input_ids is None else None  # which then come alone
     ids = None if embeds is not None else jnp.asarray(started(config, input_ids, chosen))
     of_ids, of_embeds, of_mask = (None if x is None else jnp.shape(x) for x in (ids, embeds, attention_mask))
-    B, T = check_call(config, of_ids, of_embeds, of_mask)
+    held = 0 if of_ids is None else held_alone(of_ids, of_mask, chosen)
+    B, T = check_call(config, of_ids, of_embeds, of_mask, past=held)
     if attention_mask is not None:
         mask = jnp.asarray(attention_mask) != 0
     elif ids is None or (pad := padding(config, chosen)) is None:
         mask = np.ones((B, T), bool)
     else:
         mask = ids != pad
-    settings = check_generate(config, T, T, 1, chosen)
-    return Prompt(np.zeros((B, 0), np.int32) if ids is None else ids, mask, settings, chosen)  # pyright: ignore[reportArgumentType]
+    settings = check_generate(config, B, T, T, 1, chosen)
+    return Prompt(np.zeros((B, 0), np.int32) if ids is None else ids, mask, settings, chosen, held)  # pyright: ignore[reportArgumentType]
 
 
 def given(model: Any, prompt: Prompt, room: int, exact: bool) -> Given:
     """The prompt as the loop takes it, and its cache, with room for so many new tokens. exact: not a column wider."""
     ids, mask, options = prompt.ids, prompt.mask, prompt.options
     xp: Any = jnp if any(isinstance(x, Tracer) for x in (ids, mask)) else np
-    T = mask.shape[1]
-    real_last = (mask * T + np.arange(T)).argsort(axis=1)
+    real = mask[:, prompt.held :]
+    T = real.shape[1]
+    real_last = (real * T + np.arange(T)).argsort(axis=1)
     moved = xp.take_along_axis(ids, real_last, axis=1) if ids.shape[1] else ids
-    padding = T - mask.sum(axis=1)
+    padding = mask.shape[1] - mask.sum(axis=1)
     feed = options.get("inputs_embeds")
     if feed is not None and ids.shape[1] and feed.shape[:2] != ids.shape:
         raise ValueError(f"inputs_embeds: found shape {list(feed.shape)}, wanted {list(ids.shape)} of input_ids first")
@@ -62,8 +63,10 @@ def given(model: Any, prompt: Prompt, room: int, exact: bool) -> Given:
     other = _other(model, prompt, moved)
     cache: Any = options.get("past_key_values") if prompt.settings.use_cache else None
     if cache is not None:
-        feed = feed[:, _past(cache, mask) :]
-        cache = cache.between(0, max(cache.slots, T + room))
+        if isinstance(cache.length, Tracer):
+            raise ValueError("past_key_values: found one that is traced, wanted one whose length is known")
+        feed = feed[:, prompt.unread(int(cache.length)) :]
+        cache = cache.between(0, max(cache.slots, mask.shape[1] + room))
     front = 0 if exact else -T % STEP
     if front:
         sides = ((0, 0), (front, 0))
@@ -73,18 +76,6 @@ def given(model: Any, prompt: Prompt, room: int, exact: bool) -> Given:
     feed = feed if feed.ndim == 3 else feed.astype(np.int32)
     start = front if moved.shape[1] else 0
     return Given(moved.astype(np.int32), start, padding, feed, front, mask, cache, other)
-
-
-def _past(cache: KVCache, mask: Any) -> int:
-    """How many of the prompt's columns are in a cache. Raises ValueError if they are all, or one can not tell."""
-    if isinstance(cache.length, Tracer):
-        raise ValueError("past_key_values: found one that is traced, wanted one whose length is known")
-    past, T = int(cache.length), mask.shape[1]
-    if past >= T:
-        raise ValueError(f"past_key_values: found {past} tokens, wanted fewer than the prompt's {T}")
-    if not isinstance(mask, Tracer) and not np.asarray(mask)[:, past:].any(axis=1).all():
-        raise ValueError(f"attention_mask: found a row without tokens behind the {past} in past_key_values")
-    return past
 
 
 def _other(model: Any, prompt: Prompt, moved: Any) -> tuple[Any, Any] | None:

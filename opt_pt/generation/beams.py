@@ -52,13 +52,12 @@ class Beams:
             self.choose.logits.append(logits.clone())
         sums = self.choose.process(logits.log_softmax(dim=-1)).view(B, K, V) + self.running[:, :, None]
 
-        # The candidates, best first: so many that K of them go on, whichever of them end
+        # The candidates, best first or as they are drawn: so many that K of them go on, whichever of them end
         C = max(2, 1 + len(text.eos)) * K
         sums = sums.view(B, K * V)
         if settings.do_sample:
             at = self.choose.draw(sums.softmax(dim=-1), C)
-            sums, order = sums.gather(1, at).sort(dim=-1, descending=True)
-            at = at.gather(1, order)
+            sums = sums.gather(1, at)
         else:
             sums, at = sums.topk(C)
         beam, token = at // V, at % V  # [B, C] each

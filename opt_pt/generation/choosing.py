@@ -37,9 +37,8 @@ class Chooser:
         functions = PROCESSORS | {"guidance_scale": partial(_guidance_scale, guide)}
         ordered = _ordered(settings.processors)
         self.processors = [(functions[name], _on(device, value)) for name, value in ordered]
-        output = settings.return_dict_in_generate
-        self.scores: list[Tensor] | None = [] if output and settings.output_scores else None
-        self.logits: list[Tensor] | None = [] if output and settings.output_logits else None
+        self.scores: list[Tensor] | None = [] if settings.output_scores else None
+        self.logits: list[Tensor] | None = [] if settings.output_logits else None
         self.rng = _generator(settings.seed, device) if settings.do_sample else None
         self.fixed = self.scores is None and self.logits is None and not HOST & settings.processors.keys()
         self.greedy = self.fixed and not self.processors and not self.do_sample
@@ -201,13 +200,13 @@ def _min_new_tokens(text: Text, scores: Tensor, least: int) -> Tensor:
 def _prefix_allowed_tokens_fn(text: Text, scores: Tensor, function: Callable[[int, Tensor], Any]) -> Tensor:
     allowed = torch.full_like(scores, -torch.inf)
     for row, ids in enumerate(text.so_far()):
-        tokens = function(row // text.copies, ids)
+        tokens = function(row // text.beams, ids)
         if len(tokens) == 0:
-            raise ValueError(f"prefix_allowed_tokens_fn: found no tokens for row {row // text.copies}, wanted some")
+            raise ValueError(f"prefix_allowed_tokens_fn: found no tokens for row {row // text.beams}, wanted some")
         allowed[row, tokens] = 0
     kept = scores + allowed
-    # where other options leave none of them, in all copies of a row, they are allowed all the same
-    nothing = kept.amax(dim=1).isneginf().view(-1, text.copies).all(dim=1).repeat_interleave(text.copies)
+    # where other options leave none of them, in all beams of a prompt, they are allowed all the same
+    nothing = kept.amax(dim=1).isneginf().view(-1, text.beams).all(dim=1).repeat_interleave(text.beams)
     return torch.where(nothing[:, None], allowed, kept)
 
 

@@ -34,24 +34,12 @@ class Drafter(Protocol):
 
 
 def drafter(given: Prompt, ids: Tensor, mask: Tensor, text: Text) -> Drafter | None:
-    """What guesses in this `generate`, if something does. Raises ValueError where no draft can be verified."""
-    settings, assistant = given.settings, given.options.get("assistant_model")
-    if assistant is None and not settings.prompt_lookup_num_tokens:
+    """What guesses in this `generate`, if something does."""
+    if not given.settings.draft:
         return None
-    name = "prompt_lookup_num_tokens" if assistant is None else "assistant_model"
-    if len(text.ids) != 1:
-        raise ValueError(f"{name}: found {len(text.ids)} rows, wanted one")
-    if settings.output_attentions or settings.output_hidden_states:
-        raise ValueError(f"{name}: found output_attentions or output_hidden_states, wanted neither: a pass has several")
-    if not settings.use_cache:
-        raise ValueError(f"use_cache: found False, wanted True with {name}")
-    if assistant is None:
-        return Lookup(settings)
-    if "inputs_embeds" in given.options:
-        raise ValueError("assistant_model: found inputs_embeds, wanted input_ids, which both models can read")
-    if (found := assistant.config.vocab_size) != (wanted := text.is_eos.shape[0]):
-        raise ValueError(f"assistant_model: found vocab_size {found}, wanted {wanted}, as the model has")
-    return Assistant(assistant, given, ids, mask)
+    if not given.settings.assisted:
+        return Lookup(given.settings)
+    return Assistant(given.options.get("assistant_model"), given, ids, mask)
 
 
 class Lookup:
@@ -66,7 +54,7 @@ class Lookup:
         for n in range(min(self.settings.max_matching_ngram_size, len(ids) - 1), 0, -1):
             for i in range(len(ids) - n):
                 if ids[i : i + n] == ids[-n:]:
-                    found = ids[i + n : i + n + min(most, self.settings.prompt_lookup_num_tokens)]
+                    found = ids[i + n : i + n + min(most, self.settings.draft)]
                     ends = [j for j, token in enumerate(found) if token in self.settings.eos_token_ids]
                     return found[: ends[0]] if ends else found, None
         return [], None
@@ -80,12 +68,12 @@ class Assistant:
 
     def __init__(self, model: Any, given: Prompt, ids: Tensor, mask: Tensor) -> None:
         settings, device = given.settings, ids.device
-        self.most = settings.num_assistant_tokens
+        self.most = settings.draft
         self.text = Text(given, model.config.vocab_size, device)
         self.passes = passes(model, given, ids, mask, self.text, {})
         processors = {k: v for k, v in settings.processors.items() if k != "guidance_scale"}  # a guess is free
-        drawn = {"return_dict_in_generate": settings.do_sample, "output_scores": settings.do_sample}
-        self.choose = Chooser(replace(settings, processors=processors, output_logits=False, **drawn), self.text)
+        changes = {"processors": processors, "output_scores": settings.do_sample, "output_logits": False}
+        self.choose = Chooser(replace(settings, **changes), self.text)
         self.turn: Any = None
 
     def guess(self, text: Text, most: int) -> tuple[list[int], Tensor | None]:

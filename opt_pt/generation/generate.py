@@ -73,19 +73,22 @@ class Writer:
         settings, sources = given.settings, (input_ids, options.get("inputs"), options.get("inputs_embeds"))
         self.home = next((x.device for x in sources if isinstance(x, Tensor)), model.device)  # where the result goes
         device = self.home if model.device.type == "meta" else model.device
-        if settings.return_dict_in_generate:
-            names = ("output_attentions", "output_hidden_states")
-            inputs |= {name: True for name in names if getattr(settings, name)}
+        shown = {name: True for name in ("output_attentions", "output_hidden_states") if getattr(settings, name)}
         self.model, self.given = model, given
         self.ids, mask = (torch.tensor(x, device=device, dtype=torch.long) for x in (given.ids, given.mask))
-        T = mask.shape[1]
+        if shown:  # padding too, which in transformers' generate stands at position 0
+            inputs = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0) * mask} | inputs | shown
+        T = mask.shape[1] - given.held
         # with embeddings alone, what stands in their columns is not looked at
         ids = self.ids if self.ids.shape[1] == T else self.ids.new_zeros(len(mask), T)
+        past: Any = inputs.get("past_key_values")
+        if past is not None:
+            given.unread(int(past.get_seq_length()))
         self.text = Text(given, model.config.vocab_size, device)
         self.passes = passes(model, given, ids, mask, self.text, inputs)
         self.choose = Chooser(settings, self.text, Guide(model, given, self.text))
         self.stops = loop.Stops(settings, given.options, self.choose.scores)
-        self.drafter = drafts.drafter(given, ids, mask, self.text)
+        self.drafter = drafts.drafter(given, ids, mask[:, given.held :], self.text)
 
     def prompts(self) -> Tensor:
         """[R, T]"""

@@ -53,14 +53,13 @@ class Passes:
             self.cache.batch_repeat_interleave(n)
         embeds = "inputs_embeds" in inputs  # they are seen through a cache alone
         self.use_cache = (settings.use_cache or embeds) and can_cache(model.get_decoder())
-        assisted = given.options.get("assistant_model") is not None
-        self.draft = settings.num_assistant_tokens if assisted else settings.prompt_lookup_num_tokens  # at most
+        self.draft = settings.draft
         self.attentions: list[Any] = []
         self.hidden_states: list[Any] = []
 
     def first(self) -> Tensor:
         """The logits [R, V] of the tokens behind the prompts."""
-        T = self.ids.shape[1]
+        T = self.mask.shape[1]
         last = T - 1 - self.mask.flip(1).argmax(dim=1)  # the rightmost real token of each row
         keep = {}
         if bool((last == T - 1).all()) and "logits_to_keep" in inspect.signature(self.model.forward).parameters:

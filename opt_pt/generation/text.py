@@ -18,26 +18,27 @@ class Text:
     """The rows so far. Every tensor keeps its place, so that `write` can be part of a CUDA graph.
 
     ids: [R, W + new] int64, the prompts with their padding moved to the left, then the new tokens, then BLANK;
-    padding: [R], how many columns of padding each has; token: [R], the last new tokens; at: [R] int32, the columns that
-    are taken, in every row as many; done: [R], the rows that have ended and go on with pad_token_id; stopped: [R],
+    padding: [R], how many columns of each mask are padding; token: [R], the last new tokens; at: [R] int32, the columns
+    that are taken, in every row as many; done: [R], the rows that have ended and go on with pad_token_id; stopped: [R],
     those that a stopping criterion ended where no token ends a row: they go on with what is chosen, as in transformers.
     length: the columns that are taken, known without asking the device. can_end: whether rows may end before the last
-    column. copies: how many rows a prompt has. begin: at
+    column. copies: how many rows a prompt has; beams: how many of them are its beams. begin: at
     which length `begin_suppress_tokens` applies. least: see Settings.
     """
 
     def __init__(self, given: Prompt, vocabulary: int, device: torch.device) -> None:
         settings, (B, W) = given.settings, given.ids.shape
         self.width, self.length, self.pad, self.least = W, W, settings.pad_token_id, settings.least
-        self.copies = copies = max(settings.num_beams, settings.num_return_sequences)
+        self.beams, self.copies = settings.num_beams, max(settings.num_beams, settings.num_return_sequences)
         self.begin = W if W > 1 or "forced_bos_token_id" not in settings.processors else W + 1
-        real = given.mask if given.mask.shape == given.ids.shape else np.ones((B, W), bool)  # of `inputs_embeds`
+        real = given.mask[:, given.held :]
+        real = real if real.shape == (B, W) else np.ones((B, W), bool)  # of `inputs_embeds`
         order = real.argsort(axis=1, kind="stable")  # padding first, each part as it was
         ids = np.full((B, W + settings.max_new_tokens), BLANK)
         ids[:, :W] = np.take_along_axis(given.ids, order, axis=1)
-        self.ids = torch.tensor(ids.repeat(copies, axis=0), device=device, dtype=torch.long)
-        self.padding = torch.tensor((~real).sum(axis=1).repeat(copies), device=device)
-        R = B * copies
+        self.ids = torch.tensor(ids.repeat(self.copies, axis=0), device=device, dtype=torch.long)
+        self.padding = torch.tensor((~given.mask).sum(axis=1).repeat(self.copies), device=device)
+        R = B * self.copies
         self.token = torch.empty(R, device=device, dtype=torch.long)
         self.at = torch.full((R,), W, device=device, dtype=torch.int32)
         self.done, self.stopped = (torch.zeros(R, device=device, dtype=torch.bool) for _ in range(2))

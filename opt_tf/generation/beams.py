@@ -121,11 +121,10 @@ class Beams:
         )
 
     def _best(self, sums: Tensor, seen: Seen, V: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The candidates among [B, K·V]: their sums, the best first, their beams and their tokens, [B, M]."""
+        """The candidates among [B, K·V], the best first or as they are drawn: their sums, beams and tokens, [B, M]."""
         if self.plan.do_sample:
             _, at = tf.math.top_k(sums + gumbel(tf.shape(sums), seen), self.candidates)
-            best, order = tf.math.top_k(tf.gather(sums, at, batch_dims=1), self.candidates)
-            at = tf.gather(at, order, batch_dims=1)
+            best = tf.gather(sums, at, batch_dims=1)
         else:
             best, at = tf.math.top_k(sums, self.candidates)
         return best, at // V, at % V

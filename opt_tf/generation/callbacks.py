@@ -1,6 +1,6 @@
 """What the host does at each step: the caller's functions, stop strings and the clock.
 
-B prompts   T columns of the texts so far
+T columns of the texts so far
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from opt_common.generation import Options, Settings, StopStrings
 Stops = Callable[[Tensor, tuple[Tensor, ...] | None], Tensor]
 
 
-def stops(settings: Settings, options: Options, padding: np.ndarray) -> Stops | None:
-    """What the host says about ends. padding: [B], how many columns in front of each prompt are padding."""
+def stops(settings: Settings, options: Options) -> Stops | None:
+    """What the host says about ends."""
     criteria = options.get("stopping_criteria") or ()
     criteria = tuple(criteria) if isinstance(criteria, (list, tuple)) else (criteria,)
     strings = StopStrings(options.get("tokenizer"), settings.stop_strings) if settings.stop_strings else None
@@ -32,7 +32,7 @@ def stops(settings: Settings, options: Options, padding: np.ndarray) -> Stops | 
         for criterion in criteria:
             found |= np.asarray(criterion(text, scores), bool)
         if strings is not None:
-            found |= strings.of(text.numpy(), padding)
+            found |= strings.of(text.numpy())
         if settings.max_time is not None:
             found |= time.monotonic() - began > settings.max_time
         return tf.constant(found)

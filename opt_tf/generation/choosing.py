@@ -62,8 +62,8 @@ class Plan(NamedTuple):
             early_stopping=settings.early_stopping,
             use_cache=settings.use_cache,
             keep_cache=settings.return_dict_in_generate,
-            output_scores=settings.return_dict_in_generate and settings.output_scores,
-            output_logits=settings.return_dict_in_generate and settings.output_logits,
+            output_scores=settings.output_scores,
+            output_logits=settings.output_logits,
             draft=draft,
             longest=settings.max_matching_ngram_size,
         )
@@ -114,7 +114,7 @@ class Seen(NamedTuple):
     """What the processors see.
 
     text: [R, C] int32, a row's prompt, its padding in front, then its new tokens, then room.
-    padding: [R], how many of the first columns are padding. width: how many columns the prompts have.
+    padding: [R], how many columns of the mask are padding. width: how many columns the prompts have.
     step: how many new tokens there are. guide: [R, V], the logits that guidance moves away from.
     """
 
@@ -340,7 +340,7 @@ PROCESSORS: dict[str, Callable[..., Tensor]] = {
     "bad_words_ids": _biases,
     "min_new_tokens": _min_new_tokens,
     "prefix_allowed_tokens_fn": lambda scores, _, seen: tf.constant(
-        allowed(seen.plan.allowed, seen.plan.copies, seen.text[:, : seen.end], scores.numpy())
+        allowed(seen.plan.allowed, seen.plan.num_beams, seen.text[:, : seen.end], scores.numpy())
     ),
     "forced_bos_token_id": lambda scores, ids, seen: _forced(scores, ids, seen.end == 1),
     "forced_eos_token_id": lambda scores, ids, seen: _forced(scores, ids, seen.step == seen.numbers.max_new_tokens - 1),

@@ -122,12 +122,8 @@ _generate, _first, _further = map(_compiled, (_run, first, further))
 def _steps(call: Call) -> Iterator[tuple[Pass, Any]]:
     """Each pass with the state after it: the passes are compiled, what is chosen from them is the host's."""
     settings, plan, start = call.settings, call.plan, call.start
-    on = settings.return_dict_in_generate
-    wanted = {
-        "output_attentions": on and settings.output_attentions,
-        "output_hidden_states": on and settings.output_hidden_states,
-    }
-    ends = stops(settings, call.options, start.padding.numpy())
+    wanted = {name: getattr(settings, name) for name in ("output_attentions", "output_hidden_states")}
+    ends = stops(settings, call.options)
     models, way = call.models[:1], _way(start, call.numbers, plan, ends)
     tensors = weights(models)
     out = _first(models, tensors, start, plan.room, plan.copies, plan.use_cache, **wanted)

@@ -20,7 +20,8 @@ from .choosing import Numbers, Plan, Seen, among, choose, process
 class Start(NamedTuple):
     """What a program begins with; None stands for what is not there.
 
-    text: [B, C], the prompts, their padding in front, with room behind; padding: [B], how much; width: of the prompts.
+    text: [B, C], the prompts, their padding in front, with room behind; width: of the prompts. padding: [B], how many
+    columns of the masks are padding.
     ids: [B, T] or embeds: [B, T, E], what the first pass reads; mask: [B, T], or with a past cache that of its columns
     too. away, away_mask: [B, N], what guidance moves away from.
     """

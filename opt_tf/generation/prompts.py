@@ -47,13 +47,15 @@ class Call(NamedTuple):
 
 def _hosted(settings: Settings, options: Options) -> bool:
     layers = settings.output_attentions or settings.output_hidden_states
-    return any(options.get(name) is not None for name in HOST) or (settings.return_dict_in_generate and layers)
+    return layers or any(options.get(name) is not None for name in HOST)
 
 
 def prepared(model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str, Any]) -> Call:
     input_ids, attention_mask, options = _arguments(input_ids, attention_mask, options)
     given = prompt(model.config, input_ids, attention_mask, options, model.generation_config)
-    ids = given.options.get("inputs") if input_ids is None else input_ids
+    ids, past = given.options.get("inputs") if input_ids is None else input_ids, given.options.get("past_key_values")
+    if past is not None:
+        given.unread(int(past.length))
     prompts = tf.constant(given.ids, tf.int32) if ids is None else tf.convert_to_tensor(ids)
     return call(model, prompts, tf.constant(given.mask), given.settings, given.options)
 
@@ -73,7 +75,8 @@ def traced(model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str
     for name, wanted in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         if T is None and chosen.get(name) is not None:
             raise ValueError(f"{name}: found with prompts of unknown width, wanted {wanted}")
-    settings = check_generate(config, T or 1, T or 1, 1, chosen)
+    rows = (embeds if ids is None else ids).shape[0]
+    settings = check_generate(config, rows, T or 1, T or 1, 1, chosen)
     pad = padding(config, chosen)
     if attention_mask is not None:
         mask = tf.convert_to_tensor(attention_mask) != 0
@@ -101,7 +104,9 @@ def _arguments(input_ids: Any, attention_mask: Any, options: Mapping[str, Any]) 
 
 def call(model: Any, prompts: Tensor, mask: Tensor, settings: Settings, options: Options) -> Call:
     """The call of checked arguments."""
-    length, assistant = _draft(model, prompts, settings, options)
+    # nothing is drafted where the host chooses, or from embeddings; what is written does not hang on it
+    length = 0 if _hosted(settings, options) or options.get("inputs_embeds") is not None else settings.draft
+    assistant = options.get("assistant_model") if length and settings.assisted else None
     room = settings.max_new_tokens + (length + 1 if length else 0)  # the last draft may reach so far beyond the end
     room = _columns(room) if tf.executing_eagerly() else room
     plan = Plan.of(settings, room, model.config.vocab_size, length)
@@ -113,38 +118,20 @@ def call(model: Any, prompts: Tensor, mask: Tensor, settings: Settings, options:
     return Call((model, assistant), prompts, settings, options, start, ahead, numbers, plan)
 
 
-def _draft(model: Any, prompts: Tensor, settings: Settings, options: Options) -> tuple[int, Any]:
-    """How long a draft is, and which model writes it. There are none where the host chooses, or without a cache."""
-    assistant = None if settings.prompt_lookup_num_tokens else options.get("assistant_model")
-    name = "prompt_lookup_num_tokens" if assistant is None else "assistant_model"
-    length = settings.prompt_lookup_num_tokens if assistant is None else settings.num_assistant_tokens
-    if assistant is None and not settings.prompt_lookup_num_tokens:
-        return 0, None
-    rows = prompts.shape[0] and prompts.shape[0] * settings.num_return_sequences
-    if rows != 1:
-        raise ValueError(f"{name}: found {rows} texts, wanted one")
-    if options.get("inputs_embeds") is not None:
-        raise ValueError(f"{name}: found with inputs_embeds, wanted input_ids alone")
-    if assistant is not None and assistant.config.vocab_size != model.config.vocab_size:
-        found, wanted = assistant.config.vocab_size, model.config.vocab_size
-        raise ValueError(f"assistant_model: found a vocabulary of {found}, wanted {wanted}")
-    return (0, None) if _hosted(settings, options) or not settings.use_cache else (length, assistant)
-
-
 def _start(prompts: Tensor, mask: Tensor, numbers: Numbers, options: Options, plan: Plan) -> Start:
     """All padding goes to the left: every row then ends in its last token, and more padding changes nothing."""
     ids, real = tf.cast(prompts, tf.int32), tf.cast(mask, tf.int32)
     embeds, past = options.get("inputs_embeds"), options.get("past_key_values")
     eager, W = tf.executing_eagerly(), tf.shape(ids)[1]
-    order, text, padding = tf.argsort(real, axis=1, stable=True), ids, tf.zeros_like(real[:, 0])
-    if ids.shape[1] == real.shape[1]:  # else the mask is of embeddings
-        text, padding = tf.gather(ids, order, batch_dims=1), W - tf.reduce_sum(real, axis=1)
+    new = real if past is None or embeds is not None else real[:, real.shape[1] - ids.shape[1] :]  # of the ids
+    order, padding = tf.argsort(new, axis=1, stable=True), tf.reduce_sum(1 - real, axis=1)
+    text = tf.gather(ids, order, batch_dims=1) if ids.shape[1] == new.shape[1] else ids  # else of embeddings
     away, away_mask = _away(text, options) if "guidance_scale" in plan.names else (None, None)
     if embeds is not None:
         inputs = tf.gather(tf.convert_to_tensor(embeds), order, batch_dims=1)
     else:
         inputs = text
-    seen = tf.gather(real, order, batch_dims=1)
+    seen = tf.gather(new, order, batch_dims=1)
     if past is not None:
         inputs, seen, past = _rest(ids, real, past, plan.room)
     elif eager and not plan.keep_cache:
@@ -168,13 +155,9 @@ def _away(text: Tensor, options: Options) -> tuple[Tensor, Tensor]:
 
 def _rest(ids: Tensor, real: Tensor, past: KVCache, room: int) -> tuple[Tensor, Tensor, KVCache]:
     """The columns behind those in a cache, the mask of both, and the cache with room for the new tokens."""
-    L, T = int(past.length), ids.shape[1]
-    if not L < T:
-        raise ValueError(f"past_key_values: found {L} tokens, wanted fewer than the {T} columns of input_ids")
+    L, T = int(past.length), real.shape[1]
     order = tf.argsort(real[:, L:], axis=1, stable=True)
-    rest, seen = (tf.gather(x[:, L:], order, batch_dims=1) for x in (ids, real))
-    if int(tf.reduce_min(tf.reduce_sum(seen, axis=1))) == 0:
-        raise ValueError(f"attention_mask: found a row without tokens behind the {L} of past_key_values, wanted one")
+    rest, seen = (tf.gather(x[:, x.shape[1] - (T - L) :], order, batch_dims=1) for x in (ids, real))
     k, v = ([tf.pad(x[:, :L], ((0, 0), (0, T - L + room), (0, 0))) for x in part] for part in (past.k, past.v))
     segments = tf.pad(past.segments[:, :L], ((0, 0), (0, T - L + room)))
     return rest, tf.concat([real[:, :L], seen], axis=1), KVCache(tuple(k), tuple(v), past.length, segments)

@@ -7,7 +7,8 @@ from typing import Any, TypedDict
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of every `generate`. Names and defaults are transformers'; None always means the default.
+    """The keyword arguments of every `generate`. Names and defaults are transformers'. None means the default, but for
+    top_k and the token ids it means none. What a call does not give, the model's `generation_config` may.
 
     Length
     """
@@ -76,7 +77,7 @@ class Options(TypedDict, total=False):
     """Sequences of tokens that must not be written."""
 
     prefix_allowed_tokens_fn: Callable[[int, Any], Sequence[int]] | None
-    """Called with a row's number and its tokens so far; returns the tokens that may come next."""
+    """Called with a text's number, of a beam its prompt's, and its tokens so far; returns those that may come next."""
 
     forced_bos_token_id: int | None
     """The token written behind a prompt of one column."""
@@ -131,10 +132,10 @@ class Options(TypedDict, total=False):
     # When to stop
 
     eos_token_id: int | Sequence[int] | None
-    """The token or tokens that end a row. Default: the config's. An empty list: no token does."""
+    """The token or tokens that end a row. None, or an empty list: no token does."""
 
     pad_token_id: int | None
-    """Fills a row after its end. Default: the config's, or else the first `eos_token_id`."""
+    """Fills a row after its end. None: the first `eos_token_id`."""
 
     bos_token_id: int | None
     """What a text without a prompt begins with. Default: the config's."""

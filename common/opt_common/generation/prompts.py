@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..config import OPTConfig
-from ..inputs import check_call, check_dtype, check_tokens
+from ..inputs import Shape, check_call, check_dtype, check_tokens
 from .config import GenerationConfig
 from .options import Options
 from .settings import Settings, check_generate, merged
@@ -17,13 +17,30 @@ from .settings import Settings, check_generate, merged
 
 @dataclass(frozen=True)
 class Prompt:
-    """What `generate` continues: ids [B, T], mask [B, T] (True: a real token), and the settings. With `inputs_embeds`
-    ids are [B, 0]. `options` holds what was given, for those that are objects of a framework."""
+    """What `generate` continues: ids [B, T], mask [B, held + T] (True: a real token), and the settings. With
+    `inputs_embeds` ids are [B, 0]. `options` holds what was given, for those that are objects of a framework.
+    held: how many columns in front `past_key_values` has and the ids have not."""
 
     ids: np.ndarray
     mask: np.ndarray
     settings: Settings
     options: Options
+    held: int = 0
+
+    def unread(self, past: int) -> int:
+        """From which column of the ids or embeddings on a model reads that has a cache of `past` tokens. Raises
+        ValueError if the cache does not fit the prompt."""
+        T = self.mask.shape[1]
+        if self.held and past != self.held:
+            raise ValueError(
+                f"attention_mask: found {T} columns, wanted {past} of past_key_values and {T - self.held} new"
+            )
+        if past >= T:
+            hint = f"; or with new ids alone, an attention_mask of all {past + T} columns"
+            raise ValueError(f"past_key_values: found {past} tokens, wanted fewer than the prompt's {T}{hint}")
+        if isinstance(self.mask, np.ndarray) and not self.mask[:, past:].any(axis=1).all():
+            raise ValueError(f"attention_mask: found a row without tokens behind the {past} of past_key_values")
+        return past - self.held
 
 
 def prompt(
@@ -31,16 +48,17 @@ def prompt(
     input_ids: Any,
     attention_mask: Any,
     options: Mapping[str, Any],
-    held: GenerationConfig | None = None,
+    kept: GenerationConfig | None = None,
 ) -> Prompt:
     """The checked arguments of a `generate`, in numpy. Without a mask, everything but `pad_token_id` is real, and
     all is if that ends a text too; without ids, a text begins with `bos_token_id`. Raises ValueError that names the
     argument."""
-    chosen = merged(held, options)
+    chosen, held = merged(kept, options), 0
     embeds, masked = chosen.get("inputs_embeds"), None if attention_mask is None else np.shape(attention_mask)
     if embeds is None or input_ids is not None:
         ids = np.asarray(started(config, input_ids, chosen))
-        B, T = check_call(config, ids.shape, None, masked if embeds is None else None)
+        held = held_alone(ids.shape, masked, chosen)
+        B, T = check_call(config, ids.shape, None, masked if embeds is None else None, past=held)
         check_dtype(config, "input_ids", ids.dtype)
         check_tokens(config, int(ids.min()), int(ids.max()))
     if embeds is not None:
@@ -53,7 +71,19 @@ def prompt(
     else:
         mask = np.asarray(attention_mask) != 0
     counts = mask.sum(axis=1)
-    return Prompt(ids, mask, check_generate(config, T, int(counts.max()), int(counts.min()), chosen), chosen)
+    settings = check_generate(config, B, T, int(counts.max()), int(counts.min()), chosen)
+    return Prompt(ids, mask, settings, chosen, held)
+
+
+def held_alone(ids: Shape, mask: Shape | None, options: Options) -> int:
+    """How many columns are in `past_key_values` and not in the ids: those that the mask has more, as in transformers.
+    Raises ValueError where their tokens would be read again."""
+    known = options.get("past_key_values") is None or options.get("inputs_embeds") is not None
+    if known or mask is None or len(mask) != 2 or mask[1] <= ids[1]:
+        return 0
+    if not options.get("use_cache", True):
+        raise ValueError("use_cache: found False with past_key_values, wanted True, or the ids of all columns")
+    return mask[1] - ids[1]
 
 
 def padding(config: OPTConfig, options: Options) -> int | None:

@@ -44,6 +44,8 @@ class Settings:
     processors: what happens to the logits [B, V] before a token is chosen: names of options with their values, in
     transformers' order, and only those that change something. Those of sampling are there only with `do_sample`.
     least: how many tokens the filters of sampling keep at least; beam sampling draws more than one.
+    draft: how many tokens are drafted at most, 0 for none; assisted: by `assistant_model`, else from the text itself.
+    output_*: only with `return_dict_in_generate`, as in transformers.
     """
 
     max_new_tokens: int
@@ -59,8 +61,8 @@ class Settings:
     stop_strings: tuple[str, ...]
     max_time: float | None
     use_cache: bool
-    num_assistant_tokens: int
-    prompt_lookup_num_tokens: int
+    draft: int
+    assisted: bool
     max_matching_ngram_size: int
     return_dict_in_generate: bool
     output_scores: bool
@@ -81,10 +83,13 @@ def merged(held: GenerationConfig | None, options: Mapping[str, Any]) -> Options
     nothing; ValueError names the others, and those that do not exist."""
     given = dict(options)
     kept: dict[str, Any] = {"top_k": 50, "use_cache": True}
+    off = {"top_k": 0, "eos_token_id": [], "pad_token_id": None}
+    if held is not None:  # a token id that it lacks is lacking: the model's config is not asked, as in transformers
+        kept |= {name: off[name] for name in ("eos_token_id", "pad_token_id")}
     for config in (held, given.pop("generation_config", None)):
         found = {} if config is None else {k: v for k, v in config.to_diff_dict().items() if v is not None}
-        kept = _without(kept, found) | found
-    result = {k: v for k, v in (_without(kept, given) | given).items() if k not in SAID}
+        kept |= found
+    result = {k: v for k, v in (kept | given).items() if k not in SAID}
     for name in result.keys() & NEUTRAL.keys():
         value = result.pop(name)
         if value is not None and value not in NEUTRAL[name]:
@@ -93,20 +98,15 @@ def merged(held: GenerationConfig | None, options: Mapping[str, Any]) -> Options
     if unknown := result.keys() - Options.__annotations__.keys():
         names = ", ".join(sorted(unknown))
         raise ValueError(f"generate: found unknown options {names}; wanted those of opt_common.generation.Options")
-    off = {"top_k": 0, "eos_token_id": []}
     return {k: off.get(k) if v is None else v for k, v in result.items() if v is not None or k in off}  # type: ignore[return-value]
 
 
-def _without(kept: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The kept options that `given` leaves: a length given in either way replaces one that is kept in either way."""
-    lengths = [("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")]
-    gone = {name for pair in lengths if any(given.get(one) is not None for one in pair) for name in pair}
-    return {name: value for name, value in kept.items() if name not in gone}
-
-
-def check_generate(config: OPTConfig, width: int, longest: int, shortest: int, options: Options) -> Settings:
-    """The checked settings of a `generate` over prompts `width` columns wide, whose longest row has `longest` tokens
-    and whose shortest has `shortest`. `options` are `merged`. Raises ValueError that names the argument."""
+def check_generate(
+    config: OPTConfig, rows: int | None, width: int, longest: int, shortest: int, options: Options
+) -> Settings:
+    """The checked settings of a `generate` over prompts [rows, width], whose longest row has `longest` tokens and whose
+    shortest has `shortest`. rows: None if it is not known. `options` are `merged`. Raises ValueError that names the
+    argument."""
     get: Callable[..., Any] = options.get
     new, length = get("max_new_tokens"), get("max_length")
     if new is not None and length is not None:
@@ -126,7 +126,7 @@ def check_generate(config: OPTConfig, width: int, longest: int, shortest: int, o
         )
     eos = config.eos_token_ids if get("eos_token_id") is None else _ids("eos_token_id", get("eos_token_id"), config)
     pad = get("pad_token_id", config.pad_token_id)
-    pad = pad if pad is not None else eos[0] if eos else 0
+    pad = pad if pad not in (None, -1) else eos[0] if eos else 0  # -1: a config's for none
     _check(0 <= pad < config.vocab_size, "pad_token_id", pad, f"an id below {config.vocab_size}")
 
     do_sample = bool(get("do_sample", False)) and get("temperature", 1.0) != 0
@@ -143,11 +143,11 @@ def check_generate(config: OPTConfig, width: int, longest: int, shortest: int, o
     stops = get("stop_strings", ())
     stops = (stops,) if isinstance(stops, str) else tuple(stops)
     _check(not stops or get("tokenizer") is not None, "tokenizer", None, "the tokenizer that reads stop_strings")
-    lookup, drafts = get("prompt_lookup_num_tokens", 0), get("num_assistant_tokens", 20)
-    _check(lookup >= 0, "prompt_lookup_num_tokens", lookup, "a number ≥ 0")
-    _check(drafts > 0, "num_assistant_tokens", drafts, "a number > 0")
-    drafting = "assistant_model" in options or lookup
-    _check(not drafting or beams == 1, "num_beams", beams, "1 with assistant_model or prompt_lookup_num_tokens")
+    output = bool(get("return_dict_in_generate", False))
+    layers = {name: output and bool(get(name, False)) for name in ("output_attentions", "output_hidden_states")}
+    draft, assisted = _draft(config, options, None if rows is None else rows * returned)
+    if any(layers.values()):
+        draft = 0  # of each token those of its own pass
     if get("streamer") is not None:
         _check(beams == 1, "num_beams", beams, "1 with streamer")
     return Settings(
@@ -164,15 +164,41 @@ def check_generate(config: OPTConfig, width: int, longest: int, shortest: int, o
         stop_strings=stops,
         max_time=get("max_time"),
         use_cache=get("use_cache", True),
-        num_assistant_tokens=drafts,
-        prompt_lookup_num_tokens=lookup,
+        draft=draft,
+        assisted=assisted and draft > 0,
         max_matching_ngram_size=get("max_matching_ngram_size", 2),
-        return_dict_in_generate=bool(get("return_dict_in_generate", False)),
-        output_scores=bool(get("output_scores", False)),
-        output_logits=bool(get("output_logits", False)),
-        output_attentions=bool(get("output_attentions", False)),
-        output_hidden_states=bool(get("output_hidden_states", False)),
+        return_dict_in_generate=output,
+        output_scores=output and bool(get("output_scores", False)),
+        output_logits=output and bool(get("output_logits", False)),
+        **layers,
     )
+
+
+def _draft(config: OPTConfig, options: Options, texts: int | None) -> tuple[int, bool]:
+    """`Settings.draft` and `Settings.assisted`, of so many texts. What transformers refuses is refused; beams go on
+    without, as there."""
+    get: Callable[..., Any] = options.get
+    lookup, assistant = get("prompt_lookup_num_tokens", 0), get("assistant_model")
+    most = get("num_assistant_tokens", 20)
+    _check(lookup >= 0, "prompt_lookup_num_tokens", lookup, "a number ≥ 0")
+    _check(most > 0, "num_assistant_tokens", most, "a number > 0")
+    if not lookup and assistant is None:
+        return 0, False
+    name = "prompt_lookup_num_tokens" if lookup else "assistant_model"
+    if (beams := get("num_beams", 1)) > 1:
+        warnings.warn(f"{name}: found with num_beams={beams}, which goes on without it", stacklevel=3)
+        return 0, False
+    if texts not in (None, 1):
+        raise ValueError(f"{name}: found {texts} texts, wanted one")
+    if not get("use_cache", True):
+        raise ValueError(f"use_cache: found False, wanted True with {name}")
+    if lookup:
+        return lookup, False
+    if get("inputs_embeds") is not None:
+        raise ValueError("assistant_model: found with inputs_embeds, wanted input_ids, which both models can read")
+    if (found := assistant.config.vocab_size) != config.vocab_size:
+        raise ValueError(f"assistant_model: found vocab_size {found}, wanted {config.vocab_size}, as the model has")
+    return most, True
 
 
 def _processors(
@@ -209,7 +235,9 @@ def _processors(
     if (least := get("min_new_tokens")) is None:
         least = max(0, get("min_length", 0) - width)
     else:
-        _check(0 <= least <= new, "min_new_tokens", least, f"0 to {new}")
+        _check(least >= 0, "min_new_tokens", least, "a number ≥ 0")
+        if least > new:
+            warnings.warn(f"generate: found min_new_tokens={least} and {new} new tokens at most", stacklevel=4)
     if least and eos:
         found["min_new_tokens"] = least
     if get("prefix_allowed_tokens_fn") is not None:

@@ -17,16 +17,15 @@ class StopStrings:
         self.window = max(len(string.encode()) for string in strings) + 1  # a token is at least one byte
 
     def __call__(self, ids: Sequence[int]) -> bool:
-        """ids: the real tokens of one row so far."""
+        """ids: the tokens of one row so far."""
         window = [int(i) for i in ids[-self.window :]]
         before, text = (self._text(tokens) for tokens in (window[:-1], window))
         known = len(before.rstrip("\N{REPLACEMENT CHARACTER}"))  # the last token may complete a character
         return any(string in text[max(0, known - len(string) + 1) :] for string in self.strings)
 
-    def of(self, texts: np.ndarray, padding: np.ndarray) -> np.ndarray:
-        """Which of texts [R, T] end, [R]. padding: [B], how many columns in front of each prompt's are no tokens."""
-        padding = padding.repeat(len(texts) // len(padding))
-        return np.array([self(text[n:]) for text, n in zip(texts, padding, strict=True)])
+    def of(self, texts: np.ndarray) -> np.ndarray:
+        """Which of texts [R, T] end, [R]."""
+        return np.array([self(text) for text in texts])
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
