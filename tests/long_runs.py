@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,9 @@ class Run:
         half = used[len(used) // 2 :]
         return {"models": count, "MB_each": weights >> 20, "left_MB_a_model": round(slope(half) / 2**20, 2)}
 
-    def threads(self, count: int = 8, each: int = 6) -> dict[str, Any]:
+    def threads(self, count: int = 8, each: int = 6, names: Sequence[str] | None = None) -> dict[str, Any]:
         rng = np.random.default_rng(1)
-        names = [name for name in kinds(rng) if name != "prefixes"]
+        names = names or [name for name in kinds(rng) if name != "prefixes"]
         work = [
             (prompts(rng, int(rng.choice(ROWS)), 20), kinds(rng)[names[i % len(names)]], int(rng.integers(3, 20)))
             for i in range(count * each)
