@@ -86,7 +86,7 @@ def check(
     )
     if cache is not None:
         rows, _, width = cache.k[0].shape
-        if rows % B:
+        if rows % B or rows == B < B * config.num_attention_heads:
             raise ValueError(
                 f"past_key_values: found {rows} rows of keys, wanted {B} times {config.num_attention_heads} heads; in "
                 "a cache of prepare_inputs_for_generation, axis 0 of each array is the row"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import pytest
 
 from backends import COMPLETE
 from checkpoints import tiny_config
+from long_runs import Run
 from opt_common.config import OPTConfig
 from opt_common.frameworks import registered
 from opt_common.generation.prompts import prompt
@@ -58,12 +60,18 @@ def test_a_prompt_of_any_integers(dtype):
         ({"input_ids": IDS.astype("float32")}, "input_ids: found float32, wanted integers"),
         ({"input_ids": IDS > 0}, "input_ids: found bool, wanted integers"),
         ({"input_ids": IDS.astype("uint8")}, "input_ids: found uint8, which cannot hold ids up to 299, wanted int32"),
-        ({"input_ids": [["a", "b"]]}, "input_ids: found str32, wanted integers"),
+        ({"input_ids": [["a", "b"]]}, "input_ids: found list without numbers, wanted a tensor, an array or lists"),
         ({"input_ids": np.zeros((0, 3), int)}, "input_ids: found no rows, wanted at least one"),
         ({"input_ids": np.zeros((1, 0), int)}, "input_ids: found no tokens, wanted at least one"),
         ({"input_ids": IDS, "attention_mask": IDS * 0}, "attention_mask: found 'a row without tokens'"),
         ({"inputs_embeds": np.zeros((1, 3, CONFIG.embed_dim), int)}, "inputs_embeds: found int64, wanted floats"),
         ({"inputs_embeds": np.zeros((0, 3, CONFIG.embed_dim))}, "inputs_embeds: found no rows, wanted at least one"),
+        ({"input_ids": [[2, 5], [2]]}, "input_ids: found rows of different lengths, wanted equal ones"),
+        ({"input_ids": "a"}, "input_ids: found str without numbers, wanted a tensor, an array or lists"),
+        (
+            {"input_ids": IDS, "attention_mask": IDS * 1j},
+            "attention_mask: found complex128, wanted booleans, integers or",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -231,7 +239,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "labels-wide": ({"input_ids": ROWS, "labels": ROWS[:, 1:]}, r"labels: found shape \[2, 3\], wanted \[2, 4\]"),
     "classes": ({"architecture": CLASSES, "input_ids": ROWS, "labels": LABELS + 1}, MANY.format(3, 2)),
     "classes-bool": (
-        {"architecture": CLASSES, "input_ids": ROWS, "labels": LABELS > 1},
+        {"architecture": CLASSES, "config": (("dropout", 0.0),), "input_ids": ROWS, "labels": LABELS > 1},
         r"labels: found shape \[2\], wanted \[2, 3\] for multi_label_classification",
     ),
     "spans-float": (
@@ -302,3 +310,41 @@ def test_what_is_no_number_stays_in_its_row(here):
     embeds[1, 2, 0] = np.nan
     found = here.numbers(inputs_embeds=embeds)
     assert np.isnan(found[1, 2:]).any(axis=-1).all() and np.isfinite(found[0]).all()
+
+
+def test_generate_takes_no_nan(here):
+    embeds = EMBEDS.copy()
+    embeds[1, 2, 0] = np.nan
+    with pytest.raises(ValueError, match="^inputs_embeds: found NaN, wanted numbers"):
+        here.model().generate(inputs_embeds=here.tensor(embeds), max_new_tokens=2)
+
+
+def test_generate_in_training_mode():
+    """The one framework where it lasts says so, and where nothing drops out it does not."""
+    from opt_pt import OPTForCausalLM
+
+    given: dict[str, Any] = {"input_ids": ROWS, "max_new_tokens": 2}
+    with pytest.warns(
+        UserWarning, match="^generate: found a model in training mode, which drops out; wanted model.eval"
+    ):
+        OPTForCausalLM(OPTConfig(**SIZES)).train().generate(**given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OPTForCausalLM(OPTConfig(**SIZES)).eval().generate(**given)
+        OPTForCausalLM(OPTConfig(**SIZES, dropout=0.0)).train().generate(**given)
+
+
+# Long runs. `python tests/long_runs.py` does as many calls as wanted, and watches memory and compiled programs.
+
+
+def test_threads_and_forked_workers(framework):
+    if framework not in COMPLETE:
+        pytest.skip(f"{framework}: has no beams, nor other texts of one prompt")
+    run = Run(framework)
+    assert run.threads(count=4, each=1, names=("greedy", "sampled")) == {
+        "threads": 4,
+        "calls": 4,
+        "wrong": 0,
+        "first": "",
+    }
+    assert run.workers(batches=1) == {"workers": 2, "texts": 4, "wrong": 0}

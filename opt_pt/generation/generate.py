@@ -6,6 +6,7 @@ B prompts   R rows: each prompt as often as it has texts   T columns of a prompt
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Unpack
 
@@ -33,6 +34,7 @@ def generate(
     options: see `opt_common.generation.Options`, or further arguments of the model's call.
     A model in half precision on a GPU takes each step as one replay of a CUDA graph (`opt_pt.fast.gpu`), one on a CPU
     without its modules' overhead (`opt_pt.fast.cpu`), if its modules are as they were made; otherwise it is called.
+    A model in training mode drops out here too, as in transformers, with a warning.
     Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
     """
     writer = Writer(self, input_ids, attention_mask, options)
@@ -75,6 +77,11 @@ class Writer:
         if model.tp_size > 1:
             options["seed"] = agreed(options.get("seed"))
         given = prompt(model.config, _numpy(input_ids), _numpy(attention_mask), options, model.generation_config)
+        config = model.config
+        if model.training and (config.dropout or config.attention_dropout or config.layerdrop):
+            warnings.warn(
+                "generate: found a model in training mode, which drops out; wanted model.eval()", stacklevel=3
+            )
         settings, sources = given.settings, (input_ids, options.get("inputs"), options.get("inputs_embeds"))
         self.home = next((x.device for x in sources if isinstance(x, Tensor)), model.device)  # where the result goes
         device = self.home if model.device.type == "meta" else model.device

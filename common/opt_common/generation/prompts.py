@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..config import OPTConfig
-from ..inputs import Shape, check_call, check_dtype, check_tokens
+from ..inputs import Shape, array, check_call, check_dtype, check_tokens
 from .config import GenerationConfig
 from .options import Options
 from .settings import Settings, check_generate, merged
@@ -56,20 +56,25 @@ def prompt(
     chosen, held = merged(kept, options), 0
     embeds, masked = chosen.get("inputs_embeds"), None if attention_mask is None else np.shape(attention_mask)
     if embeds is None or input_ids is not None:
-        ids = np.asarray(started(config, input_ids, chosen))
+        ids = array("input_ids", started(config, input_ids, chosen))
         held = held_alone(ids.shape, masked, chosen)
         B, T = check_call(config, ids.shape, None, masked if embeds is None else None, past=held)
         check_dtype(config, "input_ids", ids.dtype)
         check_tokens(config, int(ids.min()), int(ids.max()))
     if embeds is not None:
         check_dtype(config, "inputs_embeds", embeds.dtype)
+        unequal = embeds != embeds
+        if bool(unequal.any() if hasattr(unequal, "any") else np.any(unequal)):  # TensorFlow's tensors have none
+            raise ValueError("inputs_embeds: found NaN, wanted numbers")
         B, T = check_call(config, None, embeds.shape, masked)
         ids = np.zeros((B, 0), np.int32) if input_ids is None else ids
     if attention_mask is None:
         pad = padding(config, chosen)
         mask = np.not_equal(ids, pad) if pad is not None and ids.shape == (B, T) else np.ones((B, T), bool)
     else:
-        mask = np.asarray(attention_mask) != 0
+        mask = array("attention_mask", attention_mask)
+        check_dtype(config, "attention_mask", mask.dtype)
+        mask = mask != 0
     counts = mask.sum(axis=1)
     settings = check_generate(config, B, T, int(counts.max()), int(counts.min()), chosen)
     return Prompt(ids, mask, settings, chosen, held)
