@@ -15,9 +15,11 @@ import transformers
 from backends import COMPLETE, Backend
 from checkpoints import contents
 from conftest import CONFIGS, make_reference, save_reference
+from opt_common import cli
 from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
 from opt_common.frameworks import registered
+from opt_common.hub import DEMO
 from opt_common.quantization import Packing, QuantizationConfig, dequantize, quantize
 from opt_common.weights import table
 
@@ -265,28 +267,43 @@ def test_calibrated_rounding(packing):
 
 def test_calibrate(tmp_path):
     """What a conversion writes is what the calibrated model computes."""
-    calibration = pytest.importorskip("opt_pt.calibration")
+    calibrate = pytest.importorskip("opt_pt.calibration").calibrate
+    load = pytest.importorskip("opt_pt").OPTForCausalLM.from_pretrained
     source = save_reference(make_reference(hidden_size=64, ffn_dim=128), tmp_path / "floats")
-    model = calibration.OPTForCausalLM.from_pretrained(source)
+    model = load(source)
     rows, chosen = (
         torch.randint(4, 96, (6, 40), generator=torch.Generator().manual_seed(0)),
         QuantizationConfig.rounding(4, 32),
     )
     before = model(rows).logits.detach()
-    numbers = calibration.calibrate(model, rows, chosen, "float32")
+    numbers = calibrate(model, rows, chosen, "float32")
     convert(source, tmp_path / "few", quantization=chosen, calibrate=lambda dtype: numbers)
     convert(source, tmp_path / "nearest", quantization=chosen)
-    few, nearest = (calibration.OPTForCausalLM.from_pretrained(tmp_path / name) for name in ("few", "nearest"))
+    few, nearest = (load(tmp_path / name) for name in ("few", "nearest"))
     with torch.no_grad():
         torch.testing.assert_close(few(rows).logits, model(rows).logits, rtol=0, atol=2e-5)
         errors = [(m(rows).logits - before).square().mean() for m in (few, nearest)]
     assert errors[0] < 0.7 * errors[1]
 
 
-def test_calibrate_refuses_a_short_text(tmp_path):
-    calibration = pytest.importorskip("opt_pt.calibration")
-    with pytest.raises(ValueError, match="--calibrate: found a text of 5 tokens, wanted 512 or more"):
-        calibration.calibrated("opt-demo", "Once upon a", QuantizationConfig.rounding(4), "float16", None)
+def test_the_command_calibrates(tmp_path, capsys):
+    pytest.importorskip("opt_pt")
+    text, few, nearest = tmp_path / "text", tmp_path / "few", tmp_path / "nearest"
+    text.write_text("Once upon a")
+    with pytest.raises(ValueError, match=f"--calibrate: found a text of 5 tokens in {text}, wanted 512 or more"):
+        cli.convert(DEMO, few, bits=4, calibrate=text)
+    for option in ({"calibrate": text}, {"group_size": 64}):
+        with pytest.raises(ValueError, match="found .*, wanted none without --bits"):
+            cli.convert(DEMO, few, **option)
+    text.write_text("Once upon a time there was a king who had three daughters. " * 50)
+    cli.convert(DEMO, few, bits=4, group_size=64, calibrate=text)
+    cli.convert(DEMO, nearest, bits=4, group_size=64)
+    found, other = Checkpoint(few), Checkpoint(nearest)
+    assert found.keys() == other.keys()
+    same = [name for name in found if found[name].read().tobytes() == other[name].read().tobytes()]
+    assert not any("weight_packed" in name for name in same) and "model.decoder.layers.0.fc1.bias" in same
+    cli.inspect(str(few))
+    assert "4 bits, groups of 64" in capsys.readouterr().out
 
 
 # === Flax's own ===
