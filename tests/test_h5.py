@@ -277,6 +277,22 @@ def test_headers_that_lead_astray(golden, kind, data, message):
         TF_H5.read(golden)
 
 
+def test_bounds_of_headers(tmp_path, monkeypatch):
+    path = tmp_path / "x.h5"
+    for version in ("earliest", "latest"):
+        with h5py.File(path, "w", libver=version) as file:
+            file["n" * 1025] = np.ones(2, "f4")
+        refused(lambda: read_hdf5(path), path, "no name of at most 1024")
+        with h5py.File(path, "w", libver=version) as file:
+            file["w"] = np.ones(2, "f4")
+            for i in range(5):
+                file["w"].attrs[str(i)] = np.bytes_("x" * 1000)
+        assert list(read_hdf5(path)) == ["w"]
+        with monkeypatch.context() as patch:
+            patch.setattr(hdf5_headers, "_HEADERS", 5000)
+            refused(lambda: read_hdf5(path), path, "found more headers than")
+
+
 def test_very_many_groups(tmp_path):
     """They take time, however little each holds."""
     path = tmp_path / "tf_model.h5"

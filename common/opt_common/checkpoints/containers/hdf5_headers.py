@@ -61,7 +61,7 @@ class Headers:
     def datasets(self) -> dict[str, Dataset]:
         """The datasets by their full names ("a/b/c")."""
         root = self._root()
-        return dict(self._walk(root, "", {root}, 0))
+        return dict(self._walk(self._messages("the root", root), "", {root}, 0))
 
     def read(self, what: str, at: int, length: int) -> bytes:
         if at + length > self.size:
@@ -107,12 +107,14 @@ class Headers:
             raise ValueError(f"superblock at byte 0: found the end at byte {self.size}, wanted {end} bytes")
         return root
 
-    def _walk(self, group: int, prefix: str, seen: set[int], depth: int) -> Iterator[tuple[str, Dataset]]:
+    def _walk(self, group: list[Message], prefix: str, seen: set[int], depth: int) -> Iterator[tuple[str, Dataset]]:
         names: set[str] = set()
-        for link, address in self._links(self._messages(prefix or "the root", group)):
+        for link, address in self._links(group):
             name = prefix + link.decode("utf-8")
-            if not link or b"/" in link or b"\0" in link or len(name) > _NAME or name in names:
-                raise ValueError(f"{name[:_NAME]!r}: found it twice, or no name of at most {_NAME} characters")
+            if not link or b"/" in link or b"\0" in link or len(name) > _NAME:
+                raise ValueError(f"{name[:_NAME]!r}: found no name of at most {_NAME} characters")
+            if name in names:
+                raise ValueError(f"{name} appears twice in its group")
             if address is None:
                 raise ValueError(f"{name} is a link to elsewhere, wanted a dataset")
             if address in seen:
@@ -126,7 +128,7 @@ class Headers:
             if _LAYOUT in kinds:
                 yield name, _dataset(name, messages)
             elif kinds & {_TABLE, _LINKS} and depth < _DEPTH:
-                yield from self._walk(address, name + "/", seen, depth + 1)
+                yield from self._walk(messages, name + "/", seen, depth + 1)
             else:
                 raise ValueError(
                     f"{name} is neither a dataset nor a group, or is nested more than {_DEPTH} groups deep"
@@ -200,7 +202,8 @@ class Headers:
         """The symbols of a group of HDF5 1.6, in a B-tree: the place of a name in the local heap, and as `_links`."""
         height, entries = self.fields("B-tree", at, "<4s2BH", b"TREE", 0)
         if height != level if level is not None else height > _DEPTH:
-            raise ValueError(f"B-tree at byte {at}: found level {height}, wanted {level or f'at most {_DEPTH}'}")
+            wanted = f"at most {_DEPTH}" if level is None else level
+            raise ValueError(f"B-tree at byte {at}: found level {height}, wanted {wanted}")
         for child in struct.unpack(f"<{2 * entries}Q", self.read("B-tree", at + 24, 16 * entries))[1::2]:
             if height:
                 yield from self._symbols(child, height - 1)
@@ -249,7 +252,7 @@ class _Heap:
         self.id_length, filters, self.flags, largest = struct.unpack("<2HBL", data[5:14])
         self.width, self.start, self.direct, bits, _, self.root, self.rows = struct.unpack("<H2Q2HQH", data[110:142])
         _check("filters of fractal heap", at, filters, 0)
-        if not (self.width and 0 < self.start <= self.direct < 2**32 and 0 < bits <= 64):
+        if not (self.id_length and self.width and 0 < self.start <= self.direct < 2**32 and 0 < bits <= 64):
             raise ValueError(f"fractal heap at byte {at}: found blocks of {self.start} to {self.direct} bytes")
         self.offset_width = (bits + 7) // 8
         self.length_width = min(_width(self.direct), _width(largest))
@@ -290,10 +293,12 @@ class _Heap:
             end = 13 + self.offset_width
             found = data[:4], *data[4:5], _number(data[5:13]), _number(data[13:end])
             _check("fractal heap's block", at, found, (signature, 0, self.at, begin))
-            if summed:  # a direct block's comes before its objects
-                place = end if signature == b"FHDB" else size - 4
-                zeros = data[:place] + bytes(4) + data[place + 4 :] if signature == b"FHDB" else data[:place]
-                _check("checksum of fractal heap's block", at, checksum(zeros), _number(data[place : place + 4]))
+            if summed and signature == b"FHDB":  # its checksum comes before the objects, and counts as zeros
+                stored, counted = data[end : end + 4], data[:end] + bytes(4) + data[end + 4 :]
+            else:
+                stored, counted = data[-4:], data[:-4]
+            if summed:
+                _check("checksum of fractal heap's block", at, checksum(counted), _number(stored))
             self.blocks[at] = data
         return self.blocks[at]
 
@@ -314,24 +319,26 @@ def _dataset(name: str, messages: list[Message]) -> Dataset:
     found = {kind: (at, data) for kind, at, data in messages}
     if len(found) < len(messages) or not {_SPACE, _TYPE} <= found.keys():
         raise ValueError(f"{name}: found no shape, no type, or two of a kind; wanted one of each")
-    for kind, what in ((_FILTERS, "compressed"), (_FILES, "in another file")):
+    for kind, how in ((_FILTERS, "compressed"), (_FILES, "external")):
         if kind in found:
-            raise ValueError(f"{name} is {what}, wanted plain numbers")
+            raise ValueError(f"{name}: found {how} numbers, wanted plain ones")
     at, data = found[_LAYOUT]
     version, kind = _unpack("layout", at, "<2B", data)
-    if version not in (3, 4, 5) or kind != 1:
-        how = {0: "compact", 2: "chunked", 3: "virtual"}.get(kind, f"of kind {kind}")
-        raise ValueError(f"{name} is {how} (layout {version}), wanted plain numbers (layout 3 to 5)")
+    if version not in (3, 4, 5):
+        raise ValueError(f"{name}: found version {version} of a layout, wanted 3 to 5")
+    if kind != 1:
+        how = {0: "compact", 2: "chunked", 3: "virtual"}.get(kind, f"layout {kind} of")
+        raise ValueError(f"{name}: found {how} numbers, wanted plain ones")
     offset, nbytes = _unpack("layout", at, "<2x2Q", data)
     if offset == _NOWHERE:
-        raise ValueError(f"{name} is empty, wanted plain numbers")
+        raise ValueError(f"{name}: found no numbers, wanted plain ones")
     return Dataset(_shape(name, *found[_SPACE]), _dtype(name, *found[_TYPE]), offset, nbytes)
 
 
 def _shape(name: str, at: int, data: bytes) -> tuple[int, ...]:
     version, rank, _, kind = _unpack("shape", at, "<4B", data)
     if version not in (1, 2) or (version == 2 and kind > 1):
-        raise ValueError(f"{name} has no shape (version {version}, kind {kind}), wanted plain numbers")
+        raise ValueError(f"{name}: found no shape (version {version}, kind {kind}), wanted plain numbers")
     return _unpack("shape", at, f"<{8 if version == 1 else 4}x{rank}Q", data)
 
 
@@ -348,7 +355,7 @@ def _dtype(name: str, at: int, data: bytes) -> str:
             known = _FLOATS.get((size, sign, *_unpack("type", at, "<12x4BL", data)))
             if known:
                 return known
-    raise ValueError(f"{name} has values of {size} bytes, HDF5's class {kind}, wanted little-endian numbers")
+    raise ValueError(f"{name}: found values of {size} bytes, HDF5's class {kind}, wanted little-endian numbers")
 
 
 def _check(what: str, at: int, found: object, wanted: object) -> None:
