@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import bits, compare, convert, generation, gpu, growth, load, speedup, train
+from benchmarks import bits, compare, convert, generation, gpu, growth, load, perplexity, speedup, train
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="What the claims about speed and memory rest on.")
 app.command()(bits.bits)
@@ -14,6 +14,7 @@ app.command()(generation.generation)
 app.command()(gpu.gpu)
 app.command()(growth.growth)
 app.command()(load.load)
+app.command("perplexity")(perplexity.perplexities)
 app.command()(train.train)
 app.add_typer(speedup.app, name="speedup")
 

@@ -349,3 +349,25 @@ def test_transformers_loads_ours(kind, few):
         torch.testing.assert_close(
             theirs(torch.tensor(IDS)).logits.double(), reference(torch.tensor(IDS)).logits, rtol=0, atol=2e-5
         )
+
+
+def test_what_compressed_tensors_writes(tmp_path):
+    """A model compressed by its own code, of whatever it takes for a Linear: project_in and project_out too."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    model = make_reference(**CONFIGS["350m"]).float()
+    weights = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 32}
+    said = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
+    status = {"format": "pack-quantized", "quantization_status": "frozen"}
+    quantization.apply_quantization_config(model, quantization.QuantizationConfig(**said, **status))
+    for module in [m for m in model.modules() if hasattr(m, "weight_scale")]:
+        groups = module.weight.detach().unflatten(1, (-1, 32))
+        module.weight_scale.data.copy_(groups.abs().amax(-1) / 7.5)
+    compressor = compressors.ModelCompressor.from_pretrained_model(model, "pack-quantized")
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path)
+    compressor.update_config(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = Backend("pt", tmp_path)(input_ids=IDS).logits
+    with torch.no_grad():
+        np.testing.assert_allclose(found, theirs(torch.tensor(IDS)).logits.numpy(), rtol=0, atol=2e-5)
