@@ -105,7 +105,7 @@ def _run(module: nn.Module, hook: Callable[..., None], calls: list[Callable[[], 
 
 
 def _round(weight: Tensor, products: Tensor, packing: Packing, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Whole numbers [out, in], and scales [out, groups] that `dtype` can hold, both in float32."""
+    """Whole numbers [out, in], and scales [out, groups] that `dtype` can hold, both in the weight's dtype."""
     weight, half = weight.clone(), 2 ** (packing.bits - 1)
     size = packing.group_size or weight.shape[1]
     diagonal = products.diagonal().clone()
@@ -118,7 +118,7 @@ def _round(weight: Tensor, products: Tensor, packing: Packing, dtype: torch.dtyp
         for i in range(start, end):
             if i % size == 0:  # of the numbers as the columns before have left them
                 largest = _current(weight, errors, spread, start, i, size).abs().amax(1)
-                scales.append((largest / (half - 0.5)).clamp(min=_LEAST).to(dtype).float())
+                scales.append((largest / (half - 0.5)).clamp(min=_LEAST).to(dtype).to(weight.dtype))
             column = weight[:, i]
             numbers[:, i] = (column / scales[-1]).round().clamp(-half, half - 1)
             errors[:, i - start] = error = (column - numbers[:, i] * scales[-1]) / spread[i, i]
