@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import bits, compare, convert, generation, gpu, growth, load, parallel, speedup, train
+from benchmarks import (
+    bits,
+    compare,
+    convert,
+    generation,
+    gpu,
+    growth,
+    load,
+    parallel,
+    perplexity,
+    speedup,
+    train,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="What the claims about speed and memory rest on.")
 app.command()(bits.bits)
@@ -14,7 +26,11 @@ app.command()(generation.generation)
 app.command()(gpu.gpu)
 app.command()(growth.growth)
 app.command()(load.load)
+<<<<<<< HEAD
 app.command("parallel")(parallel.parallel_)
+=======
+app.command("perplexity")(perplexity.perplexities)
+>>>>>>> quant26
 app.command()(train.train)
 app.add_typer(speedup.app, name="speedup")
 

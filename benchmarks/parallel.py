@@ -100,9 +100,8 @@ def sum_us(setup: Setup, width: int) -> float | None:
     return 1000 * min(wall_ms(setup, graph.replay) for _ in range(5)) / times
 
 
-def measure(
-    setup: Setup, size: str, bits: int, rank: int, world: int, rows: list[int], copy: float | None
-) -> list[Row]:
+def measure(setup: Setup, size: str, bits: int, rows: list[int], copy: float | None) -> list[Row]:
+    rank, world = parallel.processes()
     model, found = build(setup, size, bits, rank, world), []
     read = sum(p.numel() * p.element_size() for p in model.parameters())
     ids = setup.tokens(size, 1, 512)

@@ -16,33 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from opt_common.checkpoints.tensors import numpy_dtype
-from opt_common.config import OPTConfig
 from opt_common.progress import counter
 from opt_common.quantization import Packing, QuantizationConfig, pack
-from opt_common.tokenizer import GPT2Tokenizer
-
-from .model import OPTForCausalLM
 
 # Of a layer, Linears whose inputs depend on the rounded ones before them
 _STEPS = (("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",))
 _BLOCK = 128  # columns whose errors are spread at once over the rest
 _DAMPING = 0.01  # of the mean of the diagonal, or inputs that are almost dependent would have large errors spread
 _LEAST = 2**-24  # a scale, as float16 has it, in place of 0
-_ROWS, _TOKENS = 128, 2048  # of a text, at most
 
 Numbers = dict[str, tuple[np.ndarray, np.ndarray]]
-
-
-def calibrated(path: str, text: str, quantization: QuantizationConfig, dtype: str, layout: str | None) -> Numbers:
-    """As `calibrate`, of a checkpoint and the beginning of a text: 128 rows of 2,048 tokens, or of as many as the model
-    has positions. Raises ValueError for a text of less than a row."""
-    ids = GPT2Tokenizer.from_pretrained(path)(text)["input_ids"]
-    length = min(_TOKENS, OPTConfig.from_pretrained(path).max_position_embeddings)
-    if len(ids) < length:
-        raise ValueError(f"--calibrate: found a text of {len(ids)} tokens, wanted {length} or more")
-    rows = min(_ROWS, len(ids) // length)
-    model = OPTForCausalLM.from_pretrained(path, layout=layout)
-    return calibrate(model, torch.tensor(ids[: rows * length]).view(rows, length), quantization, dtype)
 
 
 @torch.no_grad()
@@ -122,7 +105,7 @@ def _run(module: nn.Module, hook: Callable[..., None], calls: list[Callable[[], 
 
 
 def _round(weight: Tensor, products: Tensor, packing: Packing, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Whole numbers [out, in], and scales [out, groups] that `dtype` can hold, both in float32."""
+    """Whole numbers [out, in], and scales [out, groups] that `dtype` can hold, both in the weight's dtype."""
     weight, half = weight.clone(), 2 ** (packing.bits - 1)
     size = packing.group_size or weight.shape[1]
     diagonal = products.diagonal().clone()
@@ -135,7 +118,7 @@ def _round(weight: Tensor, products: Tensor, packing: Packing, dtype: torch.dtyp
         for i in range(start, end):
             if i % size == 0:  # of the numbers as the columns before have left them
                 largest = _current(weight, errors, spread, start, i, size).abs().amax(1)
-                scales.append((largest / (half - 0.5)).clamp(min=_LEAST).to(dtype).float())
+                scales.append((largest / (half - 0.5)).clamp(min=_LEAST).to(dtype).to(weight.dtype))
             column = weight[:, i]
             numbers[:, i] = (column / scales[-1]).round().clamp(-half, half - 1)
             errors[:, i - start] = error = (column - numbers[:, i] * scales[-1]) / spread[i, i]

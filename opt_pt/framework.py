@@ -30,10 +30,10 @@ class PyTorch(Framework):
             raise ValueError(f"device: found {device!r}, which PyTorch refuses: {error}") from error
         return chosen
 
-    def calibrated(self, *args: Any) -> Any:
-        from .calibration import calibrated
+    def calibrate(self, model: Any, rows: np.ndarray, *how: Any) -> Any:
+        from .calibration import calibrate
 
-        return calibrated(*args)
+        return calibrate(model, self.tensor(rows), *how)
 
     def numpy(self, tensor: Any) -> np.ndarray:
         import torch

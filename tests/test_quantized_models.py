@@ -15,9 +15,11 @@ import transformers
 from backends import COMPLETE, Backend
 from checkpoints import contents
 from conftest import CONFIGS, make_reference, save_reference
+from opt_common import cli
 from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
 from opt_common.frameworks import registered
+from opt_common.hub import DEMO
 from opt_common.quantization import Packing, QuantizationConfig, dequantize, quantize
 from opt_common.weights import table
 
@@ -242,7 +244,20 @@ def test_lora(ours):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("packing", [Packing(4, 16), Packing(4), Packing(8, 192)], ids=str)
+def column_by_column(weight: np.ndarray, products: np.ndarray, packing: Packing) -> tuple[np.ndarray, np.ndarray]:
+    """GPTQ without blocks: whole numbers, and scales."""
+    w, half, size = weight.astype(np.float64), 2 ** (packing.bits - 1), packing.group_size or weight.shape[1]
+    damped = products + np.diag(0.01 * products.diagonal().mean() + (products.diagonal() == 0))
+    spread, numbers, scales = np.linalg.cholesky(np.linalg.inv(damped)).T, np.empty_like(w), []
+    for i in range(w.shape[1]):
+        if i % size == 0:
+            scales.append(np.abs(w[:, i : i + size]).max(1) / (half - 0.5))
+        numbers[:, i] = np.clip(np.rint(w[:, i] / scales[-1]), -half, half - 1)
+        w[:, i:] -= np.outer((w[:, i] - numbers[:, i] * scales[-1]) / spread[i, i], spread[i, i:])
+    return numbers, np.stack(scales, 1)
+
+
+@pytest.mark.parametrize("packing", [Packing(4, 16), Packing(4), Packing(8, 192), Packing(4, 96)], ids=str)
 def test_calibrated_rounding(packing):
     """Of independent inputs it is rounding to the nearest; of others, the products change less than by that."""
     rng, dtype = np.random.default_rng(2), torch.float32
@@ -261,32 +276,52 @@ def test_calibrated_rounding(packing):
     x[:, 7] = 0  # a column of which the text says nothing
     before, after = (np.square(x @ (w - weight).T).sum() for w in (nearest, floats(x.T @ x)))
     assert after < 0.5 * before
+    numbers, scale = round_(torch.tensor(weight, dtype=torch.float64), torch.tensor(x.T @ x), packing, torch.float64)
+    wanted = column_by_column(weight, x.T @ x, packing)
+    rows = (numbers.numpy() == wanted[0]).all(1)  # a group's largest number is a tie, from which on a row may differ
+    assert rows.mean() > 0.75
+    np.testing.assert_allclose(scale[rows], wanted[1][rows], rtol=1e-6)
 
 
 def test_calibrate(tmp_path):
     """What a conversion writes is what the calibrated model computes."""
-    calibration = pytest.importorskip("opt_pt.calibration")
+    calibrate = pytest.importorskip("opt_pt.calibration").calibrate
+    load = pytest.importorskip("opt_pt").OPTForCausalLM.from_pretrained
     source = save_reference(make_reference(hidden_size=64, ffn_dim=128), tmp_path / "floats")
-    model = calibration.OPTForCausalLM.from_pretrained(source)
+    model = load(source)
     rows, chosen = (
         torch.randint(4, 96, (6, 40), generator=torch.Generator().manual_seed(0)),
         QuantizationConfig.rounding(4, 32),
     )
     before = model(rows).logits.detach()
-    numbers = calibration.calibrate(model, rows, chosen, "float32")
+    numbers = calibrate(model, rows, chosen, "float32")
     convert(source, tmp_path / "few", quantization=chosen, calibrate=lambda dtype: numbers)
     convert(source, tmp_path / "nearest", quantization=chosen)
-    few, nearest = (calibration.OPTForCausalLM.from_pretrained(tmp_path / name) for name in ("few", "nearest"))
+    few, nearest = (load(tmp_path / name) for name in ("few", "nearest"))
     with torch.no_grad():
         torch.testing.assert_close(few(rows).logits, model(rows).logits, rtol=0, atol=2e-5)
         errors = [(m(rows).logits - before).square().mean() for m in (few, nearest)]
     assert errors[0] < 0.7 * errors[1]
 
 
-def test_calibrate_refuses_a_short_text(tmp_path):
-    calibration = pytest.importorskip("opt_pt.calibration")
-    with pytest.raises(ValueError, match="--calibrate: found a text of 5 tokens, wanted 512 or more"):
-        calibration.calibrated("opt-demo", "Once upon a", QuantizationConfig.rounding(4), "float16", None)
+def test_the_command_calibrates(tmp_path, capsys):
+    pytest.importorskip("opt_pt")
+    text, few, nearest = tmp_path / "text", tmp_path / "few", tmp_path / "nearest"
+    text.write_text("Once upon a")
+    with pytest.raises(ValueError, match=f"--calibrate: found a text of 5 tokens in {text}, wanted 512 or more"):
+        cli.convert(DEMO, few, bits=4, calibrate=text)
+    for option in ({"calibrate": text}, {"group_size": 64}):
+        with pytest.raises(ValueError, match="found .*, wanted none without --bits"):
+            cli.convert(DEMO, few, **option)
+    text.write_text("Once upon a time there was a king who had three daughters. " * 50)
+    cli.convert(DEMO, few, bits=4, group_size=64, calibrate=text)
+    cli.convert(DEMO, nearest, bits=4, group_size=64)
+    found, other = Checkpoint(few), Checkpoint(nearest)
+    assert found.keys() == other.keys()
+    same = [name for name in found if found[name].read().tobytes() == other[name].read().tobytes()]
+    assert not any("weight_packed" in name for name in same) and "model.decoder.layers.0.fc1.bias" in same
+    cli.inspect(str(few))
+    assert "4 bits, groups of 64" in capsys.readouterr().out
 
 
 # === Flax's own ===
@@ -332,3 +367,25 @@ def test_transformers_loads_ours(kind, few):
         torch.testing.assert_close(
             theirs(torch.tensor(IDS)).logits.double(), reference(torch.tensor(IDS)).logits, rtol=0, atol=2e-5
         )
+
+
+def test_what_compressed_tensors_writes(tmp_path):
+    """A model compressed by its own code, of whatever it takes for a Linear: project_in and project_out too."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    model = make_reference(**CONFIGS["350m"]).float()
+    weights = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 32}
+    said = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
+    status = {"format": "pack-quantized", "quantization_status": "frozen"}
+    quantization.apply_quantization_config(model, quantization.QuantizationConfig(**said, **status))
+    for module in [m for m in model.modules() if hasattr(m, "weight_scale")]:
+        groups = module.weight.detach().unflatten(1, (-1, 32))
+        module.weight_scale.data.copy_(groups.abs().amax(-1) / 7.5)
+    compressor = compressors.ModelCompressor.from_pretrained_model(model, "pack-quantized")
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path)
+    compressor.update_config(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = Backend("pt", tmp_path)(input_ids=IDS).logits
+    with torch.no_grad():
+        np.testing.assert_allclose(found, theirs(torch.tensor(IDS)).logits.numpy(), rtol=0, atol=2e-5)

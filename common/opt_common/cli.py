@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich import box
 from rich.console import Console
@@ -254,7 +255,8 @@ def convert(
         int | None, typer.Option(help="how many weights of a row share a scale; default: all in 8 bits, 128 in 4")
     ] = None,
     calibrate: Annotated[
-        Path | None, typer.Option(help="a text: round so that what the model makes of it changes least; needs PyTorch")
+        Path | None,
+        typer.Option(help="a text: round so that what the model makes of its beginning changes least; needs PyTorch"),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="largest weight file, such as 200MB")] = MAX_SHARD_SIZE,
     plan: Annotated[
@@ -289,11 +291,19 @@ def convert(
 
 
 def _calibrated(source: str, text: Path, quantization: QuantizationConfig, layout: str | None, dtype: str) -> Any:
+    from .tokenizer import GPT2Tokenizer
+
     chosen = registered()["pt"]
     if chosen.missing:
         raise ImportError(chosen.missing)
+    ids = GPT2Tokenizer.from_pretrained(source)(read_bytes(text).decode(errors="replace"))["input_ids"]
     with chosen.on(None):
-        return chosen.calibrated(source, read_bytes(text).decode(errors="replace"), quantization, dtype, layout)
+        model = chosen.model_class().from_pretrained(source, layout=layout)
+        length = min(2048, model.config.max_position_embeddings)
+        if len(ids) < length:
+            raise ValueError(f"--calibrate: found a text of {len(ids)} tokens in {text}, wanted {length} or more")
+        rows = np.array(ids[: min(128, len(ids) // length) * length]).reshape(-1, length)
+        return chosen.calibrate(model, rows, quantization, dtype)
 
 
 def _some_files(files: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -84,11 +84,11 @@ class Framework:
             raise ValueError(f"device: found {device!r}, wanted none: {self.title} has only one")
         return nullcontext()
 
-    def calibrated(
-        self, path: str, text: str, quantization: QuantizationConfig, dtype: str, layout: str | None
+    def calibrate(
+        self, model: Any, rows: np.ndarray, quantization: QuantizationConfig, dtype: str
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """`weight_packed` and `weight_scale`, in `dtype`, of a checkpoint's Linears by their paths, rounded so that
-        what it makes of a text changes least. ValueError where the framework does not offer it."""
+        """`weight_packed` and `weight_scale`, in `dtype`, of a model's Linears by their paths, rounded so that what it
+        makes of `rows`, token ids [n, T], changes least. ValueError where the framework does not offer it."""
         raise ValueError(f"--calibrate: {self.title} does not offer it")
 
     def inputs(self, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
