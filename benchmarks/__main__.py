@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import compare, convert, generation, gpu, growth, load, speedup, train
+from benchmarks import bits, compare, convert, generation, gpu, growth, load, speedup, train
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="What the claims about speed and memory rest on.")
+app.command()(bits.bits)
 app.command()(compare.cpu)
 app.command()(convert.convert)
 app.command()(generation.generation)

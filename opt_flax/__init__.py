@@ -7,6 +7,7 @@ from . import outputs as outputs  # registers them
 from .cache import KVCache
 from .heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification
 from .model import FlaxOPTForCausalLM, FlaxOPTModel
+from .pretrained import FlaxOPTPreTrainedModel as FlaxOPTPreTrainedModel
 
 # transformers' names for what finds out itself which model it loads: here an OPT, or an error
 AutoConfig = OPTConfig

@@ -23,6 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 from opt_common.outputs import ModelOutput
 
 from .cache import KVCache
+from .quantized import Packed
 
 Params = dict[str, Any]
 Path = tuple[str, ...]
@@ -285,7 +286,7 @@ def bind(model: Any, params: Mapping[str, Any]) -> Any:
     flat = dict(nnx.to_flat_state(state))
     values = {path: value for path, _, value in _matched(model, params)}
     for path, variable in flat.items():
-        if isinstance(variable, nnx.Param):
+        if isinstance(variable, (nnx.Param, Packed)):
             flat[path] = variable.replace(jnp.asarray(values[_names(path)]))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
@@ -333,9 +334,9 @@ def cast(params: Mapping[str, Any], dtype: DTypeLike, mask: Any = None) -> Any:
     return jax.tree.map(to, params) if mask is None else jax.tree.map(to, params, mask)
 
 
-def _variables(model: nnx.Module) -> Iterator[tuple[Path, nnx.Param]]:
+def _variables(model: nnx.Module) -> Iterator[tuple[Path, nnx.Variable]]:
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Param):
+        if isinstance(node, (nnx.Param, Packed)):
             yield _names(path), node
 
 
@@ -343,7 +344,7 @@ def _names(path: Iterable[Any]) -> Path:
     return tuple(map(str, path))
 
 
-def _matched(model: nnx.Module, params: Mapping[str, Any]) -> list[tuple[Path, nnx.Param, Any]]:
+def _matched(model: nnx.Module, params: Mapping[str, Any]) -> list[tuple[Path, nnx.Variable, Any]]:
     variables, values = dict(_variables(model)), _flat(params)
     for name, paths in (("none", variables.keys() - values), ("an unknown", values.keys() - variables)):
         if paths:

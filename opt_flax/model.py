@@ -25,6 +25,7 @@ from .inputs import check, columns, place, wanted
 from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, dropout, embed, embedding, layerdrop, norm, runner
 from .pretrained import FlaxOPTPreTrainedModel
 from .products import head, linear
+from .quantized import quantized
 
 
 class OPTAttention(nnx.Module):
@@ -146,8 +147,9 @@ class OPTDecoder(nnx.Module):
         input_ids: [B, T] whole numbers; or inputs_embeds: [B, T, E], which replace the token embedding's output.
         attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding. It may be as wide as the
             cache, so that one program serves every step; columns not reached yet are ignored.
-        past_key_values: the KVCache of the tokens before these; the result has the next. With use_cache and none given,
-            a new one is made, with room for max_position_embeddings tokens (`init_cache` makes one of any size).
+        past_key_values: the KVCache of the tokens before these; the result has the next. use_cache: make one if none is
+            given, with room for max_position_embeddings tokens (`init_cache` makes one of any size); the config's
+            use_cache is for `generate` alone.
         position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
             counted from 0, do not see each other.
         output_attentions, output_hidden_states: also return what BaseModelOutput says; the config's by default.
@@ -156,9 +158,9 @@ class OPTDecoder(nnx.Module):
         Raises ValueError naming the argument; under jit, which hides values, bad tokens, positions and slots give NaN.
         """
         config, cache, want = self.config, past_key_values, wanted(self, use_cache, kwargs)
-        B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, want.cache, position_ids)
-        if inputs_embeds is None:
-            inputs_embeds = embed(self.embed_tokens, jnp.asarray(input_ids), self.padding_idx)
+        ids, B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, want.cache, position_ids)
+        if ids is not None:
+            inputs_embeds = embed(self.embed_tokens, ids, self.padding_idx)
         hidden_states = jnp.asarray(inputs_embeds, self.embed_tokens.dtype)  # [B, T, E]
         if self.project_in is not None:
             hidden_states = self.project_in(hidden_states)  # [B, T, H]
@@ -200,7 +202,7 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
     architecture = "OPTModel"
 
     def build(self, **how: Any) -> None:
-        self.decoder = OPTDecoder(self.config, **how)
+        self.decoder = quantized(OPTDecoder(self.config, **how), **how)
 
     @functional
     @can_return_tuple

@@ -235,14 +235,16 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         def put(spec: Spec, array: np.ndarray) -> None:
             given = sharding(spec.name) if callable(sharding) else sharding
             array, placement = FLAX.oriented(spec, array), _oriented(spec, given)
+            kind = jnp.dtype(spec.dtype(stored.name))
             # waited for: a transfer holds the host's memory until it is done
-            FLAX.parameter(model, spec).set_value(_put(array, stored, placement).block_until_ready())
+            FLAX.parameter(model, spec).set_value(_put(array, kind, placement).block_until_ready())
 
         normal, key = nnx.initializers.normal(opened.config.init_std), (rngs or nnx.Rngs(seed)).params()
         for spec in opened.new:
             put(spec, np.asarray(normal(key, spec.shape)) if spec.kind == "linear" else np.zeros(spec.shape))
         for spec, array in opened.tensors:
-            put(spec, array)
+            if spec.kind != "shape":  # which the module knows
+                put(spec, array)
             del array  # or it would be held while the next is read
         model.config.name_or_path, model.generation_config = str(path_or_name), opened.generation
         if _do_init:
@@ -270,7 +272,7 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         model = weighted(self, params)
 
         def get(spec: Spec) -> np.ndarray:
-            array = np.asarray(FLAX.parameter(model, spec)[...]).astype(dtype, copy=False)
+            array = np.asarray(FLAX.parameter(model, spec)[...]).astype(jnp.dtype(spec.dtype(dtype.name)), copy=False)
             return contiguous(FLAX.oriented(spec, array))
 
         dtype = FLAX.parameter(model, next(table(self.config, self.architecture))).dtype

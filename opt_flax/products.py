@@ -92,10 +92,10 @@ def for_one_token(model: Any) -> Any:
 
 
 def _transposed(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None, **how: Any) -> Array:
-    return product(x, kernel, _rows(x), precision, **how)
+    return product(x, kernel, rows(x), precision, **how)
 
 
-def _rows(x: Array) -> Any:
+def rows(x: Array) -> Any:
     """The dimension numbers of x [..., in] and a kernel [out, in]."""
     return (((x.ndim - 1,), (1,)), ((), ()))
 
@@ -105,7 +105,7 @@ def head(model: Any, x: Array) -> Array:
     if model.lm_head is not None:
         return model.lm_head(x)
     table = model.model.decoder.embed_tokens
-    return product(x, table.embedding[...].astype(table.dtype), _rows(x))  # [V, E]
+    return product(x, table.embedding[...].astype(table.dtype), rows(x))  # [V, E]
 
 
 def default_device() -> Any:

@@ -10,8 +10,11 @@ from .heads import OPTForQuestionAnswering, OPTForSequenceClassification
 from .layers import OPTLearnedPositionalEmbedding
 from .model import OPTAttention, OPTDecoder, OPTDecoderLayer, OPTForCausalLM, OPTModel
 from .pretrained import OPTPreTrainedModel as OPTPreTrainedModel
+from .quantized import QuantizedLinear
 
-register(OPTLearnedPositionalEmbedding, OPTAttention, OPTDecoderLayer, OPTDecoder, OPTModel, OPTForCausalLM)
+register(
+    OPTLearnedPositionalEmbedding, OPTAttention, OPTDecoderLayer, OPTDecoder, OPTModel, OPTForCausalLM, QuantizedLinear
+)
 
 # transformers' names for what finds out itself which model it loads: here an OPT, or an error
 AutoConfig = OPTConfig

@@ -24,14 +24,16 @@ class Packing:
     """A batch without its padding, as flash-attn's variable-length kernels take it: all real tokens in one row,
     document after document.
 
-    compacted: whether the hidden states, too, are without padding, [1, queries, H]; else attention takes it out.
-    shape: (B, T). rows: [queries], where each real new token is in the flattened batch B·T. slots: the row and slot,
-    [queries] each, where its key goes in a cache; keys: those of all keys, [keys] each. starts_q, starts_k:
-    [documents + 1], int32, the first query and key of each document, and the totals. longest_q, longest_k: tokens of
-    the longest document.
+    columns: if the hidden states, too, are compacted, [B·T], where each column of the batch is among them; None if
+    attention alone takes the padding out. Padding attends to nothing and nothing to it, so padding that begins the
+    same stays the same, and one such column, behind the real ones, stands for all.
+    shape: (B, T). rows: [queries], and if compacted those for padding, where each is in the flattened batch B·T. slots:
+    the row and slot, [queries] each, where its key goes in a cache; keys: those of all keys, [keys] each. starts_q,
+    starts_k: [documents + 1], int32, the first query and key of each document, and the totals. longest_q, longest_k:
+    tokens of the longest document.
     """
 
-    compacted: bool
+    columns: Tensor | None
     shape: tuple[int, int]
     rows: Tensor
     slots: tuple[Tensor, Tensor]
@@ -70,9 +72,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: View, scaling: float, dropout: 
     assert not isinstance(mask, Packing)
     scores = torch.matmul(q * scaling, k.mT)
     if mask is not None:
-        if mask.dtype == torch.bool:  # added, as in transformers: filled in, padding would have other gradients
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-        scores = scores + mask
+        scores = scores + additive(mask, q.dtype)
     weights = scores.softmax(dim=-1, dtype=max(q.dtype, torch.float32, key=lambda t: t.itemsize)).to(q.dtype)
     return torch.matmul(F.dropout(weights, dropout), v).transpose(1, 2), weights
 
@@ -124,8 +124,9 @@ def flash_attention_2(
             return flash_attn.flash_attn_func(q, k, v, dropout, scaling, causal=True), None
         return flash_attn.flash_attn_with_kvcache(q, k, v, softmax_scale=scaling, causal=True), None
 
-    if mask.compacted:
-        q, k, v = q[0], k[0], v[0]  # [queries, N, D], [keys, N, D]
+    if mask.columns is not None:
+        keys = len(mask.keys[0])
+        q, k, v = q[0, : len(mask.slots[0])], k[0, :keys], v[0, :keys]  # [queries, N, D], [keys, N, D]
     else:
         q, k, v = q.flatten(0, 1)[mask.rows], k[mask.keys], v[mask.keys]
     starts, longest = (mask.starts_q, mask.starts_k), (mask.longest_q, mask.longest_k)
@@ -140,13 +141,10 @@ def flash_attention_2(
             q, k, v, None, *starts, None, None, None, None, *longest,
             0.0, scaling, False, True, -1, -1, 0.0, False, None,
         )[0]  # fmt: skip
-    return (out[None] if mask.compacted else _scatter(out, mask)), None
-
-
-def _scatter(x: Tensor, packing: Packing) -> Tensor:
-    """[queries, ...] back in their columns, [B, T, ...]; padding is 0."""
-    B, T = packing.shape
-    return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, packing.rows, x).unflatten(0, (B, T))
+    if mask.columns is not None:
+        return F.pad(out, (0, 0, 0, 0, 0, len(mask.rows) - len(out)))[None], None  # to padding, as below
+    B, T = mask.shape  # back to their columns; as transformers has it, attention gives 0 to padding
+    return out.new_zeros(B * T, *out.shape[1:]).index_copy(0, mask.rows, out).unflatten(0, (B, T)), None
 
 
 IMPLEMENTATIONS = {"eager": eager, "sdpa": sdpa, "flash_attention_2": flash_attention_2}
@@ -186,7 +184,10 @@ def choose(decoder: Any, segments: Tensor | None, past: int, x: Tensor, output_a
     T, name = x.shape[1], decoder.config._attn_implementation
     if output_attentions or name != "flash_attention_2":
         mask = dense(segments, past, T, x.device)
-        return causal(T, past + T, x.device)[None, None] if mask is None and T > 1 and name == "eager" else mask
+        if name == "eager":
+            mask = causal(T, past + T, x.device)[None, None] if mask is None and T > 1 else mask
+            mask = mask if mask is None else additive(mask, x.dtype).expand(len(x), -1, -1, -1)
+        return mask
     check_flash(x.device, torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype)
     if segments is None or segments.ndim == 4:
         return segments
@@ -196,22 +197,30 @@ def choose(decoder: Any, segments: Tensor | None, past: int, x: Tensor, output_a
             "as much padding as it finds; give none, or use 'sdpa'"
         )
     # layers that somebody looks at see the batch as it was given
-    return unpad(segments, T, compacted=unwatched(x) and all(plain_layer(layer) for layer in decoder.layers))
+    return unpad(segments, T, x if unwatched(x) and all(plain_layer(layer) for layer in decoder.layers) else None)
 
 
 def compact(x: Tensor, view: View) -> Tensor:
-    """x [B, T, H] as the layers take it: [1, queries, H], without padding, where the view says so."""
-    return x.flatten(0, 1)[view.rows][None] if isinstance(view, Packing) and view.compacted else x
+    """x [B, T, H] as the layers take it: [1, rows, H] where the view says so."""
+    return x.flatten(0, 1)[view.rows][None] if isinstance(view, Packing) and view.columns is not None else x
 
 
 def restore(x: Tensor, view: View) -> Tensor:
-    """The inverse of `compact`; padding is 0."""
-    return _scatter(x[0], view) if isinstance(view, Packing) and view.compacted else x
+    """The inverse of `compact`."""
+    return x[0, view.columns].unflatten(0, view.shape) if isinstance(view, Packing) and view.columns is not None else x
 
 
 def causal(T: int, S: int, device: torch.device) -> Tensor:
     """[T, S]: the last T of S tokens see every earlier one and themselves."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as numbers to add to the scores, as in transformers: filled in, padding would have other
+    gradients."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def dense(segments: Tensor | None, past: int, T: int, device: torch.device) -> Tensor | None:
@@ -237,9 +246,10 @@ def dense(segments: Tensor | None, past: int, T: int, device: torch.device) -> T
     return (earlier & (documents == segments[:, None]) & (segments != 0)[:, None])[:, None]
 
 
-def unpad(segments: Tensor, T: int, compacted: bool = True) -> Packing:
-    """What flash-attn needs to know of `segments` [B, S], of whose slots the last T are new. Waits for the device: how
-    much is real decides the shapes of all that follows. At least one slot is real."""
+def unpad(segments: Tensor, T: int, x: Tensor | None = None) -> Packing:
+    """What flash-attn needs to know of `segments` [B, S], of whose slots the last T are new. x: the hidden states
+    [B, T, H], if they are to be compacted. Waits for the device: how much is real decides the shapes of all that
+    follows. At least one slot is real."""
     B, S = segments.shape
     past = S - T
     keys = segments.flatten().nonzero()[:, 0]  # of the B·S slots, those that are real
@@ -249,12 +259,22 @@ def unpad(segments: Tensor, T: int, compacted: bool = True) -> Packing:
     new = keys % S >= past
     starts_k = F.pad(first, (0, 1), value=len(keys))
     starts_q = F.pad(new.long().cumsum(0), (1, 0))[starts_k]
-    longest_q, longest_k = torch.stack([starts_q.diff().max(), starts_k.diff().max()]).tolist()
     fresh = keys[new] if past else keys
+    rows = fresh // S * T + fresh % S - past
+    found, padding, columns = [starts_q.diff().max(), starts_k.diff().max()], rows[:0], None
+    if x is not None:
+        padding = (segments[:, past:] == 0).flatten().nonzero()[:, 0]
+        found.append((x.flatten(0, 1)[padding] == x.flatten(0, 1)[padding[:1]]).all())
+    longest_q, longest_k, *alike = torch.stack(found).tolist()
+    if x is not None:
+        places = torch.arange(B * T, device=rows.device)
+        columns = torch.empty_like(places)
+        columns[torch.cat([rows, padding])] = places.clamp(max=len(rows)) if alike[0] else places
+        rows = torch.cat([rows, padding[:1] if alike[0] else padding])
     return Packing(
-        compacted=compacted,
+        columns=columns,
         shape=(B, T),
-        rows=fresh // S * T + fresh % S - past,
+        rows=rows,
         slots=(fresh // S, fresh % S),
         keys=(keys // S, keys % S),
         starts_q=starts_q.int(),

@@ -6,25 +6,62 @@ B batch   T new tokens   S slots   N heads   D head width
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
 from opt_common.config import OPTConfig
+from opt_common.kin import Kin
 
 from .attention import Packing, View
 
 
-class CachedLayer(NamedTuple):
-    """What a cache holds of one layer: [B, N, length, D] each."""
+class CachedLayer:
+    """What a cache holds of one layer: `keys` and `values`, [B, N, length, D] each; it unpacks as the two. Set both, as
+    long as each other, to put others in their place, such as fewer."""
 
-    keys: Tensor
-    values: Tensor
+    def __init__(self, cache: KVCache, layer_idx: int) -> None:
+        self._cache, self._layer_idx = cache, layer_idx
+
+    @property
+    def keys(self) -> Tensor:
+        return self._cache.k[self._layer_idx][:, :, : self.get_seq_length()]
+
+    @keys.setter
+    def keys(self, keys: Tensor) -> None:
+        self._set(self._cache.k, keys)
+
+    @property
+    def values(self) -> Tensor:
+        return self._cache.v[self._layer_idx][:, :, : self.get_seq_length()]
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        self._set(self._cache.v, values)
+
+    def _set(self, tensors: list[Tensor], new: Tensor) -> None:
+        cache, i = self._cache, self._layer_idx
+        tensors[i] = new
+        if cache.k[i].shape[2] == cache.v[i].shape[2]:  # until then the other still has its old length
+            cache.taken[i] = new.shape[2]
+
+    def get_seq_length(self) -> int:
+        """How many slots are taken."""
+        return self._cache.taken[self._layer_idx]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.keys, self.values))
+
+    def __getitem__(self, i: int) -> Tensor:
+        return (self.keys, self.values)[i]
+
+    def __len__(self) -> int:
+        return 2
 
 
-class KVCache:
+class KVCache(Kin):
     """Keys and values of past tokens.
 
     `KVCache()` grows: the first call's keys and values are kept as they are, without a copy, and later ones written
@@ -63,7 +100,7 @@ class KVCache:
     @property
     def rows(self) -> int | None:
         """B; None as long as nothing says."""
-        return self.k[0].shape[0] if self.k else None
+        return self.k[0].shape[0] if self.k and (self.fixed or self.taken[0]) else None
 
     @property
     def slots(self) -> int | None:
@@ -81,13 +118,13 @@ class KVCache:
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, view: View = None) -> tuple[Tensor, Tensor]:
         """Write the new keys and values [B, N, T, D] of a layer behind its past ones and return all of them,
-        [B, N, length + T, D]. With a compacted Packing they come as [1, N, queries, D] and return as [1, N, keys, D].
+        [B, N, length + T, D]. With a compacted Packing they come as [1, N, rows, D] and return as [1, N, keys, D].
         Raises ValueError if they do not fit."""
         while len(self.k) <= layer_idx and not self.fixed:
             self.k.append(k[:, :, :0])
             self.v.append(v[:, :, :0])
             self.taken.append(0)
-        compacted = isinstance(view, Packing) and view.compacted
+        compacted = isinstance(view, Packing) and view.columns is not None
         B, T = view.shape if compacted else (k.shape[0], k.shape[2])  # type: ignore[union-attr]
         past = self.taken[layer_idx]
         end = self.taken[layer_idx] = past + T
@@ -103,16 +140,16 @@ class KVCache:
                 room = end if past == 0 else end + max(64, end // 4)
                 tensors[layer_idx] = new.new_zeros(B, new.shape[1], room, new.shape[3])
                 tensors[layer_idx][:, :, :past] = old[:, :, :past]
-            if isinstance(view, Packing) and view.compacted:
-                rows, slots = view.slots
-                tensors[layer_idx][rows, :, slots] = new[0].transpose(0, 1)
+            if compacted:
+                rows, slots = view.slots  # type: ignore[union-attr]
+                tensors[layer_idx][rows, :, slots] = new[0, :, : len(rows)].transpose(0, 1)
             else:
                 tensors[layer_idx][:, :, past:end] = new
         if past == 0:
             return k, v
         k, v = self.k[layer_idx], self.v[layer_idx]
-        if isinstance(view, Packing) and view.compacted:
-            rows, slots = view.keys
+        if compacted:
+            rows, slots = view.keys  # type: ignore[union-attr]
             return k[rows, :, slots].transpose(0, 1)[None], v[rows, :, slots].transpose(0, 1)[None]
         return k[:, :, :end], v[:, :, :end]
 
@@ -132,8 +169,7 @@ class KVCache:
 
     def __getitem__(self, layer_idx: int) -> CachedLayer:
         """The keys and values of a layer."""
-        end = self.taken[layer_idx]
-        return CachedLayer(self.k[layer_idx][:, :, :end], self.v[layer_idx][:, :, :end])
+        return CachedLayer(self, range(len(self))[layer_idx])
 
     def __iter__(self) -> Iterator[CachedLayer]:
         return (self[i] for i in range(len(self)))

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_common.config import OPTConfig
-from opt_common.inputs import check_labels, check_spans
+from opt_common.inputs import check_labels, check_spans, kind
 from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput
 
 from .cache import KVCache
-from .layers import init_weights, linear, wide
+from .layers import classes, init_weights, linear, wide
 from .model import OPTModel
 from .outputs import can_return_tuple
 from .pretrained import OPTPreTrainedModel
@@ -29,6 +29,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
+        self.num_labels = config.num_labels
         self.model = OPTModel(self.config)
         self.score = nn.Linear(config.embed_dim, config.num_labels, bias=False)
         init_weights(self.score, config)
@@ -68,10 +69,12 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         logits = linear(self.score, x[torch.arange(B, device=x.device), last])  # [B, labels]
         loss = None
         if labels is not None:
-            problem = check_labels(self.config, B, labels.shape, whole=not labels.is_floating_point())
+            problem = check_labels(self.config, B, labels.shape, whole=kind(labels.dtype)[0] in "iu")
+            if self.config.problem_type is None:
+                self.config.problem_type = problem  # as in transformers: pipelines, and saved files, go by it
             scores = wide(logits)
             if problem == "single_label_classification":
-                loss = F.cross_entropy(scores, labels.flatten())
+                loss = F.cross_entropy(scores, classes("labels", labels.flatten(), scores.shape[1]))
             elif problem == "regression":
                 loss = F.mse_loss(scores, labels.view_as(scores).to(scores.dtype))
             else:
@@ -124,4 +127,4 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
                 columns = torch.where((columns >= 0) & (columns < scores.shape[1]), columns, -100)
                 losses.append(F.cross_entropy(wide(scores), columns))
             loss = (losses[0] + losses[1]) / 2
-        return QuestionAnsweringOutput(loss, starts, ends, out.past_key_values, out.hidden_states, out.attentions)
+        return QuestionAnsweringOutput(loss, starts, ends, None, out.hidden_states, out.attentions)

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opt_common.config import OPTConfig
+from opt_common.inputs import check_classes, check_kind
 from opt_common.kin import Kin
 
 from .fast.layer import layer_forward
 from .fast.products import linear as linear  # a Linear, by its fastest route
+from .inputs import recording
+from .quantized import QuantizedLinear
 
 # As modules, so that hooks see them and users can replace them
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -80,20 +83,35 @@ def layerdrop(rate: float, run: Callable[..., Tensor], hidden_states: Tensor, **
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, shift_labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """The mean loss of logits [B, T, V] against the next token's label [B, T], -100 left out; or against
-    `shift_labels`, the labels already shifted. `num_items_in_batch`: the sum over this number, in place of the mean."""
+    `shift_labels`, the labels already shifted. `num_items_in_batch`: the sum over this number, in place of the mean.
+    vocab_size: V, which transformers gives its losses."""
     if labels.numel() != logits.shape[0] * logits.shape[1]:
         raise ValueError(f"labels: found shape {list(labels.shape)}, wanted {list(logits.shape[:2])}")
     if shift_labels is None:
         # the labels are shifted, not the logits: part of the logits would be copied, and its gradient once more
-        shift_labels = F.pad(labels.view(logits.shape[:2])[:, 1:], (0, 1), value=-100)
-    scores, targets = wide(logits).flatten(0, 1), shift_labels.flatten().to(logits.device)
+        shift_labels = F.pad(labels[..., 1:], (0, 1), value=-100)
+    scores, targets = wide(logits).flatten(0, 1), classes("labels", shift_labels.flatten(), logits.shape[-1])
+    targets = targets.to(logits.device)
     if num_items_in_batch is None:
         return F.cross_entropy(scores, targets)
     items = num_items_in_batch.to(logits.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
     return F.cross_entropy(scores, targets, reduction="sum") / items
+
+
+def classes(name: str, labels: Tensor, number: int) -> Tensor:
+    """Labels as int64. Raises ValueError, naming the argument, for other kinds of numbers, and for one that is neither
+    a class of this number of them nor -100; on a GPU, looking would wait for it."""
+    check_kind(name, labels.dtype)
+    if labels.device.type == "cpu" and not recording(labels.device):
+        check_classes(name, labels[labels != -100], number)
+    return labels.long()
 
 
 def wide(x: Tensor) -> Tensor:
@@ -104,6 +122,9 @@ def wide(x: Tensor) -> Tensor:
 @torch.no_grad()
 def init_weights(module: nn.Module, config: OPTConfig) -> None:
     """Draw the weights of a Linear or Embedding from N(0, init_std²); its bias and padding row are 0."""
+    if isinstance(module, QuantizedLinear):
+        module.reset_parameters(config.init_std)
+        return
     if not isinstance(module, (nn.Linear, nn.Embedding)) or module.weight.is_meta:
         return
     module.weight.normal_(0.0, config.init_std)

@@ -6,7 +6,7 @@ V vocabulary   E embedding width   H hidden   N heads   D head width (N·D = H) 
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from .inputs import check, columns, loss_options, place, wanted
 from .layers import ACTIVATIONS, OPTLearnedPositionalEmbedding, cross_entropy, embedding, init_weights, linear, runner
 from .outputs import can_return_tuple, takes_cache
 from .pretrained import OPTPreTrainedModel
+from .quantized import quantized
 
 
 class OPTAttention(Kin, nn.Module):
@@ -63,14 +64,14 @@ class OPTDecoderLayer(Kin, nn.Module):
     def __init__(self, config: OPTConfig, layer_idx: int | None = None) -> None:
         super().__init__()
         H, F, bias = config.hidden_size, config.ffn_dim, config.enable_bias
-        affine = config.layer_norm_elementwise_affine
+        norm = partial(nn.LayerNorm, H, eps=1e-5, elementwise_affine=config.layer_norm_elementwise_affine)
         self.embed_dim, self.do_layer_norm_before, self.dropout = H, config.do_layer_norm_before, config.dropout
         self.self_attn = OPTAttention(config, layer_idx)
         self.activation_fn = ACTIVATIONS[config.activation_function]()
-        self.self_attn_layer_norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine)
+        self.self_attn_layer_norm = norm()
         self.fc1 = nn.Linear(H, F, bias=bias)
         self.fc2 = nn.Linear(F, H, bias=bias)
-        self.final_layer_norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine)
+        self.final_layer_norm = norm()
 
     @takes_cache
     def forward(
@@ -79,6 +80,7 @@ class OPTDecoderLayer(Kin, nn.Module):
         attention_mask: View = None,
         past_key_values: KVCache | None = None,
         attentions: list[Any] | None = None,
+        use_cache: bool = False,
         **kwargs: Any,
     ) -> Tensor:
         """Run the layer on hidden_states [B, T, H].
@@ -86,7 +88,7 @@ class OPTDecoderLayer(Kin, nn.Module):
         attention_mask: [B or 1, 1, T, S], true (or 0) where a token attends, false (or very negative) where it does
             not; or the decoder's own view of the batch (`opt_pt.attention`). None: every earlier slot and its own.
         past_key_values: the cache to extend. attentions: a list to append the attention weights [B, N, T, S] to.
-        kwargs: what else transformers gives a layer (position_ids, use_cache ...), passed on; no effect here.
+        use_cache: no effect. kwargs: what else transformers gives a layer, such as position_ids, passed on.
         """
         residual = hidden_states
         if self.do_layer_norm_before:
@@ -95,7 +97,7 @@ class OPTDecoderLayer(Kin, nn.Module):
             hidden_states=hidden_states,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
-            **{"output_attentions": attentions is not None} | kwargs,
+            **({} if attentions is None else {"output_attentions": True}) | kwargs,
         )
         hidden_states = residual + F.dropout(hidden_states, self.dropout, self.training)
         if not self.do_layer_norm_before:
@@ -114,22 +116,21 @@ class OPTDecoderLayer(Kin, nn.Module):
         return hidden_states
 
 
-class OPTDecoder(nn.Module):
+class OPTDecoder(OPTPreTrainedModel):
     """Embeddings, the layers, and the final norm and projection where the size has them."""
 
     def __init__(self, config: OPTConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         V, E, H, P = config.vocab_size, config.embed_dim, config.hidden_size, config.max_position_embeddings
-        self.config, self.gradient_checkpointing = config, False
+        self.gradient_checkpointing = False
         self.dropout, self.layerdrop, self.padding_idx = config.dropout, config.layerdrop, config.pad_token_id
         self.max_target_positions, self.vocab_size = P, V
         self.embed_tokens = embedding(V, E, config.pad_token_id)
         self.embed_positions = OPTLearnedPositionalEmbedding(P, H)
         self.project_out = nn.Linear(H, E, bias=False) if config.projects_embeddings else None
         self.project_in = nn.Linear(E, H, bias=False) if config.projects_embeddings else None
-        affine = config.layer_norm_elementwise_affine
-        norm = nn.LayerNorm(H, eps=1e-5, elementwise_affine=affine) if config.has_final_layer_norm else None
-        self.final_layer_norm = norm
+        norm = partial(nn.LayerNorm, H, eps=1e-5, elementwise_affine=config.layer_norm_elementwise_affine)
+        self.final_layer_norm = norm() if config.has_final_layer_norm else None
         self.layers = nn.ModuleList(OPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
 
     @can_return_tuple
@@ -199,7 +200,7 @@ class OPTModel(OPTPreTrainedModel):
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
-        self.decoder = OPTDecoder(self.config)
+        self.decoder = quantized(OPTDecoder(self.config))
         self.apply(lambda module: init_weights(module, config))
 
     @can_return_tuple
@@ -213,6 +214,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
 
     architecture = "OPTForCausalLM"
     loss_type, _tied_weights_keys = "ForCausalLM", {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+    loss_function = staticmethod(cross_entropy)  # users set their own on a model
     generate, stream, compute_transition_scores = generate, stream, compute_transition_scores
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
@@ -242,9 +244,8 @@ class OPTForCausalLM(OPTPreTrainedModel):
             num_items_in_batch. Give -100 for a left-padded row's first token, or padding is scored against it.
         logits_to_keep: the logits of the last so many tokens only, or of the columns in a tensor; 0 for all.
         """
-        out = self.model.decoder(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids, **kwargs
-        )
+        given = (input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, position_ids)
+        out = self.model.decoder(*given, **kwargs)
         logits = linear(self.lm_head, out.last_hidden_state[:, columns(logits_to_keep, labels)])  # [B, T, V]
-        loss = None if labels is None else cross_entropy(logits, labels, **loss_options(kwargs))
+        loss = None if labels is None else self.loss_function(logits, labels, **loss_options(self.config, kwargs))
         return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)

@@ -28,7 +28,8 @@ from .layers import init_weights
 
 
 class OPTPreTrainedModel(Kin, nn.Module):
-    """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`."""
+    """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`; those of
+    a user's own class, an OPTModel as its `model` and heads of its own, are a language model's."""
 
     architecture: ClassVar[str]
 
@@ -88,7 +89,7 @@ class OPTPreTrainedModel(Kin, nn.Module):
 
     def get_decoder(self) -> nn.Module:
         """The decoder."""
-        return self.base_model.decoder  # type: ignore[return-value]
+        return getattr(self.base_model, "decoder", self)  # a decoder is its own
 
     @property
     def _decoder(self) -> Any:
@@ -211,16 +212,21 @@ class OPTPreTrainedModel(Kin, nn.Module):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        next_sequence_length: int | None = None,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of a call that continues a cache, as peft's language models ask for them: of what is given, the
-        columns that the cache does not hold. inputs_embeds replace the ids. A mask wider than the ids has columns of
-        the cache in front, of which there are no ids."""
-        if past_key_values is not None:  # prompt tuning's cache holds more tokens than there are ids
+        last `next_sequence_length` columns, by default those that the cache does not hold. (transformers 5 gives all
+        columns by default, which its model cannot take beside the cache.) inputs_embeds replace the ids. A mask wider
+        than the ids has columns of the cache in front, of which there are no ids."""
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        elif past_key_values is not None:  # prompt tuning's cache holds more tokens than there are ids
             T = input_ids.shape[1]
             held = 0 if attention_mask is None else max(0, attention_mask.shape[1] - T)
             input_ids = input_ids[:, max(0, min(int(past_key_values.get_seq_length()) - held, T - 1)) :]
@@ -234,6 +240,20 @@ class OPTPreTrainedModel(Kin, nn.Module):
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
         }
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> dict[str, Any]:
+        """The other half of a decoding loop by hand: `prepare_inputs_for_generation`'s arguments for the next pass,
+        with the cache of `outputs`, and mask and positions for `num_new_tokens` more."""
+        if outputs.past_key_values is not None:
+            model_kwargs["past_key_values"] = outputs.past_key_values
+        if (mask := model_kwargs.get("attention_mask")) is not None:
+            model_kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), num_new_tokens)], dim=1)
+        if (positions := model_kwargs.get("position_ids")) is not None:
+            more = positions[:, -1:] + torch.arange(1, num_new_tokens + 1, device=positions.device)
+            model_kwargs["position_ids"] = torch.cat([positions, more], dim=1)
+        return model_kwargs
 
     # === Smaller things that scripts and libraries ask for ===
 
@@ -322,7 +342,7 @@ class OPTPreTrainedModel(Kin, nn.Module):
             device = torch.get_default_device()
         elsewhere = torch.device(device or "cpu").type != "cpu"
         opened = open_pretrained(
-            pretrained_model_name_or_path, cls.architecture, name, copied=elsewhere, added=cls._added, **options
+            pretrained_model_name_or_path, _architecture(cls), name, copied=elsewhere, added=cls._added, **options
         )
         wanted = getattr(torch, opened.dtype)
         with torch.device("meta"):  # shapes without memory, and no random numbers
@@ -331,7 +351,8 @@ class OPTPreTrainedModel(Kin, nn.Module):
         devices = device_of(model, device_map, max_memory, device)
         state = {}
         for spec, array in opened.tensors:
-            state[spec.name] = _tensor(array).to(device=devices(spec.path), dtype=wanted)
+            kind = getattr(torch, spec.dtype(opened.dtype))
+            state[spec.name] = _tensor(array).to(device=devices(spec.path), dtype=kind)
             del array  # or it would be held while the next is read
         for spec in opened.new:
             state[spec.name] = torch.zeros(spec.shape, device=devices(spec.path), dtype=wanted)
@@ -397,15 +418,19 @@ class OPTPreTrainedModel(Kin, nn.Module):
             for name, x in _besides_the_table(self, weights).items()
         ]
         save_pretrained(
-            save_directory, self.config, self.architecture, dtype, get, max_shard_size, layout, self.generation_config,
-            added,
+            save_directory, self.config, _architecture(type(self)), dtype, get, max_shard_size, layout,
+            self.generation_config, added,
         )  # fmt: skip
+
+
+def _architecture(cls: type[OPTPreTrainedModel]) -> str:
+    return getattr(cls, "architecture", "OPTForCausalLM")
 
 
 def _besides_the_table(model: OPTPreTrainedModel, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Of a state dict, the model's own by default, the tensors of modules that are not OPT's. Raises ValueError for one
     that is no floating-point tensor, which nothing here reads."""
-    own = {spec.path for spec in table(model.config, model.architecture)} | {"lm_head"}
+    own = {spec.path for spec in table(model.config, _architecture(type(model)))} | {"lm_head"}
     added = {name: x for name, x in (weights or model.state_dict()).items() if name.rpartition(".")[0] not in own}
     for name, x in added.items():
         if not (isinstance(x, Tensor) and x.is_floating_point()):

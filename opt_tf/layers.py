@@ -3,16 +3,21 @@ and the initializer of its matrix, from the layer or model that it is part of.""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import ops
 from tensorflow import Tensor
 
 from opt_common.config import OPTConfig
+from opt_common.inputs import check_classes, check_kind
+
+from .inputs import arguments, as_raised, integers
 
 PARTS = 16  # of a matrix, for a product of few rows
 
@@ -63,6 +68,14 @@ class Block(keras.layers.Layer):
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
         # tf.train.Checkpoint would leave out what is in a list of Keras's
         return super()._trackable_children(save_type, **kwargs) | dict(_parts(self))
+
+
+class Network(Block):
+    """A block that is called on tokens. As `fit` and its like pass them, the arguments may come in one dictionary or
+    list."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(**arguments([*inspect.signature(self.call).parameters], args, kwargs))
 
 
 def build_parts(whole: Any) -> None:
@@ -211,6 +224,10 @@ class PositionalEmbedding(Embedding):
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__(num_embeddings + self.offset, embedding_dim)
 
+    def __call__(self, attention_mask: Tensor | None, past_key_values_length: int = 0, **kwargs: Any) -> Any:
+        # by name: Keras takes only tensors by position
+        return super().__call__(attention_mask, past_key_values_length=past_key_values_length, **kwargs)
+
     def call(
         self, attention_mask: Tensor | None, past_key_values_length: int = 0, position_ids: Tensor | None = None
     ) -> Tensor:
@@ -269,11 +286,25 @@ def runner(layer: Any, checkpointing: bool) -> Callable[..., Any]:
     return run
 
 
+@as_raised
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean loss of logits [B, T, V] against the next token's label [B, T], -100 left out."""
     if not labels.shape.is_compatible_with(logits.shape[:2]):
         raise ValueError(f"labels: found shape {list(labels.shape)}, wanted {list(logits.shape[:2])}")
-    return mean_cross_entropy(logits, tf.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100))
+    targets = classes("labels", labels[:, 1:], logits.shape[-1])
+    return mean_cross_entropy(logits, tf.pad(targets, ((0, 0), (0, 1)), constant_values=-100))
+
+
+@as_raised
+def classes(name: str, labels: Tensor, number: int) -> Tensor:
+    """Labels, of a type that holds -100. Raises ValueError, naming the argument, for other kinds of numbers, and for
+    one that is neither a class nor -100; a tf.function has no values to look at."""
+    check_kind(name, labels.dtype)
+    labels = integers(labels)
+    if tf.executing_eagerly():
+        known = np.asarray(labels)
+        check_classes(name, known[known != -100], number)
+    return labels
 
 
 def mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .generation import compute_transition_scores, generate, stream
 from .inputs import check, columns, place, wanted
 from .layers import ACTIVATIONS, PositionalEmbedding, cross_entropy, runner
 from .pretrained import TFOPTPreTrainedModel
+from .quantized import quantized
 
 
 class OPTAttention(nn.Block):
@@ -109,7 +110,7 @@ class OPTDecoderLayer(nn.Block):
         return hidden_states, weights, past_key_values
 
 
-class OPTDecoder(nn.Block):
+class OPTDecoder(nn.Network):
     """Embeddings, the layers, and the final norm and projection where the size has them."""
 
     def __init__(self, config: OPTConfig) -> None:
@@ -154,7 +155,7 @@ class OPTDecoder(nn.Block):
         tf.function has no values to check, only shapes.
         """
         config, cache, want = self.config, past_key_values, wanted(self, use_cache, training, kwargs)
-        B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, position_ids)
+        input_ids, B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, position_ids)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, E]
         if self.project_in is not None:
             hidden_states = self.project_in(hidden_states)  # [B, T, H]
@@ -198,7 +199,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
 
     def __init__(self, config: OPTConfig, initializer: Any = None, **kwargs: Any) -> None:
         super().__init__(config, initializer, **kwargs)
-        self.decoder = OPTDecoder(self.config)
+        self.decoder = quantized(OPTDecoder(self.config))
         self.build()
 
     @can_return_tuple

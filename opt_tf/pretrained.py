@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,14 +21,13 @@ from opt_common.generation import GenerationConfig
 from opt_common.weights import KERAS, Spec
 
 from .cache import KVCache
-from .inputs import arguments
-from .layers import Block, Embedding, normal, wide
-from .training import prepare_tf_dataset, with_labels
+from .layers import Embedding, Network, normal, wide
+from .training import of_tokens, prepare_tf_dataset, with_labels
 
 register = keras.saving.register_keras_serializable(package="opt_zoo")  # for keras.saving.load_model
 
 
-class TFOPTPreTrainedModel(Block, keras.Model):
+class TFOPTPreTrainedModel(Network, keras.Model):
     """The base of all models. `architecture` is the name of a model's weights in `opt_common.weights.HEADS`."""
 
     architecture: str
@@ -46,10 +45,6 @@ class TFOPTPreTrainedModel(Block, keras.Model):
         as dtype, a name or a policy."""
         super().__init__(**kwargs)
         self.config, self.initializer = config, initializer or normal(config)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model. Its arguments may come in one dictionary or list, as `fit` and its like pass them."""
-        return super().__call__(**arguments([*inspect.signature(self.call).parameters], args, kwargs))
 
     # === Its parts ===
 
@@ -177,8 +172,9 @@ class TFOPTPreTrainedModel(Block, keras.Model):
             parameter = KERAS.parameter(model, spec)
             parameter.assign((draw if spec.kind == "linear" else tf.zeros)(parameter.shape, parameter.dtype))
         for spec, array in opened.tensors:
-            array = KERAS.oriented(spec, array).astype(numpy_dtype(opened.dtype), copy=False)
-            KERAS.parameter(model, spec).assign(array)
+            if spec.kind != "shape":  # which the layer knows
+                array = KERAS.oriented(spec, array).astype(numpy_dtype(spec.dtype(opened.dtype)), copy=False)
+                KERAS.parameter(model, spec).assign(array)
             del array  # or it would be held while the next is read
         model.config.name_or_path, model.generation_config = str(path_or_name), opened.generation
         if not output_loading_info:
@@ -212,7 +208,7 @@ class TFOPTPreTrainedModel(Block, keras.Model):
         """
         if push_to_hub:
             raise ValueError(f"push_to_hub: found {push_to_hub!r}; save, then huggingface_hub.upload_folder")
-        if quantized := [w.path for w in self.weights if "int" in w.dtype]:
+        if quantized := [w.path for w in self.weights if "int8" in w.dtype]:
             raise ValueError(
                 f"save_pretrained: found quantized weights, {quantized[0]} ..., wanted those of a checkpoint"
             )
@@ -233,11 +229,19 @@ class TFOPTPreTrainedModel(Block, keras.Model):
         )
         if saved_model:
             if signatures is None:
-                serve, dtypes = tf.function(self._serve), {"serving_default": "int32", "int64_serving": "int64"}
-                signatures = {name: serve.get_concrete_function(*_signature(dtype)) for name, dtype in dtypes.items()}
-            module = tf.Module()  # in place of the model, whose variables TFLite would not find
-            module.weights = [variable.value for variable in self.variables]
-            tf.saved_model.save(module, str(Path(save_directory, "saved_model", str(version))), signatures)
+                dtypes = {"serving_default": "int32", "int64_serving": "int64"}
+                signatures = {
+                    name: self.serving.get_concrete_function(_inputs(dtype)) for name, dtype in dtypes.items()
+                }
+            tf.saved_model.save(self, str(Path(save_directory, "saved_model", str(version))), signatures)
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type != "savedmodel":
+            return children
+        # in place of Keras's variables, in which TFLite does not find the values
+        values = {f"variables.{i}": variable.value for i, variable in enumerate(self.variables)}
+        return {name: child for name, child in children.items() if not isinstance(child, keras.layers.Layer)} | values
 
     # === Keras's training ===
 
@@ -256,12 +260,15 @@ class TFOPTPreTrainedModel(Block, keras.Model):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         return self(x, training=False, use_cache=False)
 
-    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Tensor:
         """The loss given to `compile` is of the logits. Without one, or without targets, as in `fit` on dictionaries
         with labels, it is the model's own; of several replicas, each one's share of it."""
         if y_pred.get("loss") is not None and (y is None or self._compile_loss is None):
             return y_pred.loss / tf.distribute.get_strategy().num_replicas_in_sync
-        return super().compute_loss(x, y, self.scores(y_pred), *args, **kwargs)
+        scores = self.scores(y_pred)
+        return super().compute_loss(x, y, scores, of_tokens(sample_weight, scores), training)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The metrics given to `compile` are of the logits."""
@@ -291,8 +298,19 @@ class TFOPTPreTrainedModel(Block, keras.Model):
 
         archive = keras.export.ExportArchive()
         archive.track(self)
-        archive.add_endpoint("serve", self._serve, input_signature or _signature("int32"))
+        archive.add_endpoint("serve", self._serve, input_signature or [*self.input_signature.values()])
         archive.write_out(filepath, verbose=True if verbose is None else verbose, **kwargs)
+
+    @property
+    def input_signature(self) -> dict[str, tf.TensorSpec]:
+        """What `serving` takes."""
+        return _inputs("int32")
+
+    @tf.function(autograph=False)
+    def serving(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The output's tensors by their names, from input_ids and attention_mask: what a SavedModel of
+        `save_pretrained` computes, unless a subclass says something else."""
+        return self._serve(**inputs)
 
     def _serve(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         out = self(input_ids, attention_mask=attention_mask, training=False, use_cache=False, return_dict=True)
@@ -303,6 +321,8 @@ class TFOPTPreTrainedModel(Block, keras.Model):
     def get_config(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self.config)
         del fields["_attn_implementation"]  # of the model that runs, not of the file
+        quantization = self.config.quantization_config
+        fields["quantization_config"] = quantization and quantization.to_dict()
         return super().get_config() | {"config": fields}
 
     @classmethod
@@ -313,8 +333,8 @@ class TFOPTPreTrainedModel(Block, keras.Model):
         )
 
 
-def _signature(dtype: str) -> list[tf.TensorSpec]:
-    return [tf.TensorSpec((None, None), dtype, name) for name in ("input_ids", "attention_mask")]
+def _inputs(dtype: str) -> dict[str, tf.TensorSpec]:
+    return {name: tf.TensorSpec((None, None), dtype, name) for name in ("input_ids", "attention_mask")}
 
 
 def _empty(shape: tuple[int, ...], dtype: str) -> Tensor:

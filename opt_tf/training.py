@@ -24,6 +24,15 @@ def with_labels(model: Any, data: Any) -> Any:
     return {**inputs, **y}, y
 
 
+def of_tokens(weights: Any, scores: Any) -> Any:
+    """The sample weights of a loss of `scores`. Of tokens' scores, [B, T, V], they are [B, T]: those of the rows, [B],
+    which Keras would take for the columns' where B is T, count for all tokens of their row."""
+    if weights is None or not isinstance(scores, tf.Tensor) or len(scores.shape) != 3:
+        return weights
+    B, T = tf.unstack(tf.shape(scores)[:2])
+    return tf.broadcast_to(tf.reshape(weights, (B, -1)), (B, T))
+
+
 def prepare_tf_dataset(
     self: Any,
     dataset: Any,

@@ -10,9 +10,11 @@ import io
 import json
 import pickle
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import PurePath
 from random import Random
 from typing import Any
@@ -63,18 +65,15 @@ TEXTS = [
 
 def mutate(name: str, data: bytes, random: Random) -> bytes:
     """Damage a file called `name`: its structure, its bytes, or first one and then the other."""
-    kind = next((change for suffix, change in STRUCTURES.items() if name.endswith(suffix)), None)
-    kind = kind if random.random() < 0.7 else None
+    suffix = next((suffix for suffix in STRUCTURES if name.endswith(suffix)), None)
+    kind = STRUCTURES[suffix] if suffix and random.random() < 0.7 else None
     try:
         if kind:
-            for _ in range(random.choice([1, 1, 1, 2, 4])):
-                data = kind(data, random)
+            first = FIRST.get(suffix, kind) if random.random() < 0.3 else kind
+            for change in random.choice([[first], [first], [first], [first, kind], [first, kind, kind, kind]]):
+                data = change(data, random)
     except Unfit:
         kind = None
-    else:
-        # HDF5 itself crashes on some files with large groups and damaged bytes (SECURITY.md)
-        if kind and name.endswith((".h5", ".keras")):
-            return data
     if kind is None or random.random() < 0.3:
         for _ in range(random.choice([1, 1, 2, 5])):
             data = change_bytes(data, random)
@@ -155,19 +154,33 @@ def change_safetensors(data: bytes, random: Random) -> bytes:
     return struct.pack("<Q", said) + header + data[8 + length :]
 
 
-def change_zip(data: bytes, random: Random) -> bytes:
-    """A record: its content, which is a pickle, an HDF5 file or JSON; its name, how it is stored, or how often."""
+@lru_cache(64)
+def records_of(data: bytes) -> list[tuple[str, bytes]]:
+    """The records of a zip file, with their names."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
-        records = [(info.filename, archive.read(info)) for info in archive.infolist()]
+        return [(info.filename, archive.read(info)) for info in archive.infolist()]
     except Exception as error:  # damaged in whatever way
         raise Unfit from error
+
+
+def change_keras(data: bytes, random: Random) -> bytes:
+    """The HDF5 file in a file of Keras's, through HDF5 itself."""
+    return change_zip(data, random, change_objects)
+
+
+def change_zip(data: bytes, random: Random, hdf5: Change | None = None) -> bytes:
+    """A record: its content, which is a pickle, an HDF5 file or JSON; its name, how it is stored, or how often."""
+    records = [*records_of(data)]
+    if not records:
+        raise Unfit
     main = [i for i, (name, _) in enumerate(records) if name.endswith((".pkl", ".h5"))]
     at = random.choice(main if main and random.random() < 0.6 else range(len(records)))
     name, content = records[at]
     what = random.choice(["content"] * 7 + ["name", "drop", "twice", "packed", "comment"])
     if what == "content":
         inner = next((change for suffix, change in WITHIN.items() if name.endswith(suffix)), change_bytes)
+        inner = hdf5 if hdf5 and inner is change_hdf5 else inner
         records[at] = name, inner(content, random)
     elif what == "name":
         records[at] = random.choice(["../../x", "/x", "data.pkl", "x" * 3000, name + "/", name.upper()]), content
@@ -201,7 +214,7 @@ RUNS = [
 
 def change_pickle(data: bytes, random: Random) -> bytes:
     """One instruction, or several times one."""
-    ops = instructions(data)
+    ops = [*instructions(data)]
     at = random.randrange(len(ops))
     what = random.choice(["insert", "insert", "drop", "swap", "repeat", "replace", "argument", "argument"])
     if what == "insert":
@@ -223,6 +236,7 @@ def change_pickle(data: bytes, random: Random) -> bytes:
     return b"".join(ops)
 
 
+@lru_cache(64)
 def instructions(data: bytes) -> list[bytes]:
     """The instructions of a pickle, or of several in a row, and what is behind them as one more."""
     stream, starts = io.BytesIO(data), [0]
@@ -243,8 +257,28 @@ def change_torch(data: bytes, random: Random) -> bytes:
     return change_zip(data, random) if data[:2] == b"PK" else change_pickle(data, random)
 
 
+BLOCKS = re.compile(  # signatures of HDF5's structures, and the beginnings of object headers, which have none
+    rb"\x89HDF|TREE|HEAP|SNOD|OHDR|OCHK|FRHP|FHIB|FHDB|BTHD|BTIN|BTLF|\x01\0.\0\x01\0\0\0", re.DOTALL
+)
+
+
+@lru_cache(64)
+def blocks_of(data: bytes) -> list[int]:
+    return [found.start() for found in BLOCKS.finditer(data)] or [0]
+
+
 def change_hdf5(data: bytes, random: Random) -> bytes:
-    """One object, through HDF5 itself."""
+    """One number of a structure: to a near one, to none or all bits, or to the address of another structure."""
+    at, width = random.choice(blocks_of(data)) + random.randrange(4, 90), random.choice([1, 1, 2, 4, 8])
+    value = int.from_bytes(data[at : at + width], "little")
+    near = random.choice([value + 1, value - 1, value * 2, value + 8, value ^ 1 << random.randrange(8 * width)])
+    other = random.choice([0, -1, 2**31, 2**63, len(data), at, random.choice(blocks_of(data))])
+    value = random.choice([near, near, other]) % 256**width
+    return data[:at] + value.to_bytes(width, "little") + data[at + width :]
+
+
+def change_objects(data: bytes, random: Random) -> bytes:
+    """One object of an HDF5 file, through HDF5 itself, which does not survive all damage: of a valid file only."""
     image = io.BytesIO(data)
     try:
         with h5py.File(image, "r+") as file:
@@ -387,6 +421,7 @@ STRUCTURES: dict[str, Change] = {
     "manifest.ocdbt": change_ocdbt,
     "merges.txt": change_merges,
 }
+FIRST: dict[str, Change] = {".h5": change_objects, ".keras": change_keras}  # of a valid file
 WITHIN: dict[str, Change] = {".pkl": change_pickle, ".h5": change_hdf5, ".json": change_json}
 
 

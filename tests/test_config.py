@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+import transformers
 
 from opt_common.config import SIZES, OPTConfig
 from opt_common.weights import HEADS, byte_count, parameter_count, table
@@ -99,6 +100,23 @@ def test_settable_and_hashable():
     assert config != dataclasses.replace(config, _attn_implementation="eager")
     assert config.eos_token_ids == (2, 50118)
     assert json.loads(config.to_json())["eos_token_id"] == [2, 50118]
+
+
+def test_calls_of_transformers_config(tmp_path):
+    """Its other ways to a config, with the answers that it gives."""
+    (tmp_path / "config.json").write_text(json.dumps(HUB))
+    for cls in (OPTConfig, transformers.OPTConfig):
+        config, unused = cls.from_pretrained(tmp_path, return_unused_kwargs=True, dropout=0.0, num_labels=3, mine=1)
+        assert (config.dropout, config.num_labels, unused) == (0.0, 3, {"mine": 1})
+        config, unused = cls.from_dict(dict(HUB), return_unused_kwargs=True)
+        assert (config.hidden_size, unused) == (5120, {})
+        values, rest = cls.get_config_dict(tmp_path, mine=1)
+        assert values == HUB and rest["mine"] == 1
+        assert cls(pad_token_id=-1).pad_token_id == -1
+    for cls in (OPTConfig, transformers.AutoConfig):
+        assert cls.for_model("opt", hidden_size=24, num_attention_heads=2).hidden_size == 24
+        with pytest.raises(ValueError, match="nothing"):
+            cls.for_model("nothing")
 
 
 def test_dtype_spellings():

@@ -348,6 +348,7 @@ def test_the_config_speaks(model, ids):
     """By default a call returns what the config says; a program compiled before it was changed is not used."""
     run = jax.jit(lambda model, ids: model(ids))
     assert list(run(model, ids)) == list(model(ids)) == ["logits"]
+    assert model.config.use_cache and list(model(ids, use_cache=True)) == ["logits", "past_key_values"]  # but for this
     model.config.output_hidden_states = True
     for out in (model(ids), run(model, ids)):
         assert list(out) == ["logits", "hidden_states"]

@@ -13,7 +13,7 @@ nnx = pytest.importorskip("flax.nnx")
 import jax.numpy as jnp  # noqa: E402
 
 from opt_common.weights import FLAX, TORCH, table  # noqa: E402
-from opt_flax import FlaxOPTForCausalLM  # noqa: E402
+from opt_flax import FlaxOPTForCausalLM, FlaxOPTPreTrainedModel, modeling_flax_opt  # noqa: E402
 from opt_flax.cache import Writer  # noqa: E402
 from opt_flax.model import OPTAttention, OPTDecoder, OPTDecoderLayer  # noqa: E402
 
@@ -118,6 +118,8 @@ def test_signatures_and_attributes(model):
         found = list(inspect.signature(cls.__call__).parameters)
         assert found[1:11] == [*order.split(), "return_dict", "dropout_rng", "deterministic"]
     layer = model.model.decoder.layers[1]
+    assert (type(layer), type(layer.self_attn)) == (modeling_flax_opt.FlaxOPTDecoderLayer, OPTAttention)
+    assert isinstance(model, FlaxOPTPreTrainedModel) and issubclass(modeling_flax_opt.FlaxOPTDecoder, OPTDecoder)
     attention, config = layer.self_attn, model.config
     assert attention.config is config and attention.layer_idx == 1 and attention.is_causal
     assert attention.embed_dim == layer.embed_dim == config.hidden_size

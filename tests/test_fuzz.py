@@ -36,7 +36,7 @@ def test_damaged_files():
         ("{}['x']", "KeyError"),
         ("int('x')", "does not name the file"),
         ("numpy.ones(4 * 10**9, 'u1')", "MemoryError"),
-        ("time.sleep(60)", "Timeout"),
+        ("time.sleep(60)", "most recent call first"),
         ("socket.socket().connect(('127.0.0.1', 9))", "socket.connect"),
         ("subprocess.run(['true'])", "subprocess.Popen"),
         ("pickle.loads(pickle.dumps(Path))", "pickle.find_class"),
@@ -51,7 +51,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import fuzz_readers
 read, fuzz_readers.SECONDS = fuzz_readers.open_checkpoint, 2
 def broken(folder, *args, **options):
-    if folder.name == "damaged":
+    if "damaged" in folder.parts:
         {damage}
     return read(folder, *args, **options)
 fuzz_readers.open_checkpoint = broken

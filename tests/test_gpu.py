@@ -32,7 +32,10 @@ from conftest import CONFIGS, SMALL, make_reference, save_reference
 from learners import Learner
 from opt_common.config import OPTConfig
 from opt_common.hub import DEMO, fetch
+from opt_common.quantization import QuantizationConfig
 from opt_pt import OPTForCausalLM
+from opt_pt.fast.gpu import can_step
+from opt_pt.quantized import QuantizedLinear
 
 DEVICE = "cuda"
 FLASH = importlib.util.find_spec("flash_attn") is not None
@@ -439,6 +442,29 @@ def test_greedy(config, dtype):
     assert len(set(found[0, 12:].tolist())) > 3, "a text of one repeated token would hide mistakes"
     for row in (0, 1, 3):
         greedy(models, ids[row : row + 1], mask[row : row + 1])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("config", ["pre-norm", "350m"])
+@pytest.mark.parametrize("bits, group", [(8, None), (8, 32), (4, 32), (4, 128)])
+def test_greedy_of_few_bits(bits, group, config, dtype):
+    """By the kernels that read packed weights, from one row to more than the matrix units take at once."""
+    wide = dict(hidden_size=256, num_attention_heads=4, ffn_dim=1152, num_hidden_layers=3)
+    models = trio(config, dtype, **wide | dict(word_embed_proj_dim=256 if config == "pre-norm" else 32))
+    packing = QuantizationConfig.rounding(bits, group)
+    values = models.ours.config.to_dict() | {"quantization_config": packing.to_dict()}
+    ours = OPTForCausalLM(OPTConfig.from_dict(values)).to(DEVICE, getattr(torch, dtype)).eval()
+    ours.load_state_dict(models.ours.state_dict(), strict=False)  # the packed ones stay as they were drawn
+    for name, module in ours.named_modules():
+        if isinstance(module, QuantizedLinear):
+            exact = copy.deepcopy(module).double().dequantize()
+            models.judge.get_submodule(name).weight.data = exact
+    models = Trio(ours, copy.deepcopy(models.judge).to(getattr(torch, dtype)), models.judge)
+    ids, mask = prompts(70, 12)
+    assert can_step(ours, ids)
+    for rows in (1, 3, 20, 70):
+        greedy(models, ids[:rows], mask[:rows])
 
 
 @gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import h5py
@@ -12,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from framework_files import CONFIGS, GOLDENS, damaged, random_tensors, refused, same_bits, write
-from opt_common.checkpoints.containers import hdf5
+from opt_common.checkpoints.containers import hdf5_headers
 from opt_common.checkpoints.containers.hdf5 import create_hdf5, imagine_hdf5, read_hdf5
 from opt_common.checkpoints.layouts import tf_h5
 from opt_common.checkpoints.layouts.tf_h5 import TF_H5
@@ -206,11 +207,97 @@ def test_hostile_groups(golden):
     refused(lambda: TF_H5.read(golden), golden, "model.decoder.embed_tokens.weight twice")
 
 
+def fill(file: h5py.File, links: int, characters: int) -> None:
+    """A group of so many datasets, with names of up to so many characters, and one of everything else that is read."""
+    for i in range(links):
+        file[f"many/{'x' * (i % characters)}{i}"] = np.full((i % 3, 2), i, "f4") if i % 3 else np.float64(i)
+    for dtype in ("f2", "f8", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "V2"):
+        file[f"model/decoder/{dtype}"] = np.arange(6, dtype="u8").astype(dtype if dtype != "V2" else "u2").view(dtype)
+    file.create_group("empty/group")
+    for group in (file, file["model"], file["model/decoder/f2"]):
+        group.attrs["name"] = "a text of the global heap"
+        for i in range(links % 20):  # in the header, and, from nine on, elsewhere
+            group.attrs[f"weight_names{i}"] = np.array([b"a" * 500] * 100)
+
+
+@pytest.mark.parametrize("links", [2, 9, 1500])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("version", ["earliest", "v108", "latest"])
+def test_reads_what_hdf5_reads(tmp_path, version, ordered, links):
+    """Groups in all of HDF5's ways: in their header, in B-trees of one and of several levels and both kinds of heap."""
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w", libver=version, track_order=ordered) as file:
+        fill(file, links, 70)
+    found = {name: (entry.shape, entry.read().tobytes()) for name, entry in read_hdf5(path).items()}
+    with h5py.File(path) as file:
+        names: list[str] = []
+        file.visit(names.append)
+        items = {name: file[name] for name in names}
+        wanted = {name: (d.shape, d[()].tobytes()) for name, d in items.items() if isinstance(d, h5py.Dataset)}
+    assert found == wanted and len(found) == links + 11
+    # a part of another file
+    path.write_bytes(b"before" + path.read_bytes() + b"behind")
+    again = read_hdf5(path, 6, path.stat().st_size - 12)
+    assert {name: (entry.shape, entry.map().tobytes()) for name, entry in again.items()} == wanted
+
+
+def test_checksums(tmp_path):
+    """A header that says something else than was written, where HDF5 keeps checksums, is never taken."""
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w", libver="latest") as file:
+        for i in range(1500):
+            file[f"w{i}"] = np.zeros(2, "f4")
+        for i in range(8):  # more than the first block of a header holds
+            file["w1"].attrs[str(i)] = "x" * 100
+    data = bytearray(path.read_bytes())
+    for signature in (b"\x89HDF", b"OHDR", b"OCHK", b"FRHP", b"FHIB", b"FHDB", b"BTHD", b"BTIN", b"BTLF"):
+        at = data.rindex(signature)
+        data[at + 20] ^= 1
+        path.write_bytes(data)
+        refused(lambda: read_hdf5(path), path, "checksum of")
+        data[at + 20] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "message"),
+    [
+        (16, lambda at, end: (at, 24), "found more headers than"),  # a header that goes on with itself
+        (16, lambda at, end: (end, 1), "wanted 1 bytes"),
+        (17, lambda at, end: (at, at), "local heap at byte .*: found .*, wanted .b'HEAP', 0"),
+        (17, lambda at, end: (2**64 - 1, 2**64 - 1), "found the end at byte"),
+    ],
+)
+def test_headers_that_lead_astray(golden, kind, data, message):
+    file = bytearray(golden.read_bytes())
+    (root,) = struct.unpack_from("<Q", file, 64)
+    at = file.index(struct.pack("<2H", 17, 16), root)  # the message that says where the root's links are
+    struct.pack_into("<2H4x2Q", file, at, kind, 16, *data(at, len(file)))
+    golden.write_bytes(file)
+    with pytest.raises(ValueError, match=f"{golden}: not readable as HDF5 weights: .*{message}"):
+        TF_H5.read(golden)
+
+
+def test_bounds_of_headers(tmp_path, monkeypatch):
+    path = tmp_path / "x.h5"
+    for version in ("earliest", "latest"):
+        with h5py.File(path, "w", libver=version) as file:
+            file["n" * 1025] = np.ones(2, "f4")
+        refused(lambda: read_hdf5(path), path, "no name of at most 1024")
+        with h5py.File(path, "w", libver=version) as file:
+            file["w"] = np.ones(2, "f4")
+            for i in range(5):
+                file["w"].attrs[str(i)] = np.bytes_("x" * 1000)
+        assert list(read_hdf5(path)) == ["w"]
+        with monkeypatch.context() as patch:
+            patch.setattr(hdf5_headers, "_HEADERS", 5000)
+            refused(lambda: read_hdf5(path), path, "found more headers than")
+
+
 def test_very_many_groups(tmp_path):
-    """HDF5 takes a tenth of a millisecond for each, however little it holds."""
+    """They take time, however little each holds."""
     path = tmp_path / "tf_model.h5"
     with h5py.File(path, "w", libver="latest") as file:
-        for i in range(hdf5._OBJECTS + 1):
+        for i in range(hdf5_headers._OBJECTS + 1):
             file.create_group(str(i))
     refused(lambda: TF_H5.read(path), path, "holds more than 10000 groups and datasets")
 

@@ -14,8 +14,10 @@ import transformers
 import opt_pt.generation.passes
 from conftest import CONFIGS, SMALL, make_reference
 from opt_common.config import OPTConfig
+from opt_common.quantization import QuantizationConfig
 from opt_pt import OPTForCausalLM
 from opt_pt.fast.gpu import Step
+from opt_pt.quantized import QuantizedLinear
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the compiled kernels")
@@ -151,6 +153,43 @@ def test_rows_that_share_a_cache():
             logits.append(step().clone())
     assert torch.equal(torch.stack(logits[:2]), torch.stack(logits[2:]))
     assert not torch.equal(logits[0][1], logits[0][2])
+
+
+def packed_models(bits: int, group: int, **changes) -> tuple[OPTForCausalLM, transformers.OPTForCausalLM]:
+    """Ours with Linears of few bits, and transformers' with their floats in float64."""
+    changes = {"hidden_size": 128, "ffn_dim": 192, "num_hidden_layers": 2} | changes
+    reference = make_reference(init_std=0.15, **changes).to(HALF)
+    packing = QuantizationConfig.rounding(bits, group)
+    ours = OPTForCausalLM(OPTConfig.from_dict(reference.config.to_dict() | {"quantization_config": packing.to_dict()}))
+    ours.to(HALF).eval().load_state_dict(reference.state_dict(), strict=False)
+    reference.double()
+    for name, module in ours.named_modules():
+        if isinstance(module, QuantizedLinear):
+            reference.get_submodule(name).weight.data = module.double().dequantize()
+            module.to(HALF)
+    return ours, reference
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize(
+    "bits, group, config", [(8, None, "350m"), (4, 32, "350m"), (4, 64, "odd"), (8, 32, "no-bias")]
+)
+def test_few_bits(bits, group, config, B, monkeypatch):
+    monkeypatch.setattr("opt_pt.fast.gpu.tiles_quantized_one", lambda M, K, bits: (64, 16, 4))
+    changes = {"hidden_size": 192, "num_attention_heads": 2} if config == "odd" else CONFIGS[config]
+    ours, reference = packed_models(bits, group, **changes)
+    assert excess(ours, reference, B, 9) < 1.5
+    changed = copy.deepcopy(ours)
+    with torch.no_grad():
+        changed.model.decoder.layers[1].fc1.weight_packed[5] ^= 0x11111111
+    assert excess(changed, reference, B, 9, plain=ours) > 3
+
+
+@pytest.mark.parametrize("early, splits", [(0, 3), (1, 1), (2, 2)])
+def test_a_product_of_few_bits_is_shared_out(early, splits, monkeypatch):
+    monkeypatch.setattr("opt_pt.fast.gpu.tiles_quantized_many", lambda *arguments: (16, 64, 4, 2, early, splits))
+    ours, reference = packed_models(4, 32, ffn_dim=160)
+    assert excess(ours, reference, 3, 9) < 1.5
 
 
 def test_generate(monkeypatch):

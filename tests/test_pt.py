@@ -6,10 +6,12 @@ import copy
 import sys
 import types
 import weakref
+from itertools import count
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from conftest import CONFIGS
 from opt_common.config import OPTConfig
@@ -142,8 +144,8 @@ class FlashAttn(types.ModuleType):
 )
 @pytest.mark.parametrize("config", ["pre-norm", "350m"])
 def test_padding_is_taken_out_once(tiny, ids, layout, config, monkeypatch):
-    """With flash_attention_2 only real tokens go through the layers, unless somebody looks at one; the answers are
-    those of sdpa, also in pieces through the cache."""
+    """With flash_attention_2 only real tokens, and one for padding, go through the layers, unless somebody looks at a
+    layer; the answers are those of sdpa, also in pieces through the cache."""
     folder, _ = tiny(config)
     mask, positions = torch.ones_like(ids), None
     if layout in ("left", "packed and padded"):
@@ -158,7 +160,9 @@ def test_padding_is_taken_out_once(tiny, ids, layout, config, monkeypatch):
         mask[:, :6] = 0
     if "packed" in layout:
         positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 6, 0, 0, 1, 2, 3]])
+        positions = positions * mask
     real = mask == 1
+    ids = ids.where(real, 1)
     model = OPTForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         wanted = model(ids, mask, position_ids=positions, output_hidden_states=True)
@@ -170,7 +174,7 @@ def test_padding_is_taken_out_once(tiny, ids, layout, config, monkeypatch):
         sizes, product = set(), products.product
         monkeypatch.setattr(products, "product", lambda x, *rest: sizes.add(x.shape[:2]) or product(x, *rest))
         found = model(ids, mask, position_ids=positions, output_hidden_states=True)
-        assert (1, int(real.sum())) in sizes and len(sizes) <= 2  # the head computes every column
+        assert (1, int(real.sum()) + (not real.all())) in sizes and len(sizes) <= 2  # the head computes every column
         assert all(lengths == module.lengths[0] for lengths in module.lengths)
         looked = []
         hook = model.model.decoder.layers[0].register_forward_hook(lambda layer, x, out: looked.append(out.shape))
@@ -186,6 +190,33 @@ def test_padding_is_taken_out_once(tiny, ids, layout, config, monkeypatch):
             out = model(ids[:, begin:end], mask[:, :end], cache, position_ids=piece)
             pieces.append(out.logits)
         assert torch.allclose(torch.cat(pieces, dim=1)[real], wanted.logits[real], atol=5e-5)
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["alike", "not alike"])
+@pytest.mark.parametrize("config", ["pre-norm", "350m"])
+def test_padding_columns_of_flash_attention_2(tiny, ids, config, alike, monkeypatch):
+    """They hold what transformers' FlashAttention-2 arm has there: attention gives 0, all else runs. Gradients too."""
+    theirs = transformers.OPTForCausalLM.from_pretrained(tiny(config)[0], dtype=torch.float32)
+    ours = OPTForCausalLM.from_pretrained(tiny(config)[0])
+    mask = torch.ones_like(ids)
+    mask[0, :5] = mask[1, [3, 11]] = 0
+    ids = ids.where(mask == 1, 1) if alike else ids
+    monkeypatch.setitem(sys.modules, "flash_attn", module := FlashAttn())
+    monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", module)
+    monkeypatch.setattr("opt_pt.attention.check_flash", lambda device, dtype: None)
+    ours.set_attn_implementation("flash_attention_2")
+    for layer in theirs.model.decoder.layers:
+        layer.self_attn.out_proj.register_forward_pre_hook(lambda module, x: x[0] * mask[..., None])
+    outs = [model(ids, mask, output_hidden_states=True) for model in (theirs, ours)]
+    weight = torch.randn(outs[0].logits.shape, generator=torch.Generator().manual_seed(0))
+    for out in outs:
+        (out.logits * weight).mean().backward()
+    for name, found, wanted in [
+        *zip(count(), outs[1].hidden_states, outs[0].hidden_states),
+        ("logits", outs[1].logits, outs[0].logits),
+        *((name, p.grad, theirs.get_parameter(name).grad) for name, p in ours.named_parameters()),
+    ]:
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_compiles_in_one_graph(tiny, ids):

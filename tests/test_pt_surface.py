@@ -7,7 +7,8 @@ import torch
 import transformers
 from torch import nn
 
-from opt_pt import KVCache, OPTConfig, OPTForCausalLM, OPTForSequenceClassification
+import opt_pt
+from opt_pt import KVCache, OPTConfig, OPTForCausalLM, OPTForSequenceClassification, OPTModel, OPTPreTrainedModel
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_loading_options(tiny):
     with pytest.raises(ValueError, match="attn_implementation: found 'by eye'"):
         OPTForCausalLM(config)
     load(folder, low_cpu_mem_usage=True, trust_remote_code=True, use_safetensors=True, variant=None, load_in_8bit=False)
-    for option in ("variant", "load_in_8bit", "quantization_config"):
+    for option in ("variant", "gguf_file", "quantization_config"):
         with pytest.raises(ValueError, match=f"{option}: OPT Zoo does not offer this"):
             load(folder, **{option: "x"})
     with pytest.raises(TypeError, match="found argument 'num_lables'"):
@@ -196,6 +197,42 @@ def test_caches(tiny, ids, kind, grad):
             ours.zero_grad()
             ours(ids, mask).logits[:, 5:].sum().backward()
             close(found, ours.model.decoder.layers[0].self_attn.k_proj.weight.grad)
+
+
+class Evicting(transformers.DynamicCache):
+    """Keeps the first slot and the last three."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        keys, values = super().update(key_states, value_states, layer_idx)
+        layer = self.layers[layer_idx]
+        layer.keys, layer.values = (torch.cat([x[:, :, :1], x[:, :, 1:][:, :, -3:]], 2) for x in (keys, values))
+        return keys, values
+
+
+@pytest.mark.parametrize("kind", ["other layers", "scaled", "evicting"])
+def test_caches_that_users_edit(tiny, ids, kind):
+    """What is put in the place of a layer's keys and values counts, however many there are."""
+    answers = []
+    for model in pair(tiny()[0]):
+        with torch.no_grad():
+            if kind == "evicting":
+                cache, positions = Evicting(), torch.arange(9)
+                logits = [model(ids[:, i : i + 1], past_key_values=cache, position_ids=positions[i : i + 1]).logits
+                          for i in range(9)]  # fmt: skip
+                answers.append(torch.cat(logits, dim=1))
+                continue
+            cache = model(ids).past_key_values
+            for layer in cache.layers:
+                if kind == "scaled":
+                    layer.values.mul_(0.5)
+                else:
+                    layer.keys = layer.keys[:, :, [0, 2, 5]]
+                    layer.values = layer.values[:, :, [0, 2, 5]]
+            assert cache.get_seq_length() == cache.layers[-1].get_seq_length() == (9 if kind == "scaled" else 3)
+            for token in (7, 8):
+                out = model(torch.full((2, 1), token), past_key_values=cache, position_ids=torch.tensor([[token]]))
+            answers.append(out.logits)
+    close(answers[1], answers[0])
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -297,3 +334,109 @@ def test_rows_of_a_cache(tiny, ids):
         cache.batch_repeat_interleave(2)
         close(ours(token[[0, 0, 1, 1]], past_key_values=cache).logits,
               ours(torch.cat([ids, token], 1)).logits[[0, 0, 1, 1], -1:])  # fmt: skip
+
+
+def test_what_modules_are_given(tiny, ids):
+    """Hooks see tensors of the same shapes; masks, positions and their names too, so that those who set them can."""
+    mask, seen = torch.ones_like(ids), ([], [])
+    mask[1, :2] = 0
+    for model, shapes in zip(pair(tiny()[0], attn_implementation="eager"), seen, strict=True):
+
+        def given(module, args, kwargs, shapes=shapes):
+            tensors = {name: x for name, x in kwargs.items() if name in ("attention_mask", "position_ids")}
+            shapes.append({name: (x.shape, x.dtype, (x == 0).sum()) for name, x in tensors.items()})
+            shapes.append((len(args), kwargs.keys() - {"past_key_values", "cache"}))
+
+        layer = model.model.decoder.layers[0]
+        for module in (layer, layer.self_attn):
+            module.register_forward_pre_hook(given, with_kwargs=True)
+        for module in model.modules():
+            if not [*module.children()]:
+                module.register_forward_hook(lambda module, args, out, shapes=shapes: shapes.append(out.shape))
+        with torch.no_grad():
+            for x in (None, mask):
+                model(ids, x)
+    assert len(seen[0]) > 50 and seen[1] == seen[0]
+
+
+def test_a_decoder_is_a_model(tiny):
+    for model in pair(tiny()[0]):
+        decoder = model.get_decoder()
+        assert (decoder.device, decoder.dtype) == (model.device, model.dtype)
+        assert decoder.get_input_embeddings() is model.get_input_embeddings() and decoder.get_decoder() is decoder
+        assert decoder.num_parameters() == model.num_parameters()
+
+
+def test_a_class_of_ones_own(tiny, ids):
+    """OPT's base class, an OPT as its `model`, and a head that transformers does not have."""
+
+    def reward(base, inner):
+        class Reward(base):
+            def __init__(self, config):
+                super().__init__(config)
+                self.model = inner(config)
+                self.value = nn.Linear(config.hidden_size, 1)
+                self.post_init()
+
+            def forward(self, *args):
+                return self.value(self.model(*args).last_hidden_state)
+
+        return Reward
+
+    theirs = reward(transformers.OPTPreTrainedModel, transformers.OPTModel).from_pretrained(tiny()[0])
+    ours = reward(OPTPreTrainedModel, OPTModel).from_pretrained(tiny()[0])
+    assert ours.value.weight.std() > 0
+    ours.value.load_state_dict(theirs.value.state_dict())
+    with torch.no_grad():
+        close(ours(ids), theirs(ids))
+
+
+def test_a_decoding_loop_by_hand(tiny, ids):
+    """Of the two methods that transformers' own loop is made of."""
+    texts = []
+    for model in pair(tiny()[0]):
+        text, given, length = ids, {"attention_mask": torch.ones_like(ids), "use_cache": True}, None
+        for _ in range(4):
+            inputs = model.prepare_inputs_for_generation(text, next_sequence_length=length, **given)
+            assert inputs["input_ids"].shape[1] == (length or 9)
+            with torch.no_grad():
+                out = model(**inputs)
+            text = torch.cat([text, out.logits[:, -1:].argmax(dim=-1)], dim=1)
+            given, length = model._update_model_kwargs_for_generation(out, given), 1
+        texts.append(text)
+    assert torch.equal(texts[1], texts[0])
+
+
+def test_the_loss_function_is_the_users(tiny, ids):
+    for model in pair(tiny()[0]):
+        plain = model(ids, labels=ids).loss
+        close(model.loss_function(model(ids).logits, ids, vocab_size=96), plain)
+        flat = model(ids, labels=ids.flatten()).loss  # shifted as it is: a row's last token learns the next row's first
+        close(flat, nn.functional.cross_entropy(model(ids).logits.flatten(0, 1)[:-1], ids.flatten()[1:]))
+        model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.square().sum() / vocab_size
+        close(model(ids, labels=ids).loss, model(ids).logits.square().sum() / 96)
+
+
+@pytest.mark.filterwarnings("ignore:.*newly initialized")
+def test_the_problem_that_labels_make(tiny, ids):
+    """A model's config says from the first labels on which problem it is; pipelines go by it."""
+    for package in (transformers, opt_pt):
+        model = package.OPTForSequenceClassification.from_pretrained(tiny()[0], num_labels=2)
+        assert (model.num_labels, model.config.problem_type) == (2, None)
+        model(ids, labels=torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
+        assert model.config.problem_type == "multi_label_classification"
+
+
+@pytest.mark.filterwarnings("ignore:.*newly initialized")
+def test_answers_of_question_answering(tiny, ids):
+    for package in (transformers, opt_pt):
+        out = package.OPTForQuestionAnswering.from_pretrained(tiny()[0])(ids)
+        assert list(out) == ["start_logits", "end_logits"]
+
+
+def test_positions_for_all_rows_and_shapes_alone(tiny, ids):
+    theirs, ours = pair(tiny()[0])
+    with torch.no_grad():
+        positions = torch.arange(9)
+        close(ours(ids, position_ids=positions).logits, theirs(ids, position_ids=positions).logits)
+        assert ours.to("meta")(ids.to("meta")).logits.shape == (2, 9, 96)

@@ -25,6 +25,7 @@ from opt_common.checkpoints.open import open_checkpoint
 from opt_common.checkpoints.pretrained import open_pretrained
 from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.tensors import Source
+from opt_common.files import write_atomically
 
 STRESS = Path(__file__).parent / "stress_saves.py"
 ONE = "model.safetensors"
@@ -336,6 +337,37 @@ def test_a_target_that_is_the_source(tmp_path):
     assert list(diff(folder / "below", folder)) == []
     convert(folder / "below", folder, "tf-h5")
     assert list(diff(folder, folder / "below")) == [] and (folder / "vocab.json").is_file()
+
+
+def test_a_target_that_cannot_be(tmp_path):
+    """The error names the target, or what is in its way, and no file of ours."""
+    (tmp_path / "file").write_text("mine")
+    for target in ("file", "file/new", "file/a/new"):
+        with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file: is a file, wanted a folder to save into"):
+            save(tmp_path / target)
+    if sys.platform == "linux":
+        with pytest.raises(OSError, match="no folder can be made there: .*: '/proc/new'"):
+            save(Path("/proc/new"))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_written_while_its_folder_is_exchanged(tmp_path, monkeypatch):
+    """It is in the new folder, whole, though the old one was taken away under it."""
+    replace = os.replace
+
+    def exchanged(old, new):
+        monkeypatch.setattr(os, "replace", replace)
+        (tmp_path / "new").rename(tmp_path / "old")
+        (tmp_path / "new").mkdir()
+        replace(old, new)
+
+    (tmp_path / "new").mkdir()
+    monkeypatch.setattr(os, "replace", exchanged)
+    write_atomically(tmp_path / "new" / "config.json", "mine")
+    assert (tmp_path / "new" / "config.json").read_text() == "mine" and os.listdir(tmp_path / "new") == ["config.json"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):  # and what can never be written is an error
+        write_atomically(tmp_path / "file" / "config.json", "mine")
 
 
 def test_folders_that_cannot_be_exchanged(tmp_path, monkeypatch):

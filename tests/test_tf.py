@@ -187,6 +187,15 @@ def test_a_layer_called_by_hand(case, compiled, drawn, ids):
         same(weights_again, weights)
 
 
+def test_a_decoder_by_hand(drawn, ids):
+    decoder, (padded, mask) = drawn.decoder, MASKS["additive"]
+    x = decoder.embed_tokens(ids) + decoder.embed_positions(padded, 0)
+    for layer in decoder.layers:
+        x = layer(x, attention_mask=tf.constant(mask))[0]
+    wanted = drawn(ids, attention_mask=padded).last_hidden_state
+    same(decoder.final_layer_norm(x).numpy()[padded == 1], wanted.numpy()[padded == 1])
+
+
 def test_a_mask_of_another_rank_is_refused(drawn):
     with pytest.raises(ValueError, match=r"attention_mask: found shape \[2, 12\], wanted \[batch or 1, 1"):
         drawn.decoder.layers[0](tf.zeros((2, 12, 64), tf.float64), attention_mask=tf.ones((2, 12)))

@@ -66,6 +66,10 @@ def test_ways_to_give_the_arguments(tiny, ids):
     for way, call in ways.items():
         np.testing.assert_allclose(np.asarray(call().logits)[REAL], wanted, rtol=0, atol=1e-3, err_msg=way)
     assert "past_key_values" not in ways["predict"]()
+    wanted = model(ids, MASK, output_hidden_states=True).hidden_states[-1]
+    for inner in (model.model, model.model.decoder):  # the parts take theirs in the same ways
+        for given in (Encoding(input_ids=ids, attention_mask=MASK), [ids, MASK]):
+            np.testing.assert_array_equal(inner(given).last_hidden_state, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int8", "int64", "float32"])
@@ -78,12 +82,15 @@ def test_masks_of_any_dtype(dtype, model, ids):
 
 def test_ids_of_any_type(model, ids):
     wanted = model(ids).logits
-    for given in (ids.tolist(), ids.astype("int64"), ids.astype("uint8"), ids.astype("float32"), tf.Variable(ids)):
+    for given in (ids.tolist(), ids.astype("int64"), ids.astype("uint8"), tf.Variable(ids)):
         np.testing.assert_array_equal(model(given).logits, wanted)
+    with pytest.raises(ValueError, match="input_ids: found float32, wanted integers"):
+        model(ids.astype("float32"))
+    numbers = keras.Input((12,))  # float32, unless told
+    outer = keras.Model(numbers, model(numbers).logits)
+    np.testing.assert_array_equal(outer(ids.astype("float32")), wanted)
     with pytest.raises(ValueError, match="input_ids: found fractions"):
-        model(ids + 0.5)
-    with pytest.raises(ValueError, match="input_ids: found float16"):
-        model(ids.astype("float16"))
+        keras.layers.Lambda(lambda x: model(x).logits)(ids + 0.5)
 
 
 def test_unknown_arguments_are_refused(model, ids):
@@ -266,6 +273,17 @@ def test_fit_by_the_models_own_loss(kind, ids):
     if kind == "apart":
         with pytest.raises(ValueError, match="sample_weight: found one"):
             model.fit(*data, sample_weight=np.ones(3), verbose=0)
+
+
+def test_weights_of_rows(model, ids):
+    """Given [B], they count for every token of their row, also where B is T."""
+    x, y, weights = ids[:, :3], ids[:, 1:4], np.array([1.0, 0.0, 3.0], np.float32)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    losses = keras.losses.sparse_categorical_crossentropy(y, model(x).logits, from_logits=True)
+    wanted = pytest.approx(float(np.mean(losses * weights[:, None])), rel=1e-5)
+    assert model.evaluate(x, y, sample_weight=weights, verbose=0) == wanted
+    assert model.evaluate(x, y, sample_weight=np.repeat(weights[:, None], 3, axis=1), verbose=0) == wanted
+    assert model.fit(x, y, sample_weight=weights, verbose=0).history["loss"] == [wanted]
 
 
 def test_replicas_share_the_loss(tmp_path):
@@ -471,6 +489,9 @@ def test_saved_models_and_tflite(model, ids, tmp_path):
     wanted = np.asarray(model(ids, MASK).logits)[REAL]
     model.save_pretrained(tmp_path, saved_model=True)
     folder = str(tmp_path / "saved_model" / "1")
+    given = {"input_ids": ids, "attention_mask": MASK}
+    assert model.input_signature.keys() == given.keys()
+    close(np.asarray(model.serving(given)["logits"])[REAL], wanted)
     loaded = tf.saved_model.load(folder)
     for name, dtype in (("serving_default", "int32"), ("int64_serving", "int64")):
         given = {"input_ids": tf.constant(ids, dtype), "attention_mask": tf.constant(MASK, dtype)}
@@ -490,3 +511,6 @@ def test_saved_models_and_tflite(model, ids, tmp_path):
     lite = tf.lite.Interpreter(model_content=tf.lite.TFLiteConverter.from_saved_model(folder).convert())
     given = {"input_ids": ids, "attention_mask": MASK.astype(np.int32)}
     close(lite.get_signature_runner("serving_default")(**given)["logits"][REAL], wanted, 1e-4)
+    traced = likeliest.get_concrete_function()
+    lite = tf.lite.Interpreter(model_content=tf.lite.TFLiteConverter.from_concrete_functions([traced], model).convert())
+    np.testing.assert_array_equal(lite.get_signature_runner()(ids=ids)["next"], found["next"])

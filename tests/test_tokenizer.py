@@ -980,6 +980,18 @@ def test_a_panic_of_the_library_is_an_error(small: Path, tmp_path: Path, capfd: 
     assert "panicked" in capfd.readouterr().err  # else this test needs another way to one
 
 
+@pytest.mark.parametrize("texts", ["single", "pair"])
+def test_a_post_processor_with_unknown_tokens(small: Path, tmp_path: Path, texts: str) -> None:
+    """It would panic at the first text, in an error that names no file."""
+    GPT2Tokenizer.from_pretrained(small).save_pretrained(tmp_path / "new")
+    saved = read(tmp_path / "new" / "tokenizer.json")
+    saved["post_processor"][texts].append({"SpecialToken": {"id": "nowhere", "type_id": 0}})
+    write(tmp_path / "new", "tokenizer.json", saved)
+    with pytest.raises(ValueError, match="none of the tokenizers library") as error:
+        GPT2Tokenizer.from_pretrained(tmp_path / "new")
+    assert str(error.value).startswith(f"{tmp_path / 'new'}: ")
+
+
 @pytest.mark.parametrize("where", ["config", "decoder", "whole", "map", "extra"])
 def test_a_very_long_special_token(small: Path, tmp_path: Path, where: str) -> None:
     """The library takes seconds and gigabytes to look for one of a megabyte."""

@@ -24,10 +24,11 @@ from .checkpoints.convert import Plan
 from .checkpoints.layouts import LAYOUTS, WRITABLE
 from .checkpoints.shards import MAX_SHARD_SIZE
 from .continuations import Journal, Row, check_text, continue_all, read_prompts, texts
-from .files import json_text, naming, plain
+from .files import json_text, naming, plain, read_bytes
 from .frameworks import registered
 from .hub import DEMO
 from .progress import counter
+from .quantization import QuantizationConfig
 
 KEYS = " or ".join(registered())
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -248,6 +249,13 @@ def convert(
     to: Annotated[str, typer.Option(help=f"layout to write: {', '.join(WRITABLE)}")] = "safetensors",
     layout: From = None,
     dtype: Annotated[str | None, typer.Option(help="cast to float16, bfloat16 or float32; default: unchanged")] = None,
+    bits: Annotated[int | None, typer.Option(help="round the layers' matrices to 8 or 4 bits")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="how many weights of a row share a scale; default: all in 8 bits, 128 in 4")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="a text: round so that what the model makes of it changes least; needs PyTorch")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="largest weight file, such as 200MB")] = MAX_SHARD_SIZE,
     plan: Annotated[
         bool, typer.Option("--plan", help="write nothing; show the files, memory and time it would take")
@@ -256,20 +264,36 @@ def convert(
 ) -> None:
     """Write a checkpoint in another layout, dtype or sharding, with its config, generation config and tokenizer.
 
-    Bit for bit unless --dtype is given. Killed at any moment, it leaves the target unchanged or complete.
+    Bit for bit unless --dtype or --bits is given. --dtype alone turns quantized weights into floats. Killed at any
+    moment, it leaves the target unchanged or complete.
     """
     from .checkpoints import convert as job
 
+    for option, value in (("--group-size", group_size), ("--calibrate", calibrate)):
+        if bits is None and value is not None:
+            raise ValueError(f"{option}: found {value}, wanted none without --bits")
+    quantization = None if bits is None else QuantizationConfig.rounding(bits, group_size)
     if plan:
-        _print_plan(job.plan(source, target, to, dtype, max_shard_size, layout), as_json)
+        _print_plan(job.plan(source, target, to, dtype, max_shard_size, layout, quantization), as_json)
         return
-    files = job.convert(source, target, to, dtype, max_shard_size, layout)
+    rounding = None
+    if quantization and calibrate:
+        rounding = functools.partial(_calibrated, source, calibrate, quantization, layout)
+    files = job.convert(source, target, to, dtype, max_shard_size, layout, quantization, rounding)
     written = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
     if as_json:
         _print_json(written)
     else:
         for name, size in _some_files((row["file"], row["bytes"]) for row in written):
             console.print(f"{name}  {size:,} bytes", highlight=False, markup=False, soft_wrap=True)
+
+
+def _calibrated(source: str, text: Path, quantization: QuantizationConfig, layout: str | None, dtype: str) -> Any:
+    chosen = registered()["pt"]
+    if chosen.missing:
+        raise ImportError(chosen.missing)
+    with chosen.on(None):
+        return chosen.calibrated(source, read_bytes(text).decode(errors="replace"), quantization, dtype, layout)
 
 
 def _some_files(files: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:

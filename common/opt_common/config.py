@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from .files import json_text, read_json, write_atomically
 from .hub import FETCH_OPTIONS, fetch
+from .kin import Kin
+from .quantization import QuantizationConfig
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -38,7 +40,6 @@ SIZES["350m"] |= {"word_embed_proj_dim": 512, "do_layer_norm_before": False}
 
 # Things a config.json can ask for that no OPT here does. Running such a model without them would answer wrongly.
 _REFUSED = {
-    "quantization_config": (None,),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
     "pruned_heads": (None, {}),
@@ -64,7 +65,7 @@ def _name(dtype: Any) -> Any:
 
 
 @dataclass(init=False, unsafe_hash=True)  # hashed by value: Flax keeps it as the static part of a model
-class OPTConfig:
+class OPTConfig(Kin):
     """What an OPT is made of, and how its calls answer by default. Takes the keys of a `config.json` as keywords.
 
     Attributes can be set, and are validated when set; models read them when they run. The defaults are opt-125m's.
@@ -72,8 +73,8 @@ class OPTConfig:
     "float32", "float64") or None if it does not say. `use_cache`, `output_attentions`, `output_hidden_states` and
     `return_dict` are the defaults of a call's arguments of those names. `num_labels`, `id2label`, `label2id` and
     `problem_type` are OPTForSequenceClassification's: see its `labels`; as in transformers, a file gives num_labels as
-    the length of `id2label`. `unknown` holds keys that OPT has no use for (`prefix`, one of your own ...): they read as
-    attributes, and saving writes them back.
+    the length of `id2label`. `quantization_config` says which Linears have few bits. `unknown` holds keys that OPT has
+    no use for (`prefix`, one of your own ...): they read as attributes, and saving writes them back.
 
     Raises ValueError, naming the field, for a value that cannot be an OPT or a feature that is not implemented.
     """
@@ -109,6 +110,7 @@ class OPTConfig:
     output_hidden_states: bool = False
     return_dict: bool = True
     dtype: str | None = None
+    quantization_config: QuantizationConfig | None = None
     unknown: Mapping[str, Any] = field(default_factory=dict, hash=False)
     _attn_implementation: str = "sdpa"  # of the model that runs, not of the checkpoint: in no file
 
@@ -127,6 +129,9 @@ class OPTConfig:
         torch_dtype = values.pop("torch_dtype", None)
         dtype = values.pop("dtype", None) or torch_dtype
         values["dtype"] = _name(dtype)
+        quantization = values.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, QuantizationConfig):
+            values["quantization_config"] = QuantizationConfig.from_dict(quantization)
         if "attn_implementation" in unknown:  # transformers' keyword
             values["_attn_implementation"] = unknown.pop("attn_implementation") or "sdpa"
         labels = unknown.get("id2label")
@@ -185,7 +190,8 @@ class OPTConfig:
                 check(limit, f.name, "a number ≥ 0" if f.name == "init_std" else "a probability, 0 ≤ p < 1")
             elif f.name in ("pad_token_id", "bos_token_id", "eos_token_id"):
                 ids = value if isinstance(value, tuple) and f.name == "eos_token_id" else (value,)
-                known = all(i is None or (whole(i) and i in range(self.vocab_size)) for i in ids)
+                first = -1 if f.name == "pad_token_id" else 0  # -1: no token is padding, as some files write it
+                known = all(i is None or (whole(i) and i in range(first, self.vocab_size)) for i in ids)
                 check(known, f.name, f"a token id below vocab_size ({self.vocab_size}), or null")
             elif f.type in ("int", "int | None"):
                 check(whole(value) and value > 0, f.name, "a whole number > 0")
@@ -196,6 +202,8 @@ class OPTConfig:
         check(self.num_labels <= MAX_LABELS, "num_labels", f"at most {MAX_LABELS}")
         wanted = f"one of {', '.join(PROBLEM_TYPES)}, or null"
         check(self.problem_type in (None, *PROBLEM_TYPES), "problem_type", wanted)
+        quantization = self.quantization_config
+        check(quantization is None or isinstance(quantization, QuantizationConfig), "quantization_config", "none")
 
     @property
     def embed_dim(self) -> int:
@@ -295,16 +303,22 @@ class OPTConfig:
         return cls(**(SIZES[size] | changes))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], source: str = "config", **changes: Any) -> OPTConfig:
+    def from_dict(
+        cls, values: Mapping[str, Any], source: str = "config", return_unused_kwargs: bool = False, **changes: Any
+    ) -> OPTConfig:
         """From the contents of a `config.json`, with `changes` by key. Errors begin with `source`, the name of where it
-        came from.
+        came from. return_unused_kwargs: return the config and, left out of it, the changes to keys that it lacks.
 
         Raises ValueError for another model's config, a bad field, or a feature that is not implemented.
         """
         stored = {key: value for key, value in values.items() if key != "_attn_implementation"}  # of one that ran once
         try:
             config = cls(**stored)
-            return config.changed(**changes) if changes else config
+            if not return_unused_kwargs:
+                return config.changed(**changes) if changes else config
+            used = {key for key in changes if key == "attn_implementation" or hasattr(config, key)}
+            unused = {key: changes.pop(key) for key in changes.keys() - used}
+            return config.changed(**changes), unused  # type: ignore[return-value]
         except RecursionError as error:
             raise ValueError(f"{source}: nested too deeply") from error
         except (ValueError, TypeError) as error:
@@ -319,12 +333,24 @@ class OPTConfig:
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> OPTConfig:
         """From a folder with a `config.json`, "opt-demo", or a Hub name.
 
-        options: what `opt_common.hub.fetch` takes (revision, cache_dir, token, local_files_only), and config overrides:
-            `num_labels=3`, `dropout=0.0`.
+        options: what `opt_common.hub.fetch` takes (revision, cache_dir, token, local_files_only), config overrides,
+            `num_labels=3`, `dropout=0.0`, and `from_dict`'s return_unused_kwargs.
         """
-        hub = {key: options.pop(key) for key in list(options) if key in FETCH_OPTIONS}
-        path = fetch(pretrained_model_name_or_path, ["config.json"], **hub) / "config.json"
+        path, options = _file(pretrained_model_name_or_path, options)
         return cls.from_dict(read_json(path), source=str(path), **options)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The contents of the `config.json` that `from_pretrained` reads, and the options that are not the Hub's."""
+        path, options = _file(pretrained_model_name_or_path, options)
+        return read_json(path), options
+
+    @classmethod
+    def for_model(cls, model_type: str, **values: Any) -> OPTConfig:
+        """From keywords alone. Raises ValueError if `model_type` is not "opt"."""
+        return cls(model_type=model_type, **values)
 
     def changed(self, **changes: Any) -> OPTConfig:
         """A copy with keys of a `config.json` changed: `num_labels`, `id2label`, `dropout` ..."""
@@ -345,12 +371,14 @@ class OPTConfig:
         values: dict[str, Any] = {"architectures": ["OPTForCausalLM"], "model_type": "opt"} | dict(self.unknown)
         for f in fields(self):
             value = getattr(self, f.name)
-            kept = f.name not in ("unknown", "dtype", "num_labels", "_attn_implementation")
+            kept = f.name not in ("unknown", "dtype", "quantization_config", "num_labels", "_attn_implementation")
             if kept and (f.name not in _SETTINGS or value != f.default):
                 values[f.name] = list(value) if isinstance(value, tuple) else value
         if self.num_labels != len(self.unknown.get("id2label") or (0, 1)):
             values["id2label"] = {str(i): name for i, name in self.id2label.items()}
             values["label2id"] = {name: i for i, name in self.id2label.items()}
+        if self.quantization_config is not None:
+            values["quantization_config"] = self.quantization_config.to_dict()
         if self.dtype is not None:
             values["torch_dtype"] = self.dtype  # every release of transformers reads this spelling
         return dict(sorted(values.items()))
@@ -374,3 +402,10 @@ class OPTConfig:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder/config.json`, whole or not at all."""
         write_atomically(Path(folder) / "config.json", self.to_json())
+
+
+def _file(name: str | Path, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The path of a `config.json`, and the options that are not the Hub's."""
+    hub = {key: value for key, value in options.items() if key in FETCH_OPTIONS}
+    rest = {key: value for key, value in options.items() if key not in FETCH_OPTIONS}
+    return fetch(name, ["config.json"], **hub) / "config.json", rest

@@ -70,16 +70,21 @@ def naming(path: str | Path) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to a temporary file and rename it to `path`: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    for left in reversed(range(10)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(beside, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+            return
+        except FileNotFoundError:  # a save has just exchanged the folder for another: write into that one
+            if not left:
+                raise
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def json_text(value: Any) -> str:

@@ -1,10 +1,11 @@
 """isinstance(model, transformers.PreTrainedModel), and the like.
 
 Programs around a model ask this before they do what it needs: Trainer saves the config and a tied head of a
-PreTrainedModel only, SmoothQuant looks for each OPTDecoderLayer, a pipeline for a ModelOutput; what is none they pass
-over, often without a word. So instances of the classes here say yes, by their `__class__`, as proxies and mocks do: a
-class that comes after both, ours and transformers'. Their type stays ours, and nothing of transformers' runs. Where
-transformers is not loaded nobody can ask, and `__class__` is the type.
+PreTrainedModel only, SmoothQuant looks for each OPTDecoderLayer, a pipeline for a ModelOutput, lm-evaluation-harness
+for a PreTrainedTokenizerFast; what is none they refuse, or pass over without a word. So instances of the classes here
+say yes, by their `__class__`, as proxies and mocks do: a class that comes after both, ours and transformers'. Their
+type stays ours, and nothing of transformers' runs. Where transformers is not loaded nobody can ask, and `__class__` is
+the type.
 """
 
 from __future__ import annotations
@@ -12,8 +13,23 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-_MODULES = ("transformers.models.opt.modeling_opt", "transformers.modeling_utils", "transformers.utils.generic")
-_NAMES = {"OPTPreTrainedModel": "PreTrainedModel"}  # the closest that is loaded with any model
+_MODULES = (
+    "transformers.models.opt.modeling_opt",
+    "transformers.modeling_utils",
+    "transformers.models.opt.configuration_opt",
+    "transformers.configuration_utils",
+    "transformers.utils.generic",
+    "transformers.cache_utils",
+    "transformers.models.gpt2.tokenization_gpt2",
+    "transformers.tokenization_utils_tokenizers",
+    "transformers.tokenization_utils_base",
+)
+_NAMES = {  # the closest that is loaded with any model
+    "OPTPreTrainedModel": ("PreTrainedModel",),
+    "OPTConfig": ("OPTConfig", "PreTrainedConfig"),
+    "KVCache": ("DynamicCache",),
+    "GPT2Tokenizer": ("GPT2Tokenizer", "TokenizersBackend"),
+}
 _known: dict[tuple[type, type], type] = {}
 
 
@@ -64,7 +80,8 @@ def _theirs(ours: type) -> type | None:
     modules = [sys.modules[name] for name in _MODULES if name in sys.modules]
     for base in ours.__mro__ if modules else ():
         if base.__module__.partition(".")[0] in ("opt_pt", "opt_common"):
-            for module in modules:
-                if theirs := getattr(module, _NAMES.get(base.__name__, base.__name__), None):
-                    return theirs
+            for name in _NAMES.get(base.__name__, (base.__name__,)):
+                for module in modules:
+                    if theirs := getattr(module, name, None):
+                        return theirs
     return None

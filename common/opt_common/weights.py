@@ -16,8 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from .config import OPTConfig
+from .quantization import Packing
 
-Kind = Literal["embedding", "linear", "bias", "norm", "norm_bias"]
+Kind = Literal["embedding", "linear", "bias", "norm", "norm_bias", "packed", "scale", "shape"]
 Axis = Literal["vocab", "embed", "hidden", "heads", "ffn", "labels"]
 # The models, by transformers' names, and the module of each that comes after the decoder.
 HEADS = {
@@ -31,12 +32,14 @@ HEADS = {
 @dataclass(frozen=True)
 class Spec:
     """One tensor: the path of its module, what it is, its shape in a checkpoint (matrices [out, in]), and the name of
-    each axis, None for positions."""
+    each axis, None for positions. `packing` and the shape of the `matrix`, if it is a part of a quantized Linear."""
 
     path: str
     kind: Kind
     shape: tuple[int, ...]
     axes: tuple[Axis | None, ...]
+    packing: Packing | None = None
+    matrix: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -46,6 +49,10 @@ class Spec:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def dtype(self, floats: str) -> str:
+        """Its dtype in a model whose floating-point numbers are `floats`."""
+        return {"packed": "int32", "shape": "int64"}.get(self.kind, floats)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,10 @@ class Naming:
     norm: str
     norm_bias: str
     transposed: bool
+    # of a quantized Linear: the checkpoint's names and orientation everywhere
+    packed: str = "weight_packed"
+    scale: str = "weight_scale"
+    shape: str = "weight_shape"
 
     def name(self, spec: Spec) -> str:
         """The parameter's full name, joined by dots."""
@@ -91,7 +102,7 @@ def table(config: OPTConfig, architecture: str = "OPTForCausalLM") -> Iterator[S
     c, d, row = config, "decoder" if architecture == "OPTModel" else "model.decoder", partial(_row, config)
 
     def linear(path: str, out: Axis, into: Axis) -> Iterator[Spec]:
-        yield row(path, "linear", out, into)
+        yield from _matrix(config, row(path, "linear", out, into))
         if c.enable_bias:
             yield row(path, "bias", out)
 
@@ -103,8 +114,8 @@ def table(config: OPTConfig, architecture: str = "OPTForCausalLM") -> Iterator[S
     yield row(f"{d}.embed_tokens", "embedding", "vocab", "embed")
     yield row(f"{d}.embed_positions", "embedding", None, "hidden")
     if c.projects_embeddings:
-        yield row(f"{d}.project_in", "linear", "hidden", "embed")
-        yield row(f"{d}.project_out", "linear", "embed", "hidden")
+        yield from _matrix(config, row(f"{d}.project_in", "linear", "hidden", "embed"))
+        yield from _matrix(config, row(f"{d}.project_out", "linear", "embed", "hidden"))
     for i in range(c.num_hidden_layers):
         layer = f"{d}.layers.{i}"
         for projection in ("k_proj", "v_proj", "q_proj"):
@@ -143,14 +154,29 @@ def _row(config: OPTConfig, path: str, kind: Kind, *axes: Axis | None) -> Spec:
     return Spec(path, kind, tuple(sizes[axis] for axis in axes), axes)
 
 
+def _matrix(config: OPTConfig, spec: Spec) -> Iterator[Spec]:
+    """The tensors that a Linear's matrix is stored in: itself or, quantized, three."""
+    path = spec.path if spec.path.startswith("model.") else f"model.{spec.path}"
+    packing = config.quantization_config and config.quantization_config.of(path)
+    if packing is None:
+        yield spec
+        return
+    (out, into), axes = spec.shape, spec.axes
+    packing.check(spec.path, into)
+    yield Spec(spec.path, "packed", (out, packing.columns(into)), axes, packing, spec.shape)
+    yield Spec(spec.path, "scale", (out, packing.groups(into)), axes, packing, spec.shape)
+    yield Spec(spec.path, "shape", (2,), (None,), packing, spec.shape)
+
+
 def parameter_count(config: OPTConfig) -> int:
     """How many numbers an OPTForCausalLM of this config holds; a tied head counts once."""
-    return sum(spec.size for spec in table(config))
+    return sum(spec.size for spec in table(config.changed(quantization_config=None)))
 
 
 def byte_count(config: OPTConfig, dtype: str = "float16") -> int:
     """The bytes of its weights in `dtype`."""
-    return parameter_count(config) * {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+    sizes = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
+    return sum(spec.size * sizes[spec.dtype(dtype)] for spec in table(config))
 
 
 def is_head(name: str) -> bool:

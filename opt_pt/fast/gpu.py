@@ -6,6 +6,7 @@ B rows   E embedding width   H hidden   F feed-forward   S slots   V vocabulary
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import KVCache
+from ..quantized import QuantizedLinear
 from .plain import standard, unwatched
 
 if TYPE_CHECKING:
     from ..generation.text import Text
-
-Weights = tuple[Tensor, Tensor | None]
 
 CHUNKS = 16  # programs that share the search for a row's likeliest token
 
@@ -34,17 +34,29 @@ def can_step(model: Any, token: Tensor) -> bool:
     device = token.device
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return usual(model, device) and unwatched(token) and standard(model)
+    return usual(model, device) and unwatched(token) and standard(model, _linears(model))
 
 
 def usual(model: Any, device: torch.device) -> bool:
-    """Whether all parameters are on the device, in one half precision, contiguous, and the activation has a kernel."""
+    """Whether all parameters are on the device, in one half precision and perhaps packed, contiguous, and the
+    activation has a kernel."""
     parameters = list(model.parameters())
+    packings = {f.packing for f in model.modules() if isinstance(f, QuantizedLinear)}
+    decoder = model.model.decoder
     return (
-        {p.dtype for p in parameters} in ({torch.float16}, {torch.bfloat16})
+        {p.dtype for p in parameters} - {torch.int32} in ({torch.float16}, {torch.bfloat16})
         and all(p.device == device and p.is_contiguous() for p in parameters)
-        and len({_activation(layer.activation_fn) for layer in model.model.decoder.layers} - {None}) == 1
+        and len({_activation(layer.activation_fn) for layer in decoder.layers} - {None}) == 1
+        and len(packings) <= 1
+        and not any(isinstance(f, QuantizedLinear) for f in (decoder.project_in, decoder.project_out))
+        and all(block_quantized(f) for f in model.modules() if isinstance(f, QuantizedLinear))
     )
+
+
+def _linears(model: Any) -> type[nn.Module]:
+    """The class that all the Linears of the decoder's layers have to be."""
+    layers = model.model.decoder.layers
+    return QuantizedLinear if layers and isinstance(layers[0].fc1, QuantizedLinear) else nn.Linear
 
 
 def _activation(module: nn.Module) -> str | None:
@@ -54,8 +66,11 @@ def _activation(module: nn.Module) -> str | None:
     return {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}.get(type(module))
 
 
-def _weights(*linears: nn.Linear) -> list[Weights]:
-    return [(f.weight, f.bias) for f in linears]
+def _pairs(linear: nn.Module) -> int:
+    """Of how many numbers of its input the even ones are to lie before the odd ones, if several rows are."""
+    if isinstance(linear, QuantizedLinear) and linear.packing.bits == 4:
+        return block_quantized(linear)
+    return 0
 
 
 # The shapes of the kernels' tiles are those that were fastest at opt-350m's and opt-2.7b's sizes on an H100, of about
@@ -84,6 +99,37 @@ def tiles_many(B: int, M: int, K: int, parts: int, gpu: GPU) -> tuple[int, int, 
     tiles = parts * -(-M // block_m) * -(-B // block_b)
     splits = max(1, min(programs * gpu.multiprocessors // tiles, K // least, 12))
     return block_b, block_m, block_k, 4, stages, early, splits
+
+
+def block_quantized(linear: QuantizedLinear) -> int:
+    """BLOCK_K of `quantized_many`: a power of two that divides the inputs and, unless a row has one scale, the group.
+
+    0 if there is none that the matrix units take."""
+    K, bits = linear.in_features, linear.packing.bits
+    block = math.gcd(K, linear.packing.group_size or 0, 128)
+    return block if block * bits >= 16 * 8 else 0
+
+
+def tiles_quantized_one(M: int, K: int, bits: int) -> tuple[int, int, int]:
+    """BLOCK_M, WORDS and warps of `quantized_one`."""
+    if bits == 8:
+        rows, words, warps = (8, 128, 2) if M >= 16384 and K <= 5120 else (2, 1024, 4) if K > 16384 > M else (8, 256, 4)
+    elif M >= 8192:
+        rows, words, warps = 8, 128, 4
+    elif K % 4096 == 0:
+        rows, words, warps = (4, 512, 4) if K >= 8192 else (8, 512, 8)
+    else:
+        rows, words, warps = (4, 256, 2) if K >= 8192 else (8, 256, 4)
+    return rows, min(words, _power(K * bits // 32)), warps
+
+
+def tiles_quantized_many(B: int, M: int, K: int, parts: int, gpu: GPU) -> tuple[int, int, int, int, int, int]:
+    """BLOCK_B, BLOCK_M, warps, pipeline stages, early tiles and SPLITS of `quantized_many`."""
+    block_b, block_m, stages, early = min(64, max(16, _power(B))), 64, 3, 0 if parts * M > 32768 else 1
+    programs = 64 // block_b  # a multiprocessor
+    tiles = parts * -(-M // block_m) * -(-B // block_b)
+    splits = max(1, min(programs * gpu.multiprocessors // tiles, K // 512, 12))
+    return block_b, block_m, 4, stages, early, splits
 
 
 def tiles_attend(B: int, N: int, slots: int) -> tuple[int, int, int]:
@@ -123,9 +169,9 @@ class Step:
         self, model: Any, cache: KVCache, mask: Tensor, position: Tensor, token: Tensor,
         table: Tensor | None = None, tail: int = 1,
     ) -> None:  # fmt: skip
-        from . import kernels  # Triton comes with PyTorch for NVIDIA GPUs, and is not there elsewhere
+        from . import kernels, quantized  # Triton comes with PyTorch for NVIDIA GPUs, and is not there elsewhere
 
-        self.kernels, self.model, self.cache = kernels, model, cache
+        self.kernels, self.packed, self.model, self.cache = kernels, quantized, model, cache
         config, device, dtype = model.config, mask.device, cache.k[0].dtype
         self.config = config
         B, H, slots = len(token), config.hidden_size, cache.k[0].shape[2]
@@ -149,11 +195,12 @@ class Step:
         self.partial = empty(B, N, self.splits, 2 + D, dtype=torch.float32)
         self.arrived = torch.zeros(B, N, device=device, dtype=torch.int32)
         self.best, self.where = empty(B, CHUNKS, dtype=torch.float32), empty(B, CHUNKS, dtype=torch.int32)
+        self.lying = 0  # the `_pairs` of what `normed` holds
         self.gpu = GPU.of(device)
         self.pdl = self.gpu.early_start
-        # of `linear_many`: at most one piece [64, 64] a multiprocessor, or two [64, 16]
+        # of products that are shared out: a multiprocessor has at most one piece [64, 64], or four [64, 16]
         self.pieces = empty(self.gpu.multiprocessors * 64 * 64 if B > 1 else 1, dtype=torch.float32)
-        self.counted = torch.zeros(self.gpu.multiprocessors, device=device, dtype=torch.int32)
+        self.counted = torch.zeros(2 * self.gpu.multiprocessors, device=device, dtype=torch.int32)
         self.layers: list[Any] = list(model.model.decoder.layers)
         self.activation = _activation(self.layers[0].activation_fn)
         # what the kernels are compiled for
@@ -175,29 +222,29 @@ class Step:
             E=E, H=H, TAIL=self.tail, BLOCK=_power(max(E, H)), PDL=self.pdl,
         )  # fmt: skip
         if decoder.project_in is not None:
-            self._linear(self.words, _weights(decoder.project_in), x, residual=self.place)
+            self._linear(self.words, [decoder.project_in], x, residual=self.place)
 
         # In a post-norm model x is kept as it was before its last norm, and each reader norms it
         last: nn.LayerNorm | None = None
         for i, layer in enumerate(self.layers if self.compiling is None else self.layers[:2]):  # two: all that differ
             attention = layer.self_attn
             norm = layer.self_attn_layer_norm if pre_norm else last
-            qkv = _weights(attention.q_proj, attention.k_proj, attention.v_proj)
+            qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
             self._linear(x, qkv, self.q, norm=norm, layer=i)
-            self._attend(i)
-            self._linear(self.attended, _weights(attention.out_proj), y, residual=x, residual_norm=last)
+            self._attend(i, attention.out_proj)
+            self._linear(self.attended, [attention.out_proj], y, residual=x, residual_norm=last)
             if not pre_norm:
                 last = layer.self_attn_layer_norm
             norm = layer.final_layer_norm if pre_norm else last
-            self._linear(y, _weights(layer.fc1), self.between, norm=norm, activation=self.activation)
-            self._linear(self.between, _weights(layer.fc2), x, residual=y, residual_norm=last)
+            self._linear(y, [layer.fc1], self.between, norm=norm, activation=self.activation, reader=layer.fc2)
+            self._linear(self.between, [layer.fc2], x, residual=y, residual_norm=last)
             if not pre_norm:
                 last = layer.final_layer_norm
         last = decoder.final_layer_norm if pre_norm else last
         if decoder.project_out is not None:
-            self._linear(x, _weights(decoder.project_out), self.narrow, norm=last)
+            self._linear(x, [decoder.project_out], self.narrow, norm=last)
             x, last = self.narrow, None
-        self._linear(x, _weights(self.model.lm_head), self.logits, norm=last)
+        self._linear(x, [self.model.lm_head], self.logits, norm=last)
         return self.logits
 
     def keep(self, text: Text, chosen: Tensor | None) -> None:
@@ -243,26 +290,29 @@ class Step:
     def _linear(
         self,
         x: Tensor,
-        weights: list[Weights],
+        linears: list[Any],
         out: Tensor,
         norm: nn.LayerNorm | None = None,
         activation: str | None = None,
         residual: Tensor | None = None,
         residual_norm: nn.LayerNorm | None = None,
         layer: int | None = None,
+        reader: nn.Module | None = None,
     ) -> None:
         """out = act(norm(x) wᵀ + b) + residual_norm(residual). With `layer` the weights are those of q, k and v, of
-        which k and v go to that layer's cache."""
-        qkv, parts = layer is not None, len(weights)
-        (M, K), bias = weights[0][0].shape, weights[0][1] is not None
+        which k and v go to that layer's cache. `reader`: the Linear that reads out."""
+        first, qkv, parts = linears[0], layer is not None, len(linears)
+        quantized = isinstance(first, QuantizedLinear)
+        M, K = (first.out_features, first.in_features) if quantized else first.weight.shape
+        bias = first.bias is not None
         # three of each; what is not there is anything that is a pointer: it is not read
-        ws = [w for w, _ in weights] * (3 // parts)
-        bs = [w if b is None else b for w, b in weights] * (3 // parts)
+        ws = [f.weight_packed if quantized else f.weight for f in linears] * (3 // parts)
+        bs = [w if f.bias is None else f.bias for f, w in zip(linears, ws, strict=False)] * (3 // parts)
         name = activation or "none"
         k, v = (self.cache.k[layer], self.cache.v[layer]) if layer is not None else (out, out)
         affine = self.config.layer_norm_elementwise_affine
         H, D = self.config.hidden_size, self.config.head_dim
-        if self.B == 1:
+        if self.B == 1 and not quantized:
             BLOCK_M, BLOCK_K, warps = tiles_one(parts * M, K)
             gain, shift = (norm.weight, norm.bias) if norm is not None and affine else (x, x)
             r_norm = residual_norm if affine else None
@@ -277,36 +327,56 @@ class Step:
                 num_warps=warps,
             )  # fmt: skip
             return
+        pairs = 0 if self.B == 1 else _pairs(first)
         if norm is not None:
             gain, shift = (norm.weight, norm.bias) if affine else (x, x)
             self._run(
-                self.kernels.norm,
-                (self.B,),
-                x,
-                gain,
-                shift,
-                self.normed,
-                K=K,
-                AFFINE=affine,
-                BLOCK=_power(K),
-                PDL=self.pdl,
-                num_warps=8,
-            )
+                self.kernels.norm, (self.B,), x, gain, shift, self.normed,
+                K=K, AFFINE=affine, BLOCK=_power(K), PDL=self.pdl, PAIRS=pairs, num_warps=8,
+            )  # fmt: skip
+            x, self.lying = self.normed, pairs
+        elif pairs and qkv:  # the first layer of a post-norm model: nothing before it could lay x out in pairs
+            lying = self.normed.view(-1)[: self.B * K].view(self.B, K // pairs, 2, pairs // 2)
+            lying.copy_(x.view(self.B, K // pairs, pairs // 2, 2).transpose(2, 3))
             x = self.normed
+        residual_pairs = 0
         if residual is not None and residual_norm is not None:
-            residual = self.normed  # it was normed for the product before this one, and is there still
-        BLOCK_B, BLOCK_M, BLOCK_K, warps, stages, early, splits = tiles_many(self.B, M, K, parts, self.gpu)
+            # it was normed for the product before this one, and lies there still
+            residual, residual_pairs = self.normed, self.lying
+        constants = {"K": K, "M": M, "H": H, "D": D, "BIAS": bias, "ACTIVATION": name}
+        constants |= {"RESIDUAL": int(residual is not None), "QKV": qkv, "PDL": self.pdl}
+        residual = x if residual is None else residual
+        if not quantized:
+            BLOCK_B, BLOCK_M, BLOCK_K, warps, stages, early, splits = tiles_many(self.B, M, K, parts, self.gpu)
+            self._run(
+                self.kernels.linear_many, (parts * -(-M // BLOCK_M), -(-self.B // BLOCK_B), splits),
+                x, *ws, *bs, out, k, v, self.slot, residual, self.pieces, self.counted, self.B, self.slots,
+                TAIL=self.tail, BLOCK_B=BLOCK_B, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, STAGES=stages, EARLY=early,
+                SPLITS=splits, num_warps=warps, **constants,
+            )  # fmt: skip
+            return
+        scales = [f.weight_scale for f in linears] * (3 // parts)
+        constants |= {"BITS": first.packing.bits, "GROUP": first.packing.group_size or K, "ASM": x.is_cuda}
+        if self.B == 1:
+            BLOCK_M, WORDS, warps = tiles_quantized_one(parts * M, K, first.packing.bits)
+            self._run(
+                self.packed.quantized_one, (parts * -(-M // BLOCK_M),),
+                x, *ws, *scales, *bs, out, k, v, self.slot, residual, self.slots,
+                BLOCK_M=BLOCK_M, WORDS=WORDS, num_warps=warps, **constants,
+            )  # fmt: skip
+            return
+        BLOCK_K = block_quantized(first)
+        BLOCK_B, BLOCK_M, warps, stages, early, splits = tiles_quantized_many(self.B, M, K, parts, self.gpu)
         self._run(
-            self.kernels.linear_many, (parts * -(-M // BLOCK_M), -(-self.B // BLOCK_B), splits),
-            x, *ws, *bs, out, k, v, self.slot, x if residual is None else residual, self.pieces, self.counted,
-            self.B, self.slots,
-            K=K, M=M, H=H, D=D, BIAS=bias, ACTIVATION=name, RESIDUAL=residual is not None, QKV=qkv, TAIL=self.tail,
+            self.packed.quantized_many, (parts * -(-M // BLOCK_M), -(-self.B // BLOCK_B), splits),
+            x, *[w.view(torch.uint8) for w in ws], *scales, *bs, out, k, v, self.slot, residual, self.pieces,
+            self.counted, self.B, self.slots,
+            TAIL=self.tail, PAIRS=0 if reader is None else _pairs(reader), RESIDUAL_PAIRS=residual_pairs,
             BLOCK_B=BLOCK_B, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, STAGES=stages, EARLY=early, SPLITS=splits,
-            PDL=self.pdl,
-            num_warps=warps,
+            num_warps=warps, **constants,
         )  # fmt: skip
 
-    def _attend(self, layer: int) -> None:
+    def _attend(self, layer: int, reader: nn.Module) -> None:
         N, D = self.config.num_attention_heads, self.config.head_dim
         self._run(
             self.kernels.attend, (N, self.B, self.splits),
@@ -314,5 +384,6 @@ class Step:
             self.slot if self.table is None else self.table, self.attended,
             self.partial, self.arrived, self.slots, D**-0.5,
             N=N, D=D, SPLITS=self.splits, TAIL=self.tail, TABLE=self.table is not None,
-            BLOCK_D=_power(D), BLOCK_S=self.block, PDL=self.pdl, num_warps=self.warps,
+            BLOCK_D=_power(D), BLOCK_S=self.block, PDL=self.pdl, PAIRS=0 if self.B == 1 else _pairs(reader),
+            num_warps=self.warps,
         )  # fmt: skip

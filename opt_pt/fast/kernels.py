@@ -8,7 +8,7 @@ input ("programmatic dependent launch", CUDA programming guide; `gdc_wait` is th
 B rows   K features in   M features out   N heads   D head width   S slots   V vocabulary
 """
 
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
 # (a kernel is not Python, though it is written in it)
 
 from __future__ import annotations
@@ -59,6 +59,15 @@ def _place(r, batch, slot, slots, H, D: tl.constexpr):
 
 
 @triton.jit
+def _lying(k, PAIRS: tl.constexpr):
+    """Where number k of a row is kept: in its place, or with the even ones of PAIRS numbers before the odd ones, as
+    `quantized_many` reads them."""
+    if PAIRS:
+        k = k // PAIRS * PAIRS + k % 2 * (PAIRS // 2) + k % PAIRS // 2
+    return k
+
+
+@triton.jit
 def _part(w, w_k, w_v, b, b_k, b_v, BLOCK_M: tl.constexpr, M, QKV: tl.constexpr):
     """Which of q, k and v (0, 1, 2) this program computes, its weight and bias, and its first row; without QKV there
     is one product."""
@@ -71,6 +80,35 @@ def _part(w, w_k, w_v, b, b_k, b_v, BLOCK_M: tl.constexpr, M, QKV: tl.constexpr)
         elif part == 2:
             w, b = w_v, b_v
     return part, w, b, tile * BLOCK_M
+
+
+@triton.jit
+def _finish_one(
+    y, bias, part, out, k_cache, v_cache, slot, residual, residual_gain, residual_shift, rows, slots,
+    M, H, D: tl.constexpr, AFFINE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    QKV: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What follows the product y[M] of one row."""
+    inside = rows < M
+    if BIAS:
+        y += bias
+    y = _activate(y, ACTIVATION)
+    if RESIDUAL == 1:
+        y += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL == 2:
+        mean, rstd = _statistics(residual, H, BLOCK_R)
+        y += _normed(residual, rows, inside, mean, rstd, residual_gain, residual_shift, AFFINE)
+    y = y.to(out.dtype.element_ty)
+    if QKV:
+        place = _place(rows.to(tl.int64), 0, tl.load(slot), slots, H, D)
+        if part == 0:
+            tl.store(out + rows, y, mask=inside)
+        elif part == 1:
+            tl.store(k_cache + place, y, mask=inside)
+        else:
+            tl.store(v_cache + place, y, mask=inside)
+    else:
+        tl.store(out + rows, y, mask=inside)
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -99,6 +137,7 @@ def linear_one(
         ahead = tl.load(tile, mask=inside[:, None], other=0.0, eviction_policy="evict_first")
     else:
         ahead = tl.load(tile, mask=inside[:, None] & (cols < K)[None, :], other=0.0)
+    bias = 0.0
     if BIAS:
         bias = tl.load(b + rows, mask=inside, other=0.0).to(tl.float32)
     if PDL:
@@ -119,41 +158,27 @@ def linear_one(
         else:
             piece = tl.load(x + here, mask=here < K, other=0.0).to(tl.float32)
         acc += now.to(tl.float32) * piece[None, :]
-    y = tl.sum(acc, axis=1)
-    if BIAS:
-        y += bias
-    y = _activate(y, ACTIVATION)
-    if RESIDUAL == 1:
-        y += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
-    if RESIDUAL == 2:
-        mean, rstd = _statistics(residual, H, BLOCK_R)
-        y += _normed(residual, rows, inside, mean, rstd, residual_gain, residual_shift, AFFINE)
-    y = y.to(out.dtype.element_ty)
-    if QKV:
-        place = _place(rows.to(tl.int64), 0, tl.load(slot), slots, H, D)
-        if part == 0:
-            tl.store(out + rows, y, mask=inside)
-        elif part == 1:
-            tl.store(k_cache + place, y, mask=inside)
-        else:
-            tl.store(v_cache + place, y, mask=inside)
-    else:
-        tl.store(out + rows, y, mask=inside)
+    _finish_one(
+        tl.sum(acc, axis=1), bias, part, out, k_cache, v_cache, slot, residual, residual_gain, residual_shift, rows,
+        slots, M, H, D, AFFINE, BIAS, ACTIVATION, RESIDUAL, QKV, BLOCK_R,
+    )  # fmt: skip
 
 
 @triton.jit
 def _finish_many(
     acc, part, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, QKV: tl.constexpr, TAIL: tl.constexpr,
+    PAIRS: tl.constexpr, RESIDUAL_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product acc[M, B]."""
+    """What follows the product acc[M, B]; residual, and out without QKV, lie as `_lying` says."""
     inside = (rows < M)[:, None] & (batch < B)[None, :]
     if BIAS:
         acc += tl.load(b + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     acc = _activate(acc, ACTIVATION)
     at = batch.to(tl.int64)[None, :] * M + rows[:, None]
     if RESIDUAL:
-        acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        there = batch.to(tl.int64)[None, :] * M + _lying(rows, RESIDUAL_PAIRS)[:, None]
+        acc += tl.load(residual + there, mask=inside, other=0.0).to(tl.float32)
     y = acc.to(out.dtype.element_ty)
     if QKV:
         here = tl.load(slot + batch, mask=batch < B, other=0)
@@ -165,7 +190,38 @@ def _finish_many(
         else:
             tl.store(v_cache + place, y, mask=inside)
     else:
-        tl.store(out + at, y, mask=inside)
+        tl.store(out + batch.to(tl.int64)[None, :] * M + _lying(rows, PAIRS)[:, None], y, mask=inside)
+
+
+@triton.jit
+def _meet(
+    acc, part, b, out, k_cache, v_cache, slot, residual, partial, arrived, batch, rows, B, slots, M, H, D: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, QKV: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+    PAIRS: tl.constexpr, RESIDUAL_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """What follows acc[M, B], a product or one of SPLITS parts of it: the last to arrive sums up, always in the same
+    order, from partial [tiles, SPLITS, BLOCK_M, BLOCK_B] float32. `arrived` [tiles] counts, and is 0 again
+    afterwards."""
+    last = True
+    if SPLITS > 1:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
+        parts = partial + tile * (SPLITS * BLOCK_M * BLOCK_B) + at
+        tl.store(parts + tl.program_id(2) * (BLOCK_M * BLOCK_B), acc)
+        tl.debug_barrier()  # every thread's part is written before the count says so
+        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            tl.debug_barrier()
+            tl.store(arrived + tile, 0)
+            acc = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
+            for i in tl.static_range(SPLITS):
+                acc += tl.load(parts + i * (BLOCK_M * BLOCK_B), cache_modifier=".cg")
+        _finish_many(
+            acc, part, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D,
+            BIAS, ACTIVATION, RESIDUAL, QKV, TAIL, PAIRS, RESIDUAL_PAIRS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["B", "slots"])
@@ -181,8 +237,7 @@ def linear_many(
     side of the units that wants many.
 
     EARLY (0 to 2) tiles of w are asked for before the wait, kept in registers, and used last. Where M alone makes too
-    few programs, SPLITS of them share K; the last to arrive sums up, always in the same order, from partial
-    [tiles, SPLITS, BLOCK_M, BLOCK_B] float32. `arrived` [tiles] counts, and is 0 again afterwards.
+    few programs, SPLITS of them share K: see `_meet`.
     """
     if PDL:
         gdc_launch_dependents()
@@ -217,33 +272,18 @@ def linear_many(
     if EARLY >= 2:
         right = tl.load(x_tile + begin + BLOCK_K, mask=x_mask & (begin + BLOCK_K + cols < end)[:, None], other=0.0)
         acc = tl.dot(second, right, acc)
-    if SPLITS == 1:
-        _finish_many(
-            acc, part, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D,
-            BIAS, ACTIVATION, RESIDUAL, QKV, TAIL,
-        )  # fmt: skip
-    else:
-        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
-        parts = partial + tile * (SPLITS * BLOCK_M * BLOCK_B) + at
-        tl.store(parts + tl.program_id(2) * (BLOCK_M * BLOCK_B), acc)
-        tl.debug_barrier()  # every thread's part is written before the count says so
-        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
-        if before == SPLITS - 1:
-            tl.debug_barrier()
-            tl.store(arrived + tile, 0)
-            acc = tl.zeros((BLOCK_M, BLOCK_B), tl.float32)
-            for i in tl.static_range(SPLITS):
-                acc += tl.load(parts + i * (BLOCK_M * BLOCK_B), cache_modifier=".cg")
-            _finish_many(
-                acc, part, b, out, k_cache, v_cache, slot, residual, batch, rows, B, slots, M, H, D,
-                BIAS, ACTIVATION, RESIDUAL, QKV, TAIL,
-            )  # fmt: skip
+    _meet(
+        acc, part, b, out, k_cache, v_cache, slot, residual, partial, arrived, batch, rows, B, slots, M, H, D,
+        BIAS, ACTIVATION, RESIDUAL, QKV, TAIL, BLOCK_B, BLOCK_M, SPLITS, 0, 0,
+    )  # fmt: skip
 
 
 @triton.jit
-def norm(x, gain, shift, out, K: tl.constexpr, AFFINE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """out[B, K] = the norm of each row of x[B, K]; a program a row."""
+def norm(
+    x, gain, shift, out, K: tl.constexpr, AFFINE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    """out[B, K] = the norm of each row of x[B, K], lying as `_lying` says; a program a row."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -251,7 +291,7 @@ def norm(x, gain, shift, out, K: tl.constexpr, AFFINE: tl.constexpr, BLOCK: tl.c
     mean, rstd = _statistics(x + row, K, BLOCK)
     cols = tl.arange(0, BLOCK)
     y = _normed(x + row, cols, cols < K, mean, rstd, gain, shift, AFFINE)
-    tl.store(out + row + cols, y.to(out.dtype.element_ty), mask=cols < K)
+    tl.store(out + row + _lying(cols, PAIRS), y.to(out.dtype.element_ty), mask=cols < K)
 
 
 @triton.jit
@@ -278,7 +318,7 @@ def _seen(keys, values, seen, query, largest, total, acc):
 def attend(
     q, k_cache, v_cache, visible, slot, table, out, partial, arrived, slots, scale,
     N: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TAIL: tl.constexpr, TABLE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """out[B, N, D] = softmax(scale · q · kᵀ) · v over the slots up to `slot` where visible[B / TAIL, S] is not 0.
 
@@ -336,7 +376,7 @@ def attend(
     share = tl.exp(largest - highest)
     denominator = tl.sum(total * share, axis=0)
     numerator = tl.sum(acc * share[:, None], axis=0)
-    place = (batch * N + head) * D + dims
+    place = batch * N * D + _lying(head * D + dims, PAIRS)
     if SPLITS > 1:
         part = partial + ((batch * N + head) * SPLITS + split) * (2 + BLOCK_D)
         tl.store(part, highest)

@@ -50,6 +50,7 @@ def unwatched(x: Tensor) -> bool:
     function transform or dispatch mode (a FLOP counter, a fake tensor), and `x` is a plain tensor."""
     return not (
         type(x) not in (Tensor, Parameter)
+        or x.is_meta
         or torch.compiler.is_compiling()
         or hooks._has_any_global_hook()
         or nn.Module.__call__ is not _CALL
@@ -73,15 +74,18 @@ def _only_default_devices() -> bool:
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def plain_layer(layer: nn.Module) -> bool:
-    """Whether a decoder layer, its attention and all their parts are untouched and of the usual types."""
+def plain_layer(layer: nn.Module, linears: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a decoder layer, its attention and all their parts are untouched and of the usual types, its Linears
+    exactly `linears`."""
     m = layer._modules
     attention = m.get("self_attn")
     if attention is None or not (untouched(layer) and untouched(attention)):
         return False
     a = attention._modules
     for linear in (a.get("q_proj"), a.get("k_proj"), a.get("v_proj"), a.get("out_proj"), m.get("fc1"), m.get("fc2")):
-        if not plain(linear, nn.Linear):
+        if linear is None or type(linear) is not linears or not untouched(linear):
+            return False
+        if linears is nn.Linear and not plain(linear, linears):
             return False
     if not (plain(m.get("self_attn_layer_norm"), nn.LayerNorm) and plain(m.get("final_layer_norm"), nn.LayerNorm)):
         return False
@@ -89,9 +93,9 @@ def plain_layer(layer: nn.Module) -> bool:
     return activation is not None and untouched(activation)
 
 
-def standard(model: Any) -> bool:
-    """Whether a language model is in eval mode, all of its modules are plain, and its numbers are its config's: what
-    the decoding engines take as given."""
+def standard(model: Any, linears: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a language model is in eval mode, all of its modules are plain, the Linears of its layers exactly
+    `linears`, and its numbers are its config's: what the decoding engines take as given."""
     config, decoder = model.config, getattr(model.model, "decoder", None)
     if "prepare_inputs_for_generation" in model.__dict__:  # peft's prompt tuning wraps it
         return False
@@ -104,7 +108,7 @@ def standard(model: Any) -> bool:
         return False
     if not all(untouched(m) for m in (*outer, *(m for m in optional if m is not None))):
         return False
-    if decoder.layers._forward_hooks or not all(plain_layer(layer) for layer in decoder.layers):
+    if decoder.layers._forward_hooks or not all(plain_layer(layer, linears) for layer in decoder.layers):
         return False
     for i, layer in enumerate(decoder.layers):
         a, D = layer.self_attn, config.head_dim

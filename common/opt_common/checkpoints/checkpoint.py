@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..config import DTYPES
 from ..files import abridged, read_json
 from .commit import SAVED
 from .layouts import LAYOUTS, layout_named
@@ -102,11 +103,15 @@ class Checkpoint(Mapping[str, Entry]):
 
     @property
     def dtype(self) -> str:
-        """The dtype that most of its bytes have."""
+        """The floating-point dtype that most of its bytes have."""
         sizes: dict[str, int] = {}
         for entry in self.values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
-        return max(sizes, key=lambda name: sizes[name])
+        return max(sizes, key=lambda name: (name in DTYPES, sizes[name]))
+
+    def rearrange(self, change: Callable[[Mapping[str, Entry]], dict[str, Entry]]) -> None:
+        """Take other tensors, which are read from these."""
+        self._entries = change(self._entries)
 
 
 def of_one_save(folder: Path, read: Callable[[], T]) -> T:
@@ -136,12 +141,12 @@ def of_one_save(folder: Path, read: Callable[[], T]) -> T:
 def _version(folder: Path) -> list[tuple[int, ...] | None]:
     """What is another after another save."""
     there = _stamp(folder)
-    return [there and there[:1], *(_stamp(folder / name) for name in ("config.json", *FILES))]
+    return [there and there[:1], *(_stamp(os.path.join(folder, name)) for name in ("config.json", *FILES))]
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
+def _stamp(path: Path | str) -> tuple[int, ...] | None:
     try:
-        found = path.stat()
+        found = os.stat(path)
     except (OSError, ValueError):  # a name may hold a null byte
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size

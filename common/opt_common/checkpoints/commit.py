@@ -49,8 +49,9 @@ def replaced(folder: Path) -> Iterator[Path]:
     BlockingIOError if another process is saving into it, and OSError, with `folder` as it was, if it cannot be written.
     """
     folder = folder.resolve()
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: is a file, wanted a folder to save into")
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there}: is a file, wanted a folder to save into")
     folder.parent.mkdir(parents=True, exist_ok=True)
     inside, beside = folder / STAGED, folder.with_name(f".{folder.name}{STAGED}")
     with ExitStack() as locks:
@@ -64,8 +65,10 @@ def replaced(folder: Path) -> Iterator[Path]:
         try:
             lock(beside)
         except OSError as error:
-            if isinstance(error, BlockingIOError) or not folder.is_dir():
-                raise  # else its parent is read-only
+            if isinstance(error, BlockingIOError):
+                raise
+            if not folder.is_dir():  # else its parent is read-only
+                raise OSError(error.errno, f"no folder can be made there: {error.strerror}", str(folder)) from error
         if folder.is_dir():
             lock(inside)
         _clear(folder, places, warn=True)

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -17,13 +18,18 @@ from ..config import DTYPES, OPTConfig
 from ..files import read_bytes
 from ..hub import COMPANIONS, local
 from ..progress import byte_bar
+from ..quantization import QuantizationConfig
 from ..weights import table
 from .checkpoint import of_one_save
-from .layouts import HEADED, LAYOUTS, WRITABLE, layout_named
+from .layouts import HEADED, LAYOUTS, PACKED, WRITABLE, layout_named
 from .open import open_checkpoint
+from .quantized import as_table
 from .save import save_checkpoint
 from .shards import MAX_SHARD_SIZE, parse_size
 from .tensors import Entry, Source, numpy_dtype
+
+# `weight_packed` and `weight_scale` of Linears by their paths
+Numbers = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +51,23 @@ def convert(
     dtype: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     layout: str | None = None,
+    quantization: QuantizationConfig | None = None,
+    calibrate: Callable[[str], Numbers] | None = None,
 ) -> list[Path]:
     """Write the checkpoint `source` in the layout `to` into the folder `target`, with its config (unknown keys too),
     generation config and tokenizer. Returns the weight files.
 
     `source`: as `open_checkpoint` takes it; `layout` says which to read if it holds several. `dtype` casts every
-    tensor once; by default each keeps its own, and its bits. One tensor is in memory at a time.
+    tensor once, and turns quantized Linears into floats; by default each keeps its own, and its bits. `quantization`
+    rounds Linears to few bits: to the nearest, or to the numbers that `calibrate` gives, for a dtype of the scales; it
+    is called when everything else is known to fit. One tensor is in memory at a time.
     Raises ValueError or OSError, leaving `target` as it was, if a tensor does not fit, overflows in `dtype`, or has no
     place in `to`; if a file cannot be read; if the disk is full.
     """
-    job = _prepare(source, target, to, dtype, layout)
+    job = _prepare(source, target, to, dtype, layout, quantization)
+    if calibrate is not None:
+        numbers = calibrate(job.config.dtype or "float32")
+        job = _prepare(source, target, to, dtype, layout, quantization, numbers)
     with byte_bar(f"Converting {job.name}", sum(s.nbytes for s in job.sources)) as advance:
         return save_checkpoint(target, job.sources, job.texts, max_shard_size, advance, to, job.config)
 
@@ -90,9 +103,10 @@ def plan(
     dtype: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     layout: str | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> Plan:
     """What `convert` with the same arguments would write, from the headers alone. Raises as it does."""
-    job, limit = _prepare(source, target, to, dtype, layout), parse_size(max_shard_size)
+    job, limit = _prepare(source, target, to, dtype, layout, quantization), parse_size(max_shard_size)
     written = layout_named(to)
     if written.plan:
         files = written.plan(job.sources, job.config, limit)
@@ -109,15 +123,31 @@ def plan(
     return Plan(files, written.plan is not None, job.memory, seconds, read, write, shutil.disk_usage(there).free)
 
 
-def _prepare(source: str | Path, target: str | Path, to: str, dtype: str | None, layout: str | None) -> _Job:
+def _prepare(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    dtype: str | None,
+    layout: str | None,
+    quantization: QuantizationConfig | None,
+    numbers: Numbers | None = None,
+) -> _Job:
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype: found {dtype!r}, wanted one of {', '.join(DTYPES)}")
     if to not in WRITABLE:
         raise ValueError(f"layout: found {to!r}, wanted one of {', '.join(WRITABLE)} to write")
-    return of_one_save(local(source), lambda: _read_headers(source, target, to, dtype, layout))
+    return of_one_save(local(source), lambda: _read_headers(source, target, to, dtype, layout, quantization, numbers))
 
 
-def _read_headers(source: str | Path, target: str | Path, to: str, dtype: str | None, layout: str | None) -> _Job:
+def _read_headers(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    dtype: str | None,
+    layout: str | None,
+    quantization: QuantizationConfig | None,
+    numbers: Numbers | None = None,
+) -> _Job:
     opened = open_checkpoint(source, layout, companions=True)
     checkpoint, folder = opened.checkpoint, opened.checkpoint.folder
     read, written = LAYOUTS[checkpoint.layout], LAYOUTS[to]
@@ -125,12 +155,22 @@ def _read_headers(source: str | Path, target: str | Path, to: str, dtype: str | 
         raise ValueError(f"{target}: is also the source; wanted another folder")
     if opened.architecture != "OPTForCausalLM" and to not in HEADED:
         raise ValueError(f"{checkpoint.path}: is an {opened.architecture}; wanted one of {', '.join(HEADED)} to write")
-    config = dataclasses.replace(opened.config, tie_word_embeddings=opened.tied, dtype=dtype or checkpoint.dtype)
+    held = {name: checkpoint[stored] for name, stored in opened.names.items()}
+    packing = opened.config.quantization_config
+    if packing and quantization:
+        raise ValueError(f"{checkpoint.path}: found weights in {packing} already, wanted floats to quantize")
+    packing = quantization or (packing if dtype is None else None)
+    if packing and to not in PACKED:
+        raise ValueError(f"{to} cannot hold quantized weights; wanted one of {', '.join(PACKED)}, or a dtype to unpack")
+    config = dataclasses.replace(
+        opened.config, tie_word_embeddings=opened.tied, dtype=dtype or checkpoint.dtype, quantization_config=packing
+    )
     written.check(config)
-    entries = [(spec, checkpoint[opened.names[spec.name]]) for spec in table(config, opened.architecture)]
+    entries = [*as_table(held, table(config, opened.architecture), dtype, numbers)]
+    casts = [dtype if dtype and entry.dtype in DTYPES else entry.dtype for _, entry in entries]
     sources = [
-        Source(spec.name, spec.shape, dtype or entry.dtype, lambda n=spec.name, e=entry: _cast(n, e, dtype))
-        for spec, entry in entries
+        Source(spec.name, spec.shape, cast, lambda n=spec.name, e=entry, d=cast: _cast(n, e, d))
+        for (spec, entry), cast in zip(entries, casts, strict=True)
     ]
     texts: dict[str, str | bytes] = {"config.json": config.to_json()}
     texts |= {name: read_bytes(folder / name) for name in COMPANIONS if (folder / name).is_file()}
@@ -142,13 +182,13 @@ def _read_headers(source: str | Path, target: str | Path, to: str, dtype: str | 
     if read is not written:
         for lost in {text for text in (read.lost, written.lost) if text}:
             warnings.warn(lost, stacklevel=6)
-    memory = 2 * max(t.nbytes for t in [*sources, *(entry for _, entry in entries)])
+    memory = 2 * max(t.nbytes for t in [*sources, *(entry for _, entry in entries), *held.values()])
     return _Job(checkpoint.path.name, checkpoint.files, config, sources, texts, memory)
 
 
-def _cast(name: str, entry: Entry, dtype: str | None) -> np.ndarray:
+def _cast(name: str, entry: Entry, dtype: str) -> np.ndarray:
     array = entry.map()
-    if dtype in (None, entry.dtype):
+    if dtype == entry.dtype:
         return array
     with np.errstate(over="ignore"):  # reported below, by name
         cast = array.astype(numpy_dtype(dtype))

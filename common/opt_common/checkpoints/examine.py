@@ -14,6 +14,7 @@ import numpy as np
 
 from ..config import DTYPES, SIZES, OPTConfig
 from ..progress import byte_bar
+from ..weights import table
 from .checkpoint import Checkpoint, recognize
 from .fit import compare, stored_architecture
 from .open import Opened, find_checkpoint, open_checkpoint
@@ -50,7 +51,8 @@ def examine(
         "tensors": len(checkpoint),
         "dtype": checkpoint.dtype if dtypes else None,
         "dtypes": dtypes,
-        "parameters": sum(math.prod(entry.shape) for entry in checkpoint.values()) - repeated,
+        "quantization": str(config.quantization_config) if config.quantization_config else None,
+        "parameters": _numbers(checkpoint, config) - repeated,
         "architecture": stored_architecture(checkpoint),
         "head": "tied to the embedding" if tied else "its own",
         "layers": config.num_hidden_layers,
@@ -83,6 +85,15 @@ def _read_all(checkpoint: Checkpoint, sha256: bool, check: bool) -> dict[str, An
             advance(entry.nbytes)
             del array
     return ({"sha256": digests} if sha256 else {}) | ({"not_finite": not_finite} if check else {})
+
+
+def _numbers(checkpoint: Checkpoint, config: OPTConfig) -> int:
+    """How many numbers a checkpoint holds; a quantized Linear those of its weight."""
+    parts = [spec for spec in table(config) if spec.packing] if config.quantization_config else []
+    stored = {name.removeprefix("model."): math.prod(entry.shape) for name, entry in checkpoint.items()}
+    for spec in parts:
+        stored[spec.name.removeprefix("model.")] = math.prod(spec.matrix) if spec.kind == "packed" else 0
+    return sum(stored.values())
 
 
 def size_name(config: OPTConfig) -> str | None:

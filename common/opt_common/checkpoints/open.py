@@ -13,6 +13,7 @@ from ..hub import COMPANIONS, DEMO, fetch, local
 from .checkpoint import Checkpoint, of_one_save
 from .fit import match, stored_architecture
 from .layouts import LAYOUTS, layout_named
+from .quantized import from_gptq
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,14 @@ def find_checkpoint(
         own = LAYOUTS[checkpoint.layout].config(checkpoint.main, checkpoint)
         if own is not None:
             return checkpoint, own
-        config = checkpoint.folder / "config.json"
-        if not config.is_file():
+        file = checkpoint.folder / "config.json"
+        if not file.is_file():
             raise FileNotFoundError(f"{checkpoint.folder}: no config.json; wanted one beside the weights of an OPT")
-        return checkpoint, OPTConfig.from_dict(read_json(config), source=str(config))
+        config = OPTConfig.from_dict(values := read_json(file), source=str(file))
+        quantization = values.get("quantization_config") or {}
+        if quantization.get("quant_method") == "gptq":
+            checkpoint.rearrange(lambda entries: from_gptq(entries, quantization))
+        return checkpoint, config
 
     return of_one_save(path if path.is_dir() else path.parent, read)
 

@@ -14,17 +14,20 @@ from ..config import DTYPES, OPTConfig
 from ..generation import GenerationConfig
 from ..hub import FETCH_OPTIONS, local
 from ..progress import byte_bar
+from ..quantization import QuantizationConfig
 from ..weights import Spec, head, table
 from .checkpoint import of_one_save
 from .fit import layer_number
+from .layouts import PACKED
 from .open import Opened, open_checkpoint
+from .quantized import as_table
 from .save import save_checkpoint
 from .shards import MAX_SHARD_SIZE
 from .tensors import Source, contiguous
 
 # the config overrides that `from_pretrained` takes
 _FIELDS = {field.name for field in dataclasses.fields(OPTConfig)}
-CHANGEABLE = _FIELDS - {"unknown", "dtype", "_attn_implementation"} | {"id2label", "label2id"}
+CHANGEABLE = _FIELDS - {"unknown", "dtype", "quantization_config", "_attn_implementation"} | {"id2label", "label2id"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +56,8 @@ _LAYOUT_OF = {
 _NO_EFFECT = {"low_cpu_mem_usage", "trust_remote_code", "offload_state_dict", "offload_buffers", "weights_only"}
 _NO_EFFECT |= {"proxies", "resume_download", "from_pt", "_fast_init", "code_revision", "adapter_kwargs"}
 # What is not there to be used, and so may only be off.
-_ONLY_OFF = ("load_in_8bit", "load_in_4bit", "quantization_config", "variant", "use_flash_attention_2", "key_mapping")
-_ONLY_OFF += ("gguf_file", "tp_plan", "torchscript")
+_ONLY_OFF = ("quantization_config", "variant", "use_flash_attention_2", "key_mapping", "gguf_file", "tp_plan")
+_ONLY_OFF += ("torchscript",)
 
 
 def open_pretrained(
@@ -76,7 +79,8 @@ def open_pretrained(
     folder or Hub name. `ignore_mismatched_sizes`: a head of another shape is newly initialized. `added`: the names of
     tensors that a model of this config has besides the table's. `options`: config
     overrides (`num_labels`, `dropout` ...; fewer `num_hidden_layers` drop the last layers), what `opt_common.hub.fetch`
-    takes, and transformers' use_safetensors, from_tf, from_flax, and others that cannot change what is loaded.
+    takes, and transformers' use_safetensors, from_tf, from_flax, load_in_8bit and load_in_4bit, which round the layers'
+    Linears as they are read, and others that cannot change what is loaded.
     Warns, in one line, of weights that are not used, and of those that the checkpoint does not hold. Raises before
     anything is allocated: TypeError for an unknown option, ValueError for one that is not offered.
     """
@@ -91,6 +95,9 @@ def open_pretrained(
         del options[name]
     for name in ("use_safetensors", "from_tf", "from_flax"):
         layout = _LAYOUT_OF.get((name, options.pop(name, None)), layout)
+    rounded = [bits for bits in (8, 4) if options.pop(f"load_in_{bits}bit", None)]
+    if len(rounded) > 1:
+        raise ValueError("load_in_8bit, load_in_4bit: found both, wanted one of them")
     unknown = sorted(options.keys() - CHANGEABLE - {*FETCH_OPTIONS})
     if unknown:
         raise TypeError(f"from_pretrained: found argument {unknown[0]!r}, wanted one of the config's or the Hub's")
@@ -112,8 +119,14 @@ def open_pretrained(
         warnings.warn(f"{path}: lm_head.weight differs from embed_tokens.weight, so they are not tied", stacklevel=3)
     dtype = checkpoint.dtype if dtype == "auto" else dtype
     config = dataclasses.replace(config, tie_word_embeddings=tied, dtype=dtype)
+    if rounded:
+        if config.quantization_config is not None:
+            found = f"{path} in {config.quantization_config} already"
+            raise ValueError(f"load_in_{rounded[0]}bit: found {found}, wanted weights that are not quantized")
+        config = dataclasses.replace(config, quantization_config=QuantizationConfig.rounding(rounded[0]))
     bare = "model." if architecture == "OPTModel" else ""
-    stored = [(spec, names[bare + spec.name]) for spec in table(config, architecture) if bare + spec.name in names]
+    held = {name.removeprefix(bare): checkpoint[stored] for name, stored in names.items()}
+    entries = [*as_table(held, table(config, architecture), dtype)]
     new = [spec for spec in head(config, architecture) if spec.name not in names]
     silent = {"lm_head.weight"} if tied else set()  # it is the embedding
     more = {name: checkpoint[name].read for name in added(config) if name in checkpoint}
@@ -127,7 +140,6 @@ def open_pretrained(
             warnings.warn(f"{path}: {what}: {', '.join(named)}", stacklevel=3)
 
     def tensors() -> Iterator[tuple[Spec, np.ndarray]]:
-        entries = [(spec, checkpoint[name]) for spec, name in stored]
         with byte_bar(f"Loading {path.name}", sum(entry.nbytes for _, entry in entries)) as advance:
             for spec, entry in entries:
                 yield spec, contiguous(entry.map() if copied else entry.read())
@@ -149,12 +161,19 @@ def save_pretrained(
 ) -> None:
     """Write config.json, generation_config.json and weights that transformers loads; see `save_checkpoint`.
 
-    `get` returns the array of a tensor in the checkpoint's orientation and in `dtype`. `added`: tensors besides those
+    `get` returns the array of a tensor in the checkpoint's orientation and in `dtype`, or its `Spec.dtype`; it is not
+    asked for the shape of a quantized Linear. `added`: tensors besides those
     of the table.
     """
     unknown = {**config.unknown, "architectures": [architecture]}
     config = dataclasses.replace(config, dtype=dtype, unknown=unknown)
-    sources = [Source(s.name, s.shape, dtype, lambda s=s: get(s)) for s in table(config, architecture)]
+    if config.quantization_config is not None and layout not in PACKED:
+        raise ValueError(f"layout: found {layout}, wanted one of {', '.join(PACKED)} for quantized weights")
+
+    def part(spec: Spec) -> np.ndarray:
+        return np.array(spec.matrix, np.int64) if spec.kind == "shape" else get(spec)
+
+    sources = [Source(s.name, s.shape, s.dtype(dtype), lambda s=s: part(s)) for s in table(config, architecture)]
     sources += added
     generation = generation or GenerationConfig.from_model_config(config)
     texts = {"config.json": config.to_json(), "generation_config.json": generation.to_json_string()}

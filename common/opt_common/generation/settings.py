@@ -126,7 +126,7 @@ def check_generate(
         )
     eos = config.eos_token_ids if get("eos_token_id") is None else _ids("eos_token_id", get("eos_token_id"), config)
     pad = get("pad_token_id", config.pad_token_id)
-    pad = pad if pad is not None else eos[0] if eos else 0
+    pad = pad if pad not in (None, -1) else eos[0] if eos else 0  # -1: a config's for none
     _check(0 <= pad < config.vocab_size, "pad_token_id", pad, f"an id below {config.vocab_size}")
 
     do_sample = bool(get("do_sample", False)) and get("temperature", 1.0) != 0

@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from ..frameworks import Framework, registered
+from ..kin import Kin
 
 
 class CharSpan(NamedTuple):
@@ -27,7 +28,7 @@ class TokenSpan(NamedTuple):
     end: int
 
 
-class BatchEncoding(UserDict[str, Any]):
+class BatchEncoding(Kin, UserDict[str, Any]):
     """`input_ids`, `attention_mask` and whatever else the call asked for, as keys and as attributes.
 
     An integer or slice in place of a key gives the `tokenizers.Encoding` of rows. Methods that take a row and a place

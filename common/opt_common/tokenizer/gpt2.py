@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 
 from ..files import write_atomically
 from ..hub import TOKENIZER_FILES, fetch
+from ..kin import Kin
 from . import files
 from .chat import render
 from .encoding import BatchEncoding, check_tensors, tensors_of, to_lists
@@ -33,7 +34,7 @@ _IGNORED = frozenset(
 )
 
 
-class GPT2Tokenizer:
+class GPT2Tokenizer(Kin):
     """Text to ids and back.
 
     `vocab` maps tokens to ids, `merges` holds the pairs to merge, first to last; or `tokenizer_object` is a Tokenizer

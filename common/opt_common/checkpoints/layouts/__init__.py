@@ -27,6 +27,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 WRITABLE = tuple(name for name, layout in LAYOUTS.items() if layout.write)
 HEADED = tuple(name for name, layout in LAYOUTS.items() if layout.headed)
+PACKED = ("safetensors", "torch", "state-dict")  # which can hold quantized Linears: those of the Hub's own names
 
 
 def layout_named(name: str) -> Layout:
