@@ -16,6 +16,7 @@ own, one after another, in rounds: a slow minute of the machine does not fall on
 prefill   forward pass of B rows of S tokens, all logits, no cache; compiled where the framework compiles
 decode    a whole greedy `generate`, none of whose tokens ends a row: new tokens per second of all B rows (on a CPU
           prompt 32, 64 new tokens)
+beams     the same by beam search, 4 beams of one prompt, new tokens of all beams; "–" where it is not measured
 spread    the largest less the smallest, over the median
 x best    ours over the best peer; a float32 row is held to the float32 peers, every other to all
 ceiling   the seconds that the work takes at least (its operations at the rate of a matrix product of its dtype, or
@@ -124,7 +125,8 @@ def turn(rows: list[tuple[System, str, Row]], job: Job, env: dict[str, str]) -> 
 
 
 def columns(job: Job) -> list[str]:
-    return [f"prefill B{B} S{S}" for B, S in job.prefill] + [f"decode B{B}" for B in job.decode]
+    written = [f"decode B{B}" for B in job.decode] + [f"beams B{K}" for K in job.beams]
+    return [f"prefill B{B} S{S}" for B, S in job.prefill] + written
 
 
 def floors(config: OPTConfig, job: Job, product: float | None, reading: float | None, width: int) -> dict[str, Any]:
@@ -137,10 +139,10 @@ def floors(config: OPTConfig, job: Job, product: float | None, reading: float | 
         return max(operations / product, once)
 
     found = {f"prefill B{B} S{S}": least(flops(config, B, S)) for B, S in job.prefill}
-    for B in job.decode:
+    for name, rows, B in [*(("decode", B, B) for B in job.decode), *(("beams", 1, K) for K in job.beams)]:
         # of a prompt, the logits of the last token alone
-        prompt = least(flops(config, B, job.prompt) - 2 * B * (job.prompt - 1) * V * E)
-        found[f"decode B{B}"] = prompt + (job.new - 1) * least(flops(config, B, 1))
+        prompt = least(flops(config, rows, job.prompt) - 2 * rows * (job.prompt - 1) * V * E)
+        found[f"{name} B{B}"] = prompt + (job.new - 1) * least(flops(config, B, 1))
     return found
 
 
@@ -163,7 +165,7 @@ def summarize(rows: list[Row], config: OPTConfig, job: Job, rates: dict[str, flo
             for what in (row["dtype"], "read")
         )
         least = floors(config, job, product, reading, BYTES[row["dtype"]])
-        for column in columns(job):
+        for column in (column for column in columns(job) if column in row["seconds"]):
             seconds, B = row["seconds"][column], int(column.split()[1][1:])
             prefill = column.startswith("prefill")
             row[column] = spread(1000 * s if prefill else B * job.new / s for s in seconds)
@@ -171,9 +173,9 @@ def summarize(rows: list[Row], config: OPTConfig, job: Job, rates: dict[str, flo
     done = [row for row in rows if "not_run" not in row]
     for row in (row for row in done if row["ours"]):
         peers = [p for p in done if not p["ours"] and (row["dtype"] != "float32" or p["dtype"] == "float32")]
-        for column in columns(job):
+        for column in (column for column in columns(job) if column in row):
             best = min if column.startswith("prefill") else max
-            theirs = best((p[column]["median"] for p in peers), default=None)
+            theirs = best((p[column]["median"] for p in peers if column in p), default=None)
             row[column]["x_best"] = over(row[column]["median"], theirs)
     for row in rows:
         row.pop("logits", None)
@@ -191,6 +193,9 @@ def drawn(rows: list[Row], columns: list[str]) -> Table:
     for row in rows:
         cells = []
         for column in columns if "not_run" not in row else ():
+            if column not in row:
+                cells += ["–", "", "", ""]
+                continue
             numbers = row[column]
             wide, best, part = numbers["high"] - numbers["low"], numbers.get("x_best"), numbers["of_ceiling"]
             cells += [f"{numbers['median']:.0f}", f"{wide / numbers['median']:.0%}"]
@@ -226,7 +231,7 @@ def cpu(
         folder = fetch(DEMO, []) if smoke else random_checkpoint(Path(temporary), "125m", "float32")
         config = OPTConfig.from_pretrained(folder)
         shape = {"prompt": 4, "new": 4, "repeats": (1, 1)} if smoke else {"prompt": 32, "new": 64, "repeats": (7, 4)}
-        job = Job("", "", str(folder), prefill=[(1, 16 if smoke else 512)], decode=[1, 8], **shape)
+        job = Job("", "", str(folder), prefill=[(1, 16 if smoke else 512)], decode=[1, 8], beams=[4], **shape)
         rates: dict[str, float] = {}
         for i in range(rounds):
             say(f"round {i + 1}: ceilings")

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ class Job:
     """What to measure, each cell `repeats` times after `warm` calls, of which the first may compile.
 
     prefill: (B, S), a forward pass with all logits and no cache. decode: B, a whole `generate` of `new` tokens after
-    `prompt`. steps: (B, length, slots), the last `new` tokens up to `length` alone, in a cache of so many slots.
+    `prompt`. beams: K, the same with so many beams for one prompt. steps: (B, length, slots), the last `new` tokens up
+    to `length` alone, in a cache of so many slots.
     budget_s: no cell is begun after so many seconds. device: "cpu" or "gpu".
     """
 
@@ -40,6 +42,7 @@ class Job:
     folder: str
     prefill: Sequence[tuple[int, int]] = ()
     decode: Sequence[int] = ()
+    beams: Sequence[int] = ()
     steps: Sequence[tuple[int, int, int]] = ()
     prompt: int = 0
     new: int = 0
@@ -73,11 +76,13 @@ class System:
 
 class Calls(NamedTuple):
     """forward: all logits [B, T, V]. generate: prompts and what follows, [B, T + new]. step: (B, length, slots) to a
-    call that returns the seconds of a step; None where the system has no such cache."""
+    call that returns the seconds of a step; None where the system has no such cache. search: as generate, by so many
+    beams; None where it is not measured."""
 
     forward: Callable[[Ids], Any]
     generate: Callable[[Ids], Any]
     step: Callable[[int, int, int], Callable[[], float] | None] = lambda B, length, slots: None
+    search: Callable[[Ids, int], Any] | None = None
 
 
 def transformers_pt(job: Job) -> Calls:
@@ -94,11 +99,10 @@ def transformers_pt(job: Job) -> Calls:
     def forward(ids: Ids) -> Any:
         return waited(model(torch.from_numpy(ids).to(device), use_cache=False).logits)
 
-    def generate(ids: Ids) -> Any:
+    def generate(ids: Ids, beams: int = 1) -> Any:
         ids = torch.from_numpy(ids).to(device)
-        return model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=job.new, do_sample=False, use_cache=True
-        ).cpu()
+        how = {"max_new_tokens": job.new, "do_sample": False, "use_cache": True, "num_beams": beams}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **how).cpu()
 
     def step(B: int, length: int, slots: int) -> Callable[[], float] | None:
         if slots != length:
@@ -118,7 +122,7 @@ def transformers_pt(job: Job) -> Calls:
 
         return run
 
-    return Calls(forward, generate, step)
+    return Calls(forward, generate, step, generate)
 
 
 def transformers_tf(job: Job) -> Calls:
@@ -207,13 +211,13 @@ def ctranslate2(job: Job) -> Calls:
         views = (ctranslate2.StorageView.from_array(x) for x in (ids.astype(np.int32), lengths))
         return np.asarray(model.forward_batch(*views))
 
-    def write(ids: Ids, seen: Callable[[Any], bool] | None = None) -> list[Any]:
+    def write(ids: Ids, seen: Callable[[Any], bool] | None = None, beams: int = 1) -> list[Any]:
         prompts = [[words[i] for i in row] for row in ids]
         length = {"max_length": job.new, "min_length": job.new}
-        return model.generate_batch(prompts, beam_size=1, include_prompt_in_result=False, callback=seen, **length)
+        return model.generate_batch(prompts, beam_size=beams, include_prompt_in_result=False, callback=seen, **length)
 
-    def generate(ids: Ids) -> Any:
-        return [[*row, *result.sequences_ids[0]] for row, result in zip(ids, write(ids), strict=True)]
+    def generate(ids: Ids, beams: int = 1) -> Any:
+        return [[*row, *result.sequences_ids[0]] for row, result in zip(ids, write(ids, beams=beams), strict=True)]
 
     def step(B: int, length: int, slots: int) -> Callable[[], float] | None:
         if slots != length:
@@ -232,7 +236,7 @@ def ctranslate2(job: Job) -> Calls:
 
         return run
 
-    return Calls(forward, generate, step)
+    return Calls(forward, generate, step, generate)
 
 
 PEERS = (transformers_pt, transformers_tf, transformers_flax, keras_hub, ctranslate2)
@@ -302,10 +306,13 @@ def measure(job: Job) -> dict[str, Any]:
             if "logits" not in found:
                 found["logits"] = [float(x) for x in logits[0, -1, :100]]
             del logits
-    for B in job.decode:
+    search = calls.search
+    cells = [(f"decode B{B}", B, calls.generate) for B in job.decode]
+    cells += [(f"beams B{K}", 1, partial(search, beams=K)) for K in job.beams if search]
+    for name, B, write in cells:
         if not late():
-            ids, name = words(B, job.prompt), f"decode B{B}"
-            first_s[name], seconds[name], text = _timed(lambda ids=ids: calls.generate(ids), job.repeats[1], job.warm)
+            ids = words(B, job.prompt)
+            first_s[name], seconds[name], text = _timed(partial(write, ids), job.repeats[1], job.warm)
             wanted = (B, job.prompt + job.new)
             if np.shape(text) != wanted or not np.array_equal(np.asarray(text)[:, : job.prompt], ids):
                 raise RuntimeError(f"generate: found {np.shape(text)}, wanted {wanted}, the prompts first")

@@ -19,7 +19,7 @@ from opt_common.generation import TextStreamer  # noqa: E402
 from opt_common.tokenizer import GPT2Tokenizer  # noqa: E402
 from opt_tf import TFOPTForCausalLM  # noqa: E402
 from opt_tf.generation.drafts import draft  # noqa: E402
-from opt_tf.generation.generate import _generate  # noqa: E402
+from opt_tf.generation.generate import _generate, generate  # noqa: E402
 from opt_tf.generation.prompts import prepared  # noqa: E402
 
 SIZE = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, init_std=0.4)
@@ -186,6 +186,16 @@ def test_drafts_change_nothing_but_the_passes(model, prompts, tmp_path):
     assert passes(assistant_model=assistant, num_assistant_tokens=4) < 16
     options = dict(max_new_tokens=30, bad_words_ids=[[i] for i in range(3, 90)])  # a text that repeats itself
     assert passes(prompt_lookup_num_tokens=4) < 25
+
+
+def test_without_xla_when_there_are_many_programs(model, prompts, monkeypatch):
+    """Or the process would run into Linux's limit of memory maps."""
+    ids, mask = (np.concatenate([x, x[:1]]) for x in prompts)  # a number of rows that no other test has
+    with_xla = model.generate(*prompts, max_new_tokens=6)
+    monkeypatch.setattr(sys.modules[generate.__module__], "MOST", 0)
+    before = _generate.experimental_get_tracing_count()
+    np.testing.assert_array_equal(model.generate(ids, mask, max_new_tokens=6)[:2], with_xla)
+    assert _generate.experimental_get_tracing_count() == before
 
 
 def test_other_inputs(model, reference, prompts):

@@ -29,8 +29,8 @@ def calls(job: Job) -> Calls:
     model = FlaxOPTForCausalLM.from_pretrained(job.folder, dtype=job.dtype)
     compiled = jax.jit(lambda model, ids: model(ids).logits)
 
-    def generate(ids: Ids) -> Any:
-        return model.generate(ids, max_new_tokens=job.new, eos_token_id=[]).block_until_ready()
+    def generate(ids: Ids, beams: int = 1) -> Any:
+        return model.generate(ids, max_new_tokens=job.new, eos_token_id=[], num_beams=beams).block_until_ready()
 
     @cache
     def program(B: int, slots: int) -> Any:
@@ -50,7 +50,7 @@ def calls(job: Job) -> Calls:
         past = jnp.int32(length - job.new)
         return each(job.new, lambda: program(B, slots)(model, past).block_until_ready())
 
-    return Calls(lambda ids: compiled(model, ids).block_until_ready(), generate, step)
+    return Calls(lambda ids: compiled(model, ids).block_until_ready(), generate, step, generate)
 
 
 def train(job: Training) -> dict[str, Any]:

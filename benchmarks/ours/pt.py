@@ -44,8 +44,9 @@ def calls(job: Job, packed: bool = False) -> Calls:
     def forward(ids: Ids) -> Any:
         return waited(model(torch.from_numpy(ids).to(device), use_cache=False).logits)
 
-    def generate(ids: Ids) -> Any:
-        return model.generate(torch.from_numpy(ids).to(device), max_new_tokens=job.new, eos_token_id=[]).cpu()
+    def generate(ids: Ids, beams: int = 1) -> Any:
+        how = {"max_new_tokens": job.new, "eos_token_id": [], "num_beams": beams}
+        return model.generate(torch.from_numpy(ids).to(device), **how).cpu()
 
     def step(B: int, length: int, slots: int) -> Callable[[], float]:
         past = length - job.new
@@ -66,7 +67,7 @@ def calls(job: Job, packed: bool = False) -> Calls:
 
         return run
 
-    return Calls(forward, generate, step)
+    return Calls(forward, generate, step, generate)
 
 
 def train(job: Training) -> dict[str, Any]:

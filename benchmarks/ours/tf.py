@@ -50,7 +50,10 @@ def calls(job: Job) -> Calls:
         weights, past = [tf.convert_to_tensor(w.value) for w in model.weights], tf.constant(length - job.new)
         return each(job.new, lambda: program(B, slots)(weights, past).numpy())
 
-    return tf_calls(forward, lambda ids: model.generate(ids, max_new_tokens=job.new, eos_token_id=[]), step)
+    def generate(ids: Any, beams: int = 1) -> Any:
+        return model.generate(ids, max_new_tokens=job.new, eos_token_id=[], num_beams=beams)
+
+    return tf_calls(forward, generate, step)._replace(search=generate)
 
 
 def train(job: Training) -> dict[str, Any]:
