@@ -5,8 +5,8 @@
     python -m benchmarks bits --smoke                     # tiny models on the CPU: proves the code alone
 
 Random weights of the real shapes: float16, 8 bits with a scale a row, 4 bits in groups of 128; embeddings, norms,
-biases and the head float16. Greedy, prompt 64: 96 more new tokens over the seconds that a call with 32 + 96 takes longer than
-one with 32, one kind after the other. over_float16: tokens per second over float16's.
+biases and the head float16. Greedy, prompt 64: 96 more new tokens over the seconds that a call with 32 + 96 takes
+longer than one with 32, one kind after the other. over_float16: tokens per second over float16's.
 read: bytes of all weights a step. of_copy: of the rate of a copy within the GPU's memory, bytes read and written, in
 the same run. first_ms: a prompt of 512 tokens and one new token, whole call.
 """

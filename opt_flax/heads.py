@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from opt_common.inputs import check_labels, check_spans
+from opt_common.inputs import array, check_labels, check_spans, kind
 from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput, can_return_tuple
 
 from .cache import KVCache
 from .functional import functional
-from .layers import mean_loss, wide
+from .layers import classes, mean_loss, wide
 from .model import FlaxOPTModel
 from .pretrained import FlaxOPTPreTrainedModel
 from .products import linear
@@ -70,14 +70,14 @@ class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
         logits = self.score(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])  # [B, labels]
         loss = None
         if labels is not None:
-            labels = jnp.asarray(labels)
-            problem = check_labels(self.config, B, labels.shape, whole=not jnp.issubdtype(labels.dtype, jnp.floating))
+            given: Any = labels if hasattr(labels, "dtype") else array("labels", labels)
+            problem = check_labels(self.config, B, given.shape, whole=kind(given.dtype)[0] in "iu")
             if problem == "single_label_classification":
-                labels = labels.reshape(-1)
+                labels = classes("labels", given.reshape(-1), logits.shape[1])
                 loss = mean_loss(logits, labels, labels != -100)
             else:
                 scores = wide(logits)
-                targets = labels.reshape(scores.shape).astype(scores.dtype)
+                targets = jnp.asarray(given).reshape(scores.shape).astype(scores.dtype)
                 binary = jax.nn.softplus(scores) - targets * scores  # log(1 + eˢ) - targets·s
                 loss = ((scores - targets) ** 2 if problem == "regression" else binary).mean()
         return SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
@@ -125,8 +125,9 @@ class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
             None if end_positions is None else jnp.shape(end_positions),
         ):
             losses = []
-            for scores, positions in ((starts, start_positions), (ends, end_positions)):
-                columns = jnp.asarray(positions).reshape(-1)
+            given = {"start_positions": (starts, start_positions), "end_positions": (ends, end_positions)}
+            for name, (scores, positions) in given.items():
+                columns = classes(name, positions, None).reshape(-1)
                 losses.append(mean_loss(scores, columns, (columns >= 0) & (columns < scores.shape[1])))
             loss = (losses[0] + losses[1]) / 2
         return QuestionAnsweringOutput(loss, starts, ends, out.past_key_values, out.hidden_states, out.attentions)

@@ -14,7 +14,14 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from opt_common.config import OPTConfig
-from opt_common.inputs import check_call, check_positions, check_tokens
+from opt_common.inputs import (
+    array,
+    check_cache,
+    check_call,
+    check_dtype,
+    check_positions,
+    check_tokens,
+)
 
 from .cache import KVCache
 
@@ -49,30 +56,46 @@ def check(
     inputs_embeds: ArrayLike | None,
     use_cache: bool,
     position_ids: ArrayLike | None,
-) -> tuple[int, int]:
-    """Check the arguments of a call and return (B, T). Raises ValueError that names the argument."""
+) -> tuple[Array | None, int, int]:
+    """Check the arguments of a call and return input_ids as [B, T], B and T. As in transformers' PyTorch, ids may come
+    as [T] or with more dimensions than two. Raises ValueError that names the argument."""
+    if not (cache is None or isinstance(cache, KVCache)):
+        raise ValueError(f"past_key_values: found {type(cache).__name__}, wanted a KVCache")
+    given = {
+        "input_ids": input_ids,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+    }
+    known: Any = {n: x if hasattr(x, "dtype") else array(n, x) for n, x in given.items() if x is not None}
+    for name, x in known.items():
+        check_dtype(config, name, x.dtype)
+    ids = known.get("input_ids")
+    if ids is not None and ids.ndim not in (0, 2) and ids.size:
+        ids = known["input_ids"] = ids.reshape(-1, ids.shape[-1])
+    shapes = {name: x.shape for name, x in known.items()}
     past = 0 if cache is None else cache.length
-    mask = None if attention_mask is None else jnp.shape(attention_mask)
-    if cache is not None and mask == (cache.rows, cache.slots):
-        mask = None  # as wide as the cache, it fits every step
+    if cache is not None and shapes.get("attention_mask") == (cache.rows, cache.slots):
+        del shapes["attention_mask"]  # as wide as the cache, it fits every step
     B, T = check_call(
         config,
-        *(None if x is None else jnp.shape(x) for x in (input_ids, inputs_embeds)),
-        attention_mask=mask,
-        position_ids=None if position_ids is None else jnp.shape(position_ids),
+        **{"input_ids": None, "inputs_embeds": None} | shapes,
         past=None if isinstance(past, Tracer) else int(past),
         slots=cache.slots if cache is not None else config.max_position_embeddings if use_cache else None,
         rows=None if cache is None else cache.rows,
     )
-    if cache is not None and len(cache.k[0]) != B * config.num_attention_heads:
-        raise ValueError(
-            f"past_key_values: found {len(cache.k[0])} rows of keys, wanted {B} times {config.num_attention_heads} "
-            "heads; in a cache of prepare_inputs_for_generation, axis 0 of each array is the row"
-        )
-    if input_ids is not None and not isinstance(input_ids, Tracer):
-        ids = np.asarray(input_ids)
-        check_tokens(config, int(ids.min()), int(ids.max()))
-    return B, T
+    if cache is not None:
+        rows, _, width = cache.k[0].shape
+        if rows % B:
+            raise ValueError(
+                f"past_key_values: found {rows} rows of keys, wanted {B} times {config.num_attention_heads} heads; in "
+                "a cache of prepare_inputs_for_generation, axis 0 of each array is the row"
+            )
+        check_cache(config, len(cache.k), rows // B, width)
+    if ids is not None and not isinstance(ids, Tracer):
+        known_ids = np.asarray(ids)
+        check_tokens(config, int(known_ids.min()), int(known_ids.max()))
+    return None if ids is None else jnp.asarray(ids), B, T
 
 
 def columns(logits_to_keep: int | ArrayLike, labels: ArrayLike | None) -> slice | ArrayLike:
@@ -128,6 +151,7 @@ def place(
         positions = jnp.where(past + T <= S, positions, config.max_position_embeddings)
     else:
         name = "input_ids" if position_ids is None else "position_ids"
-        known = np.asarray(positions)  # numpy: under jit, what jax computes from a number is traced
+        # numpy: under jit, what jax computes from a number is traced; as given: jax makes int32 of int64
+        known = np.asarray(positions if position_ids is None else position_ids)
         check_positions(config, int(known.max()), name, int(known.min()))
     return positions, lax.dynamic_update_slice_in_dim(old, numbers, past, axis=1)

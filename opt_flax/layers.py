@@ -8,11 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from opt_common.config import OPTConfig
+from opt_common.inputs import array, check_classes, check_kind
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -111,13 +114,25 @@ def layerdrop(rate: float, before: Array, after: Array, rngs: nnx.Rngs | None) -
     return jnp.where(jax.random.bernoulli(rngs.dropout(), rate), before, after)
 
 
-def cross_entropy(logits: Array, labels: ArrayLike) -> Array:
+def cross_entropy(logits: Array, labels: Any) -> Array:
     """The mean loss of logits [B, T, V] against the next token's label [B, T], -100 left out."""
     if jnp.shape(labels) != logits.shape[:2]:
         raise ValueError(f"labels: found shape {list(jnp.shape(labels))}, wanted {list(logits.shape[:2])}")
     # the labels are shifted, not the logits: part of the logits would be copied, and its gradient once more
-    targets = jnp.pad(jnp.asarray(labels)[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+    labels = labels if hasattr(labels, "dtype") else array("labels", labels)
+    targets = jnp.pad(classes("labels", labels[:, 1:], logits.shape[-1]), ((0, 0), (0, 1)), constant_values=-100)
     return mean_loss(logits, targets, targets != -100)
+
+
+def classes(name: str, labels: Any, number: int | None) -> Array:
+    """Labels as int32. Raises ValueError, naming the argument, for other kinds of numbers, and for one that is neither
+    a class of this number of them nor -100; where values are traced, the loss is then NaN."""
+    labels = labels if hasattr(labels, "dtype") else array(name, labels)
+    check_kind(name, labels.dtype)
+    if number is not None and not isinstance(labels, Tracer):
+        known = np.asarray(labels)
+        check_classes(name, known[known != -100], number)
+    return jnp.asarray(labels, jnp.int32)
 
 
 def mean_loss(logits: Array, targets: Array, wanted: Array) -> Array:

@@ -158,9 +158,9 @@ class OPTDecoder(nnx.Module):
         Raises ValueError naming the argument; under jit, which hides values, bad tokens, positions and slots give NaN.
         """
         config, cache, want = self.config, past_key_values, wanted(self, use_cache, kwargs)
-        B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, want.cache, position_ids)
-        if inputs_embeds is None:
-            inputs_embeds = embed(self.embed_tokens, jnp.asarray(input_ids), self.padding_idx)
+        ids, B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, want.cache, position_ids)
+        if ids is not None:
+            inputs_embeds = embed(self.embed_tokens, ids, self.padding_idx)
         hidden_states = jnp.asarray(inputs_embeds, self.embed_tokens.dtype)  # [B, T, E]
         if self.project_in is not None:
             hidden_states = self.project_in(hidden_states)  # [B, T, H]

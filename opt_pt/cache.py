@@ -100,7 +100,7 @@ class KVCache(Kin):
     @property
     def rows(self) -> int | None:
         """B; None as long as nothing says."""
-        return self.k[0].shape[0] if self.k else None
+        return self.k[0].shape[0] if self.k and (self.fixed or self.taken[0]) else None
 
     @property
     def slots(self) -> int | None:

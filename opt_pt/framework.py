@@ -30,6 +30,11 @@ class PyTorch(Framework):
             raise ValueError(f"device: found {device!r}, which PyTorch refuses: {error}") from error
         return chosen
 
+    def calibrated(self, *args: Any) -> Any:
+        from .calibration import calibrated
+
+        return calibrated(*args)
+
     def numpy(self, tensor: Any) -> np.ndarray:
         import torch
 

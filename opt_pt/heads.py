@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_common.config import OPTConfig
-from opt_common.inputs import check_labels, check_spans
+from opt_common.inputs import check_labels, check_spans, kind
 from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput
 
 from .cache import KVCache
-from .layers import init_weights, linear, wide
+from .layers import classes, init_weights, linear, wide
 from .model import OPTModel
 from .outputs import can_return_tuple
 from .pretrained import OPTPreTrainedModel
@@ -69,12 +69,12 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         logits = linear(self.score, x[torch.arange(B, device=x.device), last])  # [B, labels]
         loss = None
         if labels is not None:
-            problem = check_labels(self.config, B, labels.shape, whole=not labels.is_floating_point())
+            problem = check_labels(self.config, B, labels.shape, whole=kind(labels.dtype)[0] in "iu")
             if self.config.problem_type is None:
                 self.config.problem_type = problem  # as in transformers: pipelines, and saved files, go by it
             scores = wide(logits)
             if problem == "single_label_classification":
-                loss = F.cross_entropy(scores, labels.flatten())
+                loss = F.cross_entropy(scores, classes("labels", labels.flatten(), scores.shape[1]))
             elif problem == "regression":
                 loss = F.mse_loss(scores, labels.view_as(scores).to(scores.dtype))
             else:

@@ -5,19 +5,98 @@ B batch   T new tokens   S slots: past tokens and T
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from opt_common.config import OPTConfig
-from opt_common.inputs import check_call, check_positions, check_tokens
+from opt_common.inputs import (
+    array,
+    check_cache,
+    check_call,
+    check_dtype,
+    check_positions,
+    check_tokens,
+)
 
-from .cache import past_length
+from .cache import KVCache, past_length
 
 # Arguments of transformers' models that have no effect on an OPT's, there and here.
 _NO_EFFECT = {"token_type_ids", "head_mask", "cache_position"}
 _OF_THE_LOSS = ("num_items_in_batch", "shift_labels")
+
+# The types that go on as they are, of each argument that is a tensor
+_INDICES, _FLOATS = {torch.int64, torch.int32}, {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+_AS_THEY_ARE: dict[str, set[torch.dtype]] = {
+    "input_ids": _INDICES,
+    "position_ids": _INDICES,
+    "attention_mask": {*_INDICES, *_FLOATS, torch.bool, torch.int8, torch.uint8},
+    "inputs_embeds": set(),  # of the model's type alone
+    "labels": {*_FLOATS, torch.int64, torch.bool},
+    "start_positions": {torch.int64},
+    "end_positions": {torch.int64},
+}
+
+
+def takes_arrays(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the tensors of a call be numpy's arrays, or lists, of every type that `opt_common.inputs.KINDS` says. A call
+    that fails leaves its cache as it was, and names a tensor that lies on another device than the model."""
+    names = [*inspect.signature(forward).parameters][1:]
+
+    @wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for name, x in chain(zip(names, args, strict=False), kwargs.items()):
+            if name in _AS_THEY_ARE and not (x is None or (isinstance(x, Tensor) and x.dtype in _AS_THEY_ARE[name])):
+                given = [_tensor(self, name, x) for name, x in zip(names, args, strict=False)]
+                args = (*given, *args[len(given) :])
+                kwargs = {name: _tensor(self, name, x) for name, x in kwargs.items()}
+                break
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        cache = kwargs["past_key_values"] if "past_key_values" in kwargs else args[2] if len(args) > 2 else None
+        before = (cache.length, cache.segments) if isinstance(cache, KVCache) else None
+        try:
+            return forward(self, *args, **kwargs)
+        except BaseException as error:
+            if before is not None:
+                cache.length, cache.segments = before  # type: ignore[union-attr]
+            if isinstance(error, RuntimeError) and "device" in str(error):
+                _check_devices(self, dict(zip(names, args, strict=False)) | kwargs, error)
+            raise
+
+    return call
+
+
+def _tensor(model: Any, name: str, x: Any) -> Any:
+    """An argument of a call, of a type that goes on."""
+    if name not in _AS_THEY_ARE or x is None:
+        return x
+    weight = next(model.parameters())
+    if not isinstance(x, Tensor):
+        found = array(name, x)
+        found = found.copy() if found.dtype.kind in "biufc" else found.astype(np.float32)  # PyTorch reads no bfloat16
+        x = torch.from_numpy(found).to("cpu" if weight.is_meta else weight.device)
+    if name != "labels":
+        check_dtype(model.config, name, x.dtype)
+    if name == "inputs_embeds":
+        own = weight.is_floating_point() and not torch.is_autocast_enabled(x.device.type)
+        return x.to(weight.dtype) if own else x
+    return x if x.dtype in _AS_THEY_ARE[name] or x.is_complex() else x.long()
+
+
+def _check_devices(model: Any, given: dict[str, Any], error: RuntimeError) -> None:
+    """Raise ValueError for a tensor that is not where the model is, which is why the call failed."""
+    home = next(model.parameters()).device
+    for name in _AS_THEY_ARE:
+        x = given.get(name)
+        if isinstance(x, Tensor) and x.device != home:
+            raise ValueError(f"{name}: found on {x.device}, wanted on {home}, as the model") from error
 
 
 class Wanted(NamedTuple):
@@ -64,8 +143,13 @@ def check(
 ) -> tuple[Tensor | None, int, int]:
     """Check the arguments of a call and return input_ids as [B, T], B and T. As in transformers, ids may come as [T] or
     with more dimensions than two. Raises ValueError that names the argument."""
+    if not (cache is None or hasattr(cache, "get_seq_length")):
+        raise ValueError(f"past_key_values: found {type(cache).__name__}, wanted a KVCache")
+    if isinstance(cache, KVCache) and cache.k:
+        _, heads, _, width = cache.k[0].shape
+        check_cache(config, len(cache) if cache.fixed else None, heads, width)
     past, whole = past_length(cache), attention_mask is not None and attention_mask.ndim == 4
-    if input_ids is not None and input_ids.ndim != 2 and input_ids.numel() > 0:
+    if input_ids is not None and input_ids.ndim not in (0, 2) and input_ids.numel() > 0:
         input_ids = input_ids.reshape(-1, input_ids.shape[-1])
     B, T = check_call(
         config,

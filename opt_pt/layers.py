@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opt_common.config import OPTConfig
+from opt_common.inputs import check_classes, check_kind
 from opt_common.kin import Kin
 
 from .fast.layer import layer_forward
 from .fast.products import linear as linear  # a Linear, by its fastest route
+from .inputs import recording
 from .quantized import QuantizedLinear
 
 # As modules, so that hooks see them and users can replace them
@@ -95,11 +97,21 @@ def cross_entropy(
     if shift_labels is None:
         # the labels are shifted, not the logits: part of the logits would be copied, and its gradient once more
         shift_labels = F.pad(labels[..., 1:], (0, 1), value=-100)
-    scores, targets = wide(logits).flatten(0, 1), shift_labels.flatten().to(logits.device)
+    scores, targets = wide(logits).flatten(0, 1), classes("labels", shift_labels.flatten(), logits.shape[-1])
+    targets = targets.to(logits.device)
     if num_items_in_batch is None:
         return F.cross_entropy(scores, targets)
     items = num_items_in_batch.to(logits.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
     return F.cross_entropy(scores, targets, reduction="sum") / items
+
+
+def classes(name: str, labels: Tensor, number: int) -> Tensor:
+    """Labels as int64. Raises ValueError, naming the argument, for other kinds of numbers, and for one that is neither
+    a class of this number of them nor -100; on a GPU, looking would wait for it."""
+    check_kind(name, labels.dtype)
+    if labels.device.type == "cpu" and not recording(labels.device):
+        check_classes(name, labels[labels != -100], number)
+    return labels.long()
 
 
 def wide(x: Tensor) -> Tensor:

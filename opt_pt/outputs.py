@@ -12,6 +12,8 @@ from torch.utils import _pytree
 from opt_common import outputs
 from opt_common.outputs import OUTPUTS, ModelOutput
 
+from .inputs import takes_arrays
+
 
 def _register(cls: type[ModelOutput]) -> None:
     def flatten(output: ModelOutput) -> tuple[list[Any], list[str]]:
@@ -46,5 +48,5 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def can_return_tuple(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`opt_common.outputs.can_return_tuple`, and `takes_cache`."""
-    return outputs.can_return_tuple(takes_cache(forward))
+    """`opt_common.outputs.can_return_tuple`, `takes_cache` and `takes_arrays`."""
+    return outputs.can_return_tuple(takes_cache(takes_arrays(forward)))

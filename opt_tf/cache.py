@@ -45,7 +45,10 @@ class KVCache:
 
     @classmethod
     def of(cls, layers: Any) -> KVCache:
-        """A cache that grows, of each layer's keys and values [B, N, S, D], as transformers' TensorFlow has them."""
+        """A cache that grows, of each layer's keys and values [B, N, S, D], as transformers' TensorFlow has them.
+        Raises ValueError for anything else."""
+        if any(len(getattr(x, "shape", ())) != 4 for x in tf.nest.flatten(layers)):
+            raise ValueError("past_key_values: found other things, wanted keys and values [B, N, S, D] of each layer")
         return cls(*(tuple(ops.convert_to_tensor(layer[i]) for layer in layers) for i in (0, 1)))
 
     @property

@@ -12,11 +12,12 @@ from keras import ops
 from tensorflow import Tensor
 
 from opt_common.config import OPTConfig
-from opt_common.inputs import check_labels, check_spans
+from opt_common.inputs import kind
 from opt_common.outputs import QuestionAnsweringOutput, SequenceClassifierOutput, can_return_tuple
 
 from .cache import KVCache, past_length
-from .layers import Linear, mean_cross_entropy, wide
+from .inputs import check_labels, check_spans, integers
+from .layers import Linear, classes, mean_cross_entropy, wide
 from .model import TFOPTModel
 from .pretrained import TFOPTPreTrainedModel
 
@@ -68,10 +69,10 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
         loss = None
         if labels is not None:
             rows = None if None in labels.shape else logits.shape[0]
-            problem = check_labels(self.config, rows, labels.shape, whole=labels.dtype.is_integer)
+            problem = check_labels(self.config, rows, labels.shape, whole=kind(labels.dtype)[0] in "iu")
             scores = wide(logits)
             if problem == "single_label_classification":
-                loss = mean_cross_entropy(scores, ops.reshape(labels, (-1,)))
+                loss = mean_cross_entropy(scores, classes("labels", ops.reshape(labels, (-1,)), scores.shape[1]))
             else:
                 targets = ops.cast(ops.reshape(labels, ops.shape(scores)), scores.dtype)
                 binary = tf.nn.sigmoid_cross_entropy_with_logits
@@ -121,7 +122,7 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
         if check_spans(starts.shape[0] if known else None, *shapes):
             losses = []
             for scores, positions in zip((starts, ends), given, strict=True):
-                columns = ops.reshape(positions, (-1,))
+                columns = integers(ops.reshape(positions, (-1,)))
                 within = ops.logical_and(columns >= 0, columns < ops.shape(scores)[1])
                 losses.append(mean_cross_entropy(scores, ops.where(within, columns, -100)))
             loss = (losses[0] + losses[1]) / 2

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import ops
 from tensorflow import Tensor
 
 from opt_common.config import OPTConfig
+from opt_common.inputs import check_classes, check_kind
 
-from .inputs import arguments
+from .inputs import arguments, as_raised, integers
 
 PARTS = 16  # of a matrix, for a product of few rows
 
@@ -284,11 +286,25 @@ def runner(layer: Any, checkpointing: bool) -> Callable[..., Any]:
     return run
 
 
+@as_raised
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean loss of logits [B, T, V] against the next token's label [B, T], -100 left out."""
     if not labels.shape.is_compatible_with(logits.shape[:2]):
         raise ValueError(f"labels: found shape {list(labels.shape)}, wanted {list(logits.shape[:2])}")
-    return mean_cross_entropy(logits, tf.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100))
+    targets = classes("labels", labels[:, 1:], logits.shape[-1])
+    return mean_cross_entropy(logits, tf.pad(targets, ((0, 0), (0, 1)), constant_values=-100))
+
+
+@as_raised
+def classes(name: str, labels: Tensor, number: int) -> Tensor:
+    """Labels, of a type that holds -100. Raises ValueError, naming the argument, for other kinds of numbers, and for
+    one that is neither a class nor -100; a tf.function has no values to look at."""
+    check_kind(name, labels.dtype)
+    labels = integers(labels)
+    if tf.executing_eagerly():
+        known = np.asarray(labels)
+        check_classes(name, known[known != -100], number)
+    return labels
 
 
 def mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:

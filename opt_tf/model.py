@@ -155,7 +155,7 @@ class OPTDecoder(nn.Network):
         tf.function has no values to check, only shapes.
         """
         config, cache, want = self.config, past_key_values, wanted(self, use_cache, training, kwargs)
-        B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, position_ids)
+        input_ids, B, T = check(config, input_ids, attention_mask, cache, inputs_embeds, position_ids)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, E]
         if self.project_in is not None:
             hidden_states = self.project_in(hidden_states)  # [B, T, H]

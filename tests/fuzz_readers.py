@@ -12,6 +12,7 @@ those in the file `input` beside that folder. See test_fuzz.py.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import faulthandler
 import gc
 import json
@@ -37,21 +38,25 @@ import numpy as np
 import tensorstore
 import zstandard
 
-from checkpoints import random_checkpoint, tiny_config
+from checkpoints import gptq_folder, random_checkpoint, tiny_config
 from fuzz_mutations import change_of, mutate
 from opt_common.checkpoints.containers import hdf5_headers
 from opt_common.checkpoints.containers.hdf5 import read_hdf5
+from opt_common.checkpoints.convert import convert
 from opt_common.checkpoints.layouts import LAYOUTS, WRITABLE
 from opt_common.checkpoints.open import open_checkpoint
+from opt_common.checkpoints.quantized import as_table
 from opt_common.config import OPTConfig
 from opt_common.files import read_json
 from opt_common.generation import GenerationConfig
 from opt_common.hub import DEMO, TOKENIZER_FILES, fetch
+from opt_common.quantization import QuantizationConfig
 from opt_common.tokenizer import AutoTokenizer, GPT2Tokenizer
+from opt_common.weights import table
 
 MEMORY = 1_500_000_000  # above what the process has mapped when it starts; every file here is smaller than 250 kB
 SECONDS = 20  # for one input
-READERS = (*WRITABLE, "hdf5", "tokenizer", "config")
+READERS = (*WRITABLE, "hdf5", "quantized", "tokenizer", "config")
 
 # Files that lie in the folders, and are not opened when weights are read.
 UNREAD = ("vocab.json", "vocabulary.json", "merges.txt", "tokenizer.json", "generation_config.json", "metadata.json",
@@ -76,6 +81,8 @@ def valid(folder: Path, readers: tuple[str, ...]) -> list[tuple[str, Path, Path]
 
 def _checkpoints(folder: Path, layout: str) -> list[Path]:
     found = []
+    if layout == "quantized":
+        return _quantized(folder)
     for size, shards in (("125m", "5GB"), ("125m", "900B"), ("350m", "5GB")):
         # few tensors, which are read many times; keras-hub's models all have biases
         biases = (size, shards) == ("125m", "5GB") or layout == "keras-hub"
@@ -90,6 +97,17 @@ def _checkpoints(folder: Path, layout: str) -> list[Path]:
             in_one_store(made, {} if shards == "900B" else {"compression": None, "max_inline_value_bytes": 0})
         found.append(made)
     return found
+
+
+def _quantized(folder: Path) -> list[Path]:
+    """Linears of 8 and 4 bits, and GPTQ's, with zero points and without."""
+    config = tiny_config(layers=1, vocab_size=8, hidden_size=32, num_attention_heads=2, ffn_dim=32)
+    floats = random_checkpoint(folder / "floats", config)
+    for bits, size in ((8, None), (4, 16)):
+        convert(floats, folder / f"quantized-{bits}", quantization=QuantizationConfig.rounding(bits, size))
+    gptq_folder(folder / "gptq", config, 4, 16)
+    gptq_folder(folder / "gptq-zeros", config, 8, 16, symmetric=False, shuffled=True)
+    return [folder / name for name in ("quantized-8", "quantized-4", "gptq", "gptq-zeros")]
 
 
 def _hdf5(folder: Path) -> list[Path]:
@@ -147,6 +165,15 @@ def read_weights(folder: Path, layout: str | None) -> None:
             assert (array.shape, array.nbytes) == (tuple(entry.shape), entry.nbytes), name
 
 
+def read_quantized(folder: Path, layout: str | None) -> None:
+    """As it is stored, and as floats."""
+    opened = open_checkpoint(folder, prefer=True)
+    held = {name: opened.checkpoint[stored] for name, stored in opened.names.items()}
+    for config in (opened.config, dataclasses.replace(opened.config, quantization_config=None)):
+        for spec, entry in as_table(held, table(config, opened.architecture)):
+            assert entry.read().shape == tuple(entry.shape) == spec.shape, spec.name
+
+
 def read_at_once(folder: Path, layout: str) -> None:
     """The layout's own reader and no more: other layouts are not looked for, and headers are not read twice."""
     kind = LAYOUTS[layout]
@@ -198,6 +225,7 @@ def read_datasets(folder: Path, layout: str | None) -> None:
 
 READ: dict[str, Callable[[Path, str | None], None]] = {
     "hdf5": read_datasets,
+    "quantized": read_quantized,
     "tokenizer": read_tokenizer,
     "config": read_config,
 }

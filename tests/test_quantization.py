@@ -11,13 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from checkpoints import contents, random_checkpoint, tiny_config
-from opt_common.checkpoints.checkpoint import Checkpoint
+from checkpoints import arrays, contents, gptq_folder, random_checkpoint, rewrite, tiny_config
 from opt_common.checkpoints.convert import convert, plan
 from opt_common.checkpoints.examine import examine
 from opt_common.checkpoints.open import open_checkpoint
-from opt_common.checkpoints.save import save_checkpoint
-from opt_common.checkpoints.tensors import Source
 from opt_common.config import OPTConfig
 from opt_common.quantization import Packing, QuantizationConfig, dequantize, pack, quantize, unpack
 from opt_common.weights import byte_count, parameter_count, table
@@ -30,20 +27,6 @@ def small(size: str = "125m", **changes: Any) -> OPTConfig:
     """A config whose widths groups of 32 and of 128 divide."""
     widths = {"hidden_size": 128, "ffn_dim": 256, "word_embed_proj_dim": 64 if size == "350m" else 128}
     return tiny_config(size, layers=2, **(widths | changes))
-
-
-def arrays(folder: Path) -> dict[str, np.ndarray]:
-    return {name: entry.read() for name, entry in Checkpoint(folder).items()}
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], Any], **config: Any) -> Path:
-    """Save a folder's tensors again, changed, and with other keys in its config.json."""
-    tensors = arrays(folder)
-    change(tensors)
-    values = json.loads((folder / "config.json").read_text()) | config
-    sources = [Source(name, x.shape, x.dtype.name, lambda x=x: x) for name, x in tensors.items()]
-    save_checkpoint(folder, sources, {"config.json": json.dumps(values)})
-    return folder
 
 
 # === Numbers ===
@@ -320,44 +303,6 @@ def test_damaged(tmp_path, four, case):
 # === GPTQ's files ===
 
 
-def gptq_columns(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """Whole numbers [n, m] as int32 [n·bits/32, m], the first of a column in the lowest bits."""
-    each = 32 // bits
-    parts = numbers.astype(np.uint32).reshape(-1, each, numbers.shape[1])
-    return (parts << (bits * np.arange(each, dtype=np.uint32))[:, None]).sum(1, dtype=np.uint32).view(np.int32)
-
-
-def gptq_folder(
-    folder: Path, bits: int, size: int, symmetric: bool = True, shuffled: bool = False, form: str | None = None
-) -> dict[str, np.ndarray]:
-    """Write random weights in GPTQ's format; returns them as floats by the Hub's names."""
-    rng, config = np.random.default_rng(3), small()
-    random_checkpoint(folder, config)
-    tensors, floats = arrays(folder), {}
-    for name in [name for name in tensors if ".layers." in name and tensors[name].ndim == 2]:
-        (out, into), path = tensors.pop(name).shape, name.removesuffix(".weight")
-        group = np.arange(into) // (into if size == -1 else size)
-        group = rng.permutation(group) if shuffled else group
-        scales = rng.uniform(0.01, 0.1, (group.max() + 1, out)).astype(np.float16)
-        numbers = rng.integers(0, 2**bits, (into, out))
-        zeros = np.full(scales.shape, 2 ** (bits - 1)) if symmetric else rng.integers(0, 2**bits, scales.shape)
-        stored = zeros if form == "gptq_v2" else (zeros - 1) % 2**bits
-        tensors[f"{path}.qweight"], tensors[f"{path}.scales"] = gptq_columns(numbers, bits), scales
-        tensors[f"{path}.qzeros"] = np.ascontiguousarray(gptq_columns(stored.T, bits).T)
-        tensors[f"{path}.g_idx"] = group.astype(np.int32)
-        floats[name] = ((numbers - zeros[group]) * scales[group].astype(np.float64)).T
-    said = {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": symmetric, "desc_act": shuffled}
-    if form is not None:
-        said["checkpoint_format"] = form
-
-    def replace(old: dict[str, np.ndarray]) -> None:
-        old.clear()
-        old.update(tensors)
-
-    rewrite(folder, replace, quantization_config=said)
-    return floats
-
-
 GPTQ: dict[str, tuple[dict[str, Any], QuantizationConfig | None]] = {
     "4 bits": ({"bits": 4, "size": 32}, QuantizationConfig.rounding(4, 32)),
     "8 bits": ({"bits": 8, "size": -1}, QuantizationConfig.rounding(8)),
@@ -373,7 +318,7 @@ GPTQ: dict[str, tuple[dict[str, Any], QuantizationConfig | None]] = {
 def test_gptq(tmp_path, case):
     """Symmetric files are read as ours; others as floats. Either way with the numbers that they mean."""
     made, wanted = GPTQ[case]
-    floats = gptq_folder(tmp_path / "gptq", **made)
+    floats = gptq_folder(tmp_path / "gptq", small(), **made)
     opened = open_checkpoint(tmp_path / "gptq")
     assert opened.config.quantization_config == wanted
     convert(tmp_path / "gptq", tmp_path / "ours")
@@ -385,7 +330,7 @@ def test_gptq(tmp_path, case):
 
 
 def test_gptq_refuses(tmp_path):
-    gptq_folder(tmp_path, 4, 32)
+    gptq_folder(tmp_path, small(), 4, 32)
     path, config = FC1, json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     whole = arrays(tmp_path)
     for name, change, message in [

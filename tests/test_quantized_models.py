@@ -18,7 +18,7 @@ from conftest import CONFIGS, make_reference, save_reference
 from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
 from opt_common.frameworks import registered
-from opt_common.quantization import QuantizationConfig
+from opt_common.quantization import Packing, QuantizationConfig, dequantize, quantize
 from opt_common.weights import table
 
 IDS = np.random.default_rng(0).integers(4, 96, (2, 9)).astype(np.int32)
@@ -240,6 +240,53 @@ def test_lora(ours):
             model.merge_and_unload(**how)
     after = model.unload().state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("packing", [Packing(4, 16), Packing(4), Packing(8, 192)], ids=str)
+def test_calibrated_rounding(packing):
+    """Of independent inputs it is rounding to the nearest; of others, the products change less than by that."""
+    rng, dtype = np.random.default_rng(2), torch.float32
+    weight = rng.standard_normal((12, 192)).astype(np.float32)
+    nearest = dequantize(*quantize("w", weight, packing, np.dtype(np.float32)), packing.bits)
+    round_ = pytest.importorskip("opt_pt.calibration")._round
+
+    def floats(products: np.ndarray) -> np.ndarray:
+        numbers, scale = round_(torch.tensor(weight), torch.tensor(products, dtype=dtype), packing, dtype)
+        assert numbers.min() >= -(2 ** (packing.bits - 1)) and numbers.max() < 2 ** (packing.bits - 1)
+        return (numbers.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1).numpy()
+
+    found, step = floats(3 * np.eye(192)), np.abs(weight).max() / (2 ** (packing.bits - 1) - 0.5)
+    assert np.abs(found - nearest).max() < 1.1 * step and (np.abs(found - nearest) > 1e-5).sum() < 20  # ties
+    x = rng.standard_normal((400, 24)) @ rng.standard_normal((24, 192)) + 0.3 * rng.standard_normal((400, 192))
+    x[:, 7] = 0  # a column of which the text says nothing
+    before, after = (np.square(x @ (w - weight).T).sum() for w in (nearest, floats(x.T @ x)))
+    assert after < 0.5 * before
+
+
+def test_calibrate(tmp_path):
+    """What a conversion writes is what the calibrated model computes."""
+    calibration = pytest.importorskip("opt_pt.calibration")
+    source = save_reference(make_reference(hidden_size=64, ffn_dim=128), tmp_path / "floats")
+    model = calibration.OPTForCausalLM.from_pretrained(source)
+    rows, chosen = (
+        torch.randint(4, 96, (6, 40), generator=torch.Generator().manual_seed(0)),
+        QuantizationConfig.rounding(4, 32),
+    )
+    before = model(rows).logits.detach()
+    numbers = calibration.calibrate(model, rows, chosen, "float32")
+    convert(source, tmp_path / "few", quantization=chosen, calibrate=lambda dtype: numbers)
+    convert(source, tmp_path / "nearest", quantization=chosen)
+    few, nearest = (calibration.OPTForCausalLM.from_pretrained(tmp_path / name) for name in ("few", "nearest"))
+    with torch.no_grad():
+        torch.testing.assert_close(few(rows).logits, model(rows).logits, rtol=0, atol=2e-5)
+        errors = [(m(rows).logits - before).square().mean() for m in (few, nearest)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_calibrate_refuses_a_short_text(tmp_path):
+    calibration = pytest.importorskip("opt_pt.calibration")
+    with pytest.raises(ValueError, match="--calibrate: found a text of 5 tokens, wanted 512 or more"):
+        calibration.calibrated("opt-demo", "Once upon a", QuantizationConfig.rounding(4), "float16", None)
 
 
 # === Flax's own ===

@@ -24,7 +24,7 @@ from .checkpoints.convert import Plan
 from .checkpoints.layouts import LAYOUTS, WRITABLE
 from .checkpoints.shards import MAX_SHARD_SIZE
 from .continuations import Journal, Row, check_text, continue_all, read_prompts, texts
-from .files import json_text, naming, plain
+from .files import json_text, naming, plain, read_bytes
 from .frameworks import registered
 from .hub import DEMO
 from .progress import counter
@@ -253,6 +253,9 @@ def convert(
     group_size: Annotated[
         int | None, typer.Option(help="how many weights of a row share a scale; default: all in 8 bits, 128 in 4")
     ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="a text: round so that what the model makes of it changes least; needs PyTorch")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="largest weight file, such as 200MB")] = MAX_SHARD_SIZE,
     plan: Annotated[
         bool, typer.Option("--plan", help="write nothing; show the files, memory and time it would take")
@@ -266,19 +269,31 @@ def convert(
     """
     from .checkpoints import convert as job
 
-    if bits is None and group_size is not None:
-        raise ValueError(f"--group-size: found {group_size}, wanted none without --bits")
+    for option, value in (("--group-size", group_size), ("--calibrate", calibrate)):
+        if bits is None and value is not None:
+            raise ValueError(f"{option}: found {value}, wanted none without --bits")
     quantization = None if bits is None else QuantizationConfig.rounding(bits, group_size)
     if plan:
         _print_plan(job.plan(source, target, to, dtype, max_shard_size, layout, quantization), as_json)
         return
-    files = job.convert(source, target, to, dtype, max_shard_size, layout, quantization)
+    rounding = None
+    if quantization and calibrate:
+        rounding = functools.partial(_calibrated, source, calibrate, quantization, layout)
+    files = job.convert(source, target, to, dtype, max_shard_size, layout, quantization, rounding)
     written = [{"file": str(file), "bytes": file.stat().st_size} for file in files]
     if as_json:
         _print_json(written)
     else:
         for name, size in _some_files((row["file"], row["bytes"]) for row in written):
             console.print(f"{name}  {size:,} bytes", highlight=False, markup=False, soft_wrap=True)
+
+
+def _calibrated(source: str, text: Path, quantization: QuantizationConfig, layout: str | None, dtype: str) -> Any:
+    chosen = registered()["pt"]
+    if chosen.missing:
+        raise ImportError(chosen.missing)
+    with chosen.on(None):
+        return chosen.calibrated(source, read_bytes(text).decode(errors="replace"), quantization, dtype, layout)
 
 
 def _some_files(files: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from packaging.requirements import Requirement
 
+from .quantization import QuantizationConfig
 from .weights import Naming
 
 GROUP = "opt_zoo.frameworks"
@@ -82,6 +83,13 @@ class Framework:
         if device is not None:
             raise ValueError(f"device: found {device!r}, wanted none: {self.title} has only one")
         return nullcontext()
+
+    def calibrated(
+        self, path: str, text: str, quantization: QuantizationConfig, dtype: str, layout: str | None
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """`weight_packed` and `weight_scale`, in `dtype`, of a checkpoint's Linears by their paths, rounded so that
+        what it makes of a text changes least. ValueError where the framework does not offer it."""
+        raise ValueError(f"--calibrate: {self.title} does not offer it")
 
     def inputs(self, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
         """`input_ids` and `attention_mask` of some texts, as tensors of the framework."""

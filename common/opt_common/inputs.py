@@ -17,19 +17,46 @@ KINDS = {
     "position_ids": ("iu", "integers"),
     "attention_mask": ("biuf", "booleans, integers or floats"),
     "inputs_embeds": ("f", "floats"),
+    "labels": ("iu", "integers"),  # those of a sequence classification: `check_labels`
+    "start_positions": ("iu", "integers"),
+    "end_positions": ("iu", "integers"),
 }
 
 
-def check_dtype(config: OPTConfig, name: str, dtype: Any) -> None:
-    """Check the type of an argument's numbers: numpy's, PyTorch's, TensorFlow's, or its name. Raises ValueError, naming
-    the argument, if it is none of KINDS, or if it cannot hold every token id."""
-    said = getattr(dtype, "name", str(dtype).removeprefix("torch."))
-    kind = "f" if "float" in said else getattr(dtype, "kind", None) or np.dtype(said).kind
-    kinds, wanted = KINDS[name]
-    if kind not in kinds:
+def kind(dtype: Any) -> tuple[str, str]:
+    """numpy's letter for the kind of a dtype ("" for one that holds no real numbers), and its name: of a dtype of
+    numpy, PyTorch, TensorFlow or JAX, or of a name."""
+    said = getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
+    letters = {"uint": "u", "int": "i", "bool": "b"}
+    return "f" if "float" in said else letters.get(said.rstrip("0123456789"), ""), said
+
+
+def check_kind(name: str, dtype: Any) -> tuple[str, str]:
+    """The `kind` of an argument's dtype. Raises ValueError, naming the argument, if it is none of KINDS."""
+    (letter, said), (kinds, wanted) = kind(dtype), KINDS[name]
+    if not letter or letter not in kinds:
         raise ValueError(f"{name}: found {said}, wanted {wanted}")
-    if name == "input_ids" and np.iinfo(said).max < config.vocab_size - 1:
+    return letter, said
+
+
+def check_dtype(config: OPTConfig, name: str, dtype: Any) -> None:
+    """`check_kind`; of input_ids, also raise ValueError if the dtype cannot hold every token id: those beyond it have
+    become others before they came here."""
+    letter, said = check_kind(name, dtype)
+    if name == "input_ids" and 2 ** (int(said.lstrip("uint")) - (letter == "i")) < config.vocab_size:
         raise ValueError(f"{name}: found {said}, which cannot hold ids up to {config.vocab_size - 1}, wanted int32")
+
+
+def array(name: str, x: Any) -> np.ndarray:
+    """An argument that is no tensor as an array of numpy: it may be one, or lists. Raises ValueError, naming the
+    argument, for lists of different lengths, and for what is none of numbers."""
+    try:
+        found = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{name}: found rows of different lengths, wanted equal ones (padding=True)") from error
+    if found.dtype.kind in "OSU":
+        raise ValueError(f"{name}: found {type(x).__name__} without numbers, wanted a tensor, an array or lists")
+    return found if found.size or not isinstance(x, list) else found.astype(int)  # numpy calls no numbers floats
 
 
 def check_call(
@@ -82,6 +109,24 @@ def check_tokens(config: OPTConfig, smallest: int, largest: int) -> None:
     if smallest < 0 or largest >= config.vocab_size:
         bad = smallest if smallest < 0 else largest
         raise ValueError(f"input_ids: found token {bad}, wanted 0 to {config.vocab_size - 1} (vocab_size - 1)")
+
+
+def check_cache(config: OPTConfig, layers: int | None, heads: int | None, width: int | None) -> None:
+    """Raise ValueError if a cache is not one of such a model's; what is None is not known."""
+    wanted = config.num_hidden_layers, config.num_attention_heads, config.head_dim
+    for found, number, what in zip((layers, heads, width), wanted, ("layers", "heads", "numbers a head"), strict=True):
+        if found not in (None, number):
+            raise ValueError(f"past_key_values: found {found} {what}, wanted {number}")
+
+
+def check_classes(name: str, labels: Any, number: int) -> None:
+    """Raise ValueError if one of some labels, without those that are -100, is no class of this number of them."""
+    if 0 in labels.shape:
+        return
+    smallest, largest = int(labels.min()), int(labels.max())
+    if smallest < 0 or largest >= number:
+        bad = smallest if smallest < 0 else largest
+        raise ValueError(f"{name}: found {bad}, wanted 0 to {number - 1}, or -100 to leave one out")
 
 
 def check_labels(config: OPTConfig, rows: int | None, labels: Shape, whole: bool) -> str:

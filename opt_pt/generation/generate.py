@@ -81,7 +81,8 @@ class Writer:
         T = mask.shape[1] - given.held
         # with embeddings alone, what stands in their columns is not looked at
         ids = self.ids if self.ids.shape[1] == T else self.ids.new_zeros(len(mask), T)
-        if (past := inputs.get("past_key_values")) is not None:
+        past: Any = inputs.get("past_key_values")
+        if past is not None:
             given.unread(int(past.get_seq_length()))
         self.text = Text(given, model.config.vocab_size, device)
         self.passes = passes(model, given, ids, mask, self.text, inputs)

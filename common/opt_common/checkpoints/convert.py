@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -26,6 +27,9 @@ from .quantized import as_table
 from .save import save_checkpoint
 from .shards import MAX_SHARD_SIZE, parse_size
 from .tensors import Entry, Source, numpy_dtype
+
+# `weight_packed` and `weight_scale` of Linears by their paths
+Numbers = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +52,22 @@ def convert(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     layout: str | None = None,
     quantization: QuantizationConfig | None = None,
+    calibrate: Callable[[str], Numbers] | None = None,
 ) -> list[Path]:
     """Write the checkpoint `source` in the layout `to` into the folder `target`, with its config (unknown keys too),
     generation config and tokenizer. Returns the weight files.
 
     `source`: as `open_checkpoint` takes it; `layout` says which to read if it holds several. `dtype` casts every
     tensor once, and turns quantized Linears into floats; by default each keeps its own, and its bits. `quantization`
-    rounds Linears to few bits. One tensor is in memory at a time.
+    rounds Linears to few bits: to the nearest, or to the numbers that `calibrate` gives, for a dtype of the scales; it
+    is called when everything else is known to fit. One tensor is in memory at a time.
     Raises ValueError or OSError, leaving `target` as it was, if a tensor does not fit, overflows in `dtype`, or has no
     place in `to`; if a file cannot be read; if the disk is full.
     """
     job = _prepare(source, target, to, dtype, layout, quantization)
+    if calibrate is not None:
+        numbers = calibrate(job.config.dtype or "float32")
+        job = _prepare(source, target, to, dtype, layout, quantization, numbers)
     with byte_bar(f"Converting {job.name}", sum(s.nbytes for s in job.sources)) as advance:
         return save_checkpoint(target, job.sources, job.texts, max_shard_size, advance, to, job.config)
 
@@ -121,12 +130,13 @@ def _prepare(
     dtype: str | None,
     layout: str | None,
     quantization: QuantizationConfig | None,
+    numbers: Numbers | None = None,
 ) -> _Job:
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype: found {dtype!r}, wanted one of {', '.join(DTYPES)}")
     if to not in WRITABLE:
         raise ValueError(f"layout: found {to!r}, wanted one of {', '.join(WRITABLE)} to write")
-    return of_one_save(local(source), lambda: _read_headers(source, target, to, dtype, layout, quantization))
+    return of_one_save(local(source), lambda: _read_headers(source, target, to, dtype, layout, quantization, numbers))
 
 
 def _read_headers(
@@ -136,6 +146,7 @@ def _read_headers(
     dtype: str | None,
     layout: str | None,
     quantization: QuantizationConfig | None,
+    numbers: Numbers | None = None,
 ) -> _Job:
     opened = open_checkpoint(source, layout, companions=True)
     checkpoint, folder = opened.checkpoint, opened.checkpoint.folder
@@ -155,7 +166,7 @@ def _read_headers(
         opened.config, tie_word_embeddings=opened.tied, dtype=dtype or checkpoint.dtype, quantization_config=packing
     )
     written.check(config)
-    entries = [*as_table(held, table(config, opened.architecture), dtype)]
+    entries = [*as_table(held, table(config, opened.architecture), dtype, numbers)]
     casts = [dtype if dtype and entry.dtype in DTYPES else entry.dtype for _, entry in entries]
     sources = [
         Source(spec.name, spec.shape, cast, lambda n=spec.name, e=entry, d=cast: _cast(n, e, d))

@@ -9,16 +9,20 @@ from typing import Any
 import numpy as np
 
 from ..config import DTYPES
-from ..quantization import Packing, dequantize, gptq_packing, quantize, unpack
+from ..quantization import dequantize, gptq_packing, quantize, unpack
 from ..weights import Spec
 from .tensors import Entry, numpy_dtype, rearranged, transposed
 
 
 def as_table(
-    entries: Mapping[str, Entry], specs: Iterable[Spec], dtype: str | None = None
+    entries: Mapping[str, Entry],
+    specs: Iterable[Spec],
+    dtype: str | None = None,
+    numbers: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Iterator[tuple[Spec, Entry]]:
     """Each tensor of a table that `entries` hold, or hold in another form: Linears of few bits are rounded from floats,
-    to scales in `dtype`, by default the weight's, or turned into floats. Nothing is read yet; reading raises ValueError
+    to scales in `dtype`, by default the weight's, or turned into floats. `numbers`: `weight_packed` and `weight_scale`
+    of Linears by their paths, in place of those of rounding to nearest. Nothing is read yet; reading raises ValueError
     for a scale that is not finite, and for a weight that is not if it is to be rounded."""
     kept: dict[str, np.ndarray] = {}  # scales, between the reading of a Linear's numbers and theirs
     for spec in specs:
@@ -26,7 +30,7 @@ def as_table(
         if spec.name in entries:
             yield spec, _checked(spec, entries[spec.name])
         elif spec.packing is not None and weight is not None:
-            yield spec, _rounded(spec, weight, spec.packing, dtype or weight.dtype, kept)
+            yield spec, _rounded(spec, weight, dtype or weight.dtype, kept, (numbers or {}).get(spec.path))
         elif spec.kind == "linear" and packed is not None:
             yield spec, _floats(spec, packed, entries[f"{spec.path}.weight_scale"])
 
@@ -46,18 +50,26 @@ def _check(spec: Spec, entry: Entry, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _rounded(spec: Spec, weight: Entry, packing: Packing, dtype: str, kept: dict[str, np.ndarray]) -> Entry:
-    """A part of a Linear, rounded from its weight when it is read."""
+def _rounded(
+    spec: Spec,
+    weight: Entry,
+    dtype: str,
+    kept: dict[str, np.ndarray],
+    numbers: tuple[np.ndarray, np.ndarray] | None,
+) -> Entry:
+    """A part of a Linear, rounded from its weight when it is read, if its numbers are not there."""
+    assert spec.packing is not None
+    packing = spec.packing
 
     def read() -> np.ndarray:
         if spec.kind == "shape":
             return np.array(spec.matrix, np.int64)
         if spec.kind == "scale" and spec.path in kept:
-            return kept.pop(spec.path)
-        packed, scale = quantize(f"{spec.path}.weight", weight.map(), packing, numpy_dtype(dtype))
+            return kept.pop(spec.path).astype(numpy_dtype(dtype), copy=False)
+        packed, scale = numbers or quantize(f"{spec.path}.weight", weight.map(), packing, numpy_dtype(dtype))
         if spec.kind == "packed":
             kept[spec.path] = scale
-        return packed if spec.kind == "packed" else scale
+        return packed if spec.kind == "packed" else scale.astype(numpy_dtype(dtype), copy=False)
 
     return Entry(spec.shape, spec.dtype(dtype), weight.file, read, read)
 
@@ -119,7 +131,7 @@ class _Gptq:
         if name not in entries:
             raise ValueError(f"{self.qweight.file}: {name}: missing, wanted {list(shape)}")
         entry = entries[name]
-        if tuple(entry.shape) != shape or entry.dtype not in dtypes or not self.out:
+        if tuple(entry.shape) != shape or entry.dtype not in dtypes or not self.out * self.width:
             wanted = f"{' or '.join(dtypes)} {list(shape)}"
             raise ValueError(f"{entry.file}: {name}: found {entry.dtype} {list(entry.shape)}, wanted {wanted}")
         return entry
@@ -162,11 +174,14 @@ class _Gptq:
 
         def read() -> np.ndarray:
             group = self.in_order() if self.g_idx is None else self.g_idx.read()
-            if group.min() < 0 or group.max() >= len(scales := self.scales.read()):
+            scales = self.scales.read()
+            if group.min() < 0 or group.max() >= len(scales):
                 raise self.error("g_idx", f"groups {group.min()} to {group.max()}", f"0 to {len(scales) - 1}")
             _check(Spec(self.path, "scale", scales.shape, ()), self.scales, scales)
             numbers = unpack(np.ascontiguousarray(self.qweight.map().T), self.bits)  # [out, in]
-            weight = numbers.astype(np.float32) - self.zeros().T[:, group]
-            return (weight * scales.T[:, group]).astype(np.float32)
+            weight = numbers.astype(np.float32)
+            weight -= self.zeros().astype(np.float32).T[:, group]
+            weight *= scales.astype(np.float32).T[:, group]
+            return weight
 
         return {f"{self.path}.weight": Entry((self.out, self.width), "float32", self.qweight.file, read, read)}
