@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import h5py
@@ -32,6 +33,15 @@ def test_reads_what_transformers_wrote(file):
     files, entries = TF_H5.read(GOLDENS / file)
     same_bits(entries, safetensors.numpy.load_file(GOLDENS / "torch" / "model.safetensors"))
     assert len(files) == (1 if file.startswith("tf/") else 3)
+
+
+def test_reads_without_hdf5(golden, monkeypatch):
+    """Its library, which some files crash, is not even loaded."""
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    _, entries = TF_H5.read(golden)
+    same_bits(entries, safetensors.numpy.load_file(GOLDENS / "torch" / "model.safetensors"))
+    with pytest.raises(ImportError, match="h5py"), create_hdf5(golden):  # the test can see it
+        pass
 
 
 def test_the_names_of_2022(golden):

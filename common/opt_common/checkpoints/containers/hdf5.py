@@ -12,14 +12,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 
 from ...files import naming
 from ..tensors import PIECE, Entry, Source, map_bytes, numpy_dtype, read_bytes
 from .hdf5_headers import Dataset, Headers
+
+if TYPE_CHECKING:
+    import h5py
 
 
 def read_hdf5(path: Path, start: int = 0, size: int | None = None) -> dict[str, Entry]:
@@ -53,6 +55,8 @@ def _entry(path: Path, start: int, size: int, name: str, stored: Dataset) -> Ent
 @contextmanager
 def create_hdf5(path: Path, start: int = 0) -> Iterator[h5py.File]:
     """An HDF5 file to write, from byte `start` of `path` on. Raises OSError on leaving, if a write failed."""
+    import h5py
+
     with open(path, "w+b", buffering=0) as file:
         file.truncate(start)
         sink = _Sink(file, start)
@@ -115,6 +119,8 @@ class _Sink(io.RawIOBase):
 @contextmanager
 def imagine_hdf5() -> Iterator[tuple[h5py.File, Holes]]:
     """An HDF5 file in memory, to measure its size."""
+    import h5py
+
     memory = Holes()
     with h5py.File(memory, "w") as h5:
         yield h5, memory

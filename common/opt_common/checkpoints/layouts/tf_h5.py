@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import h5py
 import numpy as np
 
 from ...config import OPTConfig
@@ -20,6 +20,9 @@ from ..shards import plan_sharded, split, write_sharded
 from ..tensors import Source
 from .layout import Layout, Progress, reader
 from .names import TF_H5_NAMES, TF_SCOPE
+
+if TYPE_CHECKING:
+    import h5py
 
 _FILE = "tf_model.h5"
 _ATTRIBUTE = 64512  # bytes of names that Keras puts in one attribute; HDF5 has room for 64 KiB
