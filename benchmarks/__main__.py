@@ -26,11 +26,8 @@ app.command()(generation.generation)
 app.command()(gpu.gpu)
 app.command()(growth.growth)
 app.command()(load.load)
-<<<<<<< HEAD
 app.command("parallel")(parallel.parallel_)
-=======
 app.command("perplexity")(perplexity.perplexities)
->>>>>>> quant26
 app.command()(train.train)
 app.add_typer(speedup.app, name="speedup")
 
