@@ -148,8 +148,7 @@ class OPTDecoder(nnx.Module):
         attention_mask: [B, past + T], 0 for padding, anywhere in a row. Default: no padding. It may be as wide as the
             cache, so that one program serves every step; columns not reached yet are ignored.
         past_key_values: the KVCache of the tokens before these; the result has the next. use_cache: make one if none is
-            given, with room for max_position_embeddings tokens (`init_cache` makes one of any size); the config's
-            use_cache is for `generate` alone.
+            given, with room for max_position_embeddings tokens; the config's use_cache is for `generate` alone.
         position_ids: [B or 1, T]. Default: the count of real tokens before each. Several documents in one row, each
             counted from 0, do not see each other.
         output_attentions, output_hidden_states: also return what BaseModelOutput says; the config's by default.

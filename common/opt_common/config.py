@@ -337,9 +337,10 @@ class OPTConfig(Kin):
         options: what `opt_common.hub.fetch` takes (revision, cache_dir, token, local_files_only), config overrides,
             `num_labels=3`, `dropout=0.0`, and `from_dict`'s return_unused_kwargs.
         """
-        if hasattr(pretrained_model_name_or_path, "to_dict"):
-            return cls.from_dict(pretrained_model_name_or_path.to_dict(), **options)
-        path, options = _file(pretrained_model_name_or_path, options)
+        source: Any = pretrained_model_name_or_path
+        if hasattr(source, "to_dict"):
+            return cls.from_dict(source.to_dict(), **options)
+        path, options = _file(source, options)
         return cls.from_dict(read_json(path), source=str(path), **options)
 
     @classmethod

@@ -105,8 +105,8 @@ def _whole(text: str, saved: Mapping[str, Any], settings: dict[str, Any]) -> dic
         check_merges(model.get("vocab") or {}, pairs)
     with library("tokenizer.json is none of the tokenizers library"):
         backend = Tokenizer.from_str(text)
-        for texts in ([""], ["", ""]):  # a post-processor of unknown tokens panics only when it is used
-            backend.encode(*texts)
+        for pair in (None, ""):  # a post-processor of unknown tokens panics only when it is used
+            backend.encode("", pair)
     kind = saved.get("tokenizer_config.json", {}).get("tokenizer_class")
     splits = saved["tokenizer.json"].get("pre_tokenizer") or {}
     steps = {step.get("type") for step in splits.get("pretokenizers", [splits])}
