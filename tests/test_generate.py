@@ -142,6 +142,8 @@ WRONG = {
     "temperature": (dict(max_new_tokens=3, do_sample=True, temperature=-1.0), "temperature: found -1"),
     "top_k": (dict(max_new_tokens=3, top_k=-1), "top_k: found -1"),
     "top_p": (dict(max_new_tokens=3, top_p=1.5), "top_p: found 1.5"),
+    "too many beams": (dict(max_new_tokens=3, num_beams=10**20), "num_beams: found 100000000000000000000, wanted"),
+    "time": (dict(max_new_tokens=3, max_time="x"), "max_time: found 'x', wanted seconds"),
     "beams": (dict(max_new_tokens=3, num_beams=2, num_return_sequences=3), "num_return_sequences: found 3, wanted at"),
     "eos": (dict(max_new_tokens=3, eos_token_id=96), "eos_token_id: found 96"),
     "empty row": (dict(max_new_tokens=3, attention_mask=np.zeros((1, 6), int)), "attention_mask.*at least one token"),

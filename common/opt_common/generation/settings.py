@@ -131,12 +131,14 @@ def check_generate(
 
     do_sample = bool(get("do_sample", False)) and get("temperature", 1.0) != 0
     beams, returned = get("num_beams", 1), get("num_return_sequences", 1)
-    _check(beams > 0, "num_beams", beams, "a number > 0")
+    _check(0 < beams < 2**31, "num_beams", beams, "a number > 0, of 31 bits")
     wanted = f"at most num_beams={beams}" + (", or do_sample=True" if beams == 1 else "")
     enough = returned <= beams or (beams == 1 and do_sample)
     _check(returned > 0 and enough, "num_return_sequences", returned, wanted)
     early = get("early_stopping", False)
     _check(early in (True, False, "never"), "early_stopping", early, 'True, False or "never"')
+    seconds = get("max_time")
+    _check(seconds is None or isinstance(seconds, (int, float)), "max_time", seconds, "seconds")
     seed = get("seed")
     if isinstance(seed, int):
         _check(-(2**63) <= seed < 2**63, "seed", seed, "a number of 64 bits")
@@ -162,7 +164,7 @@ def check_generate(
         pad_token_id=pad,
         processors=_processors(config, options, width, new, eos, do_sample),
         stop_strings=stops,
-        max_time=get("max_time"),
+        max_time=seconds,
         use_cache=get("use_cache", True),
         draft=draft,
         assisted=assisted and draft > 0,
