@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 import typer
 
 from benchmarks import systems
@@ -141,4 +140,3 @@ def parallel_(
     if rank == 0:
         show(printed, "Split against whole", report["answers"])
         show(printed, "New tokens per second over all rows", report["rows"])
-    dist.destroy_process_group()

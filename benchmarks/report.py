@@ -120,7 +120,7 @@ def reason(error: BaseException) -> str:
 
 
 def console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 180)
+    return Console(width=None if sys.stdout.isatty() else 240)
 
 
 def show(console: Console, title: str, rows: list[Row]) -> None:

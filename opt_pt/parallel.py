@@ -7,6 +7,7 @@ norms and the head are whole everywhere, so that every process has all logits an
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from typing import Any
@@ -147,6 +148,7 @@ def processes() -> tuple[int, int]:
             dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
         else:
             dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -136,7 +136,9 @@ def test_past(framework, architecture, headed):
     model, given = Backend(framework, folder, architecture=architecture), padded("left")
     whole = model(**given)
     start = {name: array[:, :5] for name, array in given.items()}
-    past = model(**start, past_key_values=model.init_cache(B, T)).past_key_values
+    cache = model.init_cache(B, T)
+    past = getattr(model(**start, past_key_values=cache), "past_key_values", None)
+    past = cache if past is None else past  # opt_pt's is written in place, and not returned by a reader, as there
     rest = given | {"input_ids": given["input_ids"][:, 5:]}
     found = model(**rest, past_key_values=past)
     if architecture == CLASSIFIER:

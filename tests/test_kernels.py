@@ -181,7 +181,7 @@ def test_few_bits(bits, group, config, B, monkeypatch):
     assert excess(ours, reference, B, 9) < 1.5
     changed = copy.deepcopy(ours)
     with torch.no_grad():
-        changed.model.decoder.layers[1].fc1.weight_packed[5] ^= 0x11111111
+        changed.model.decoder.layers[1].self_attn.out_proj.weight_packed[5] ^= 0x77777777
     assert excess(changed, reference, B, 9, plain=ours) > 3
 
 

@@ -43,7 +43,8 @@ class NPOPTForCausalLM(NPOPTPreTrainedModel):
         """Continue each row of `input_ids` [B, T]. Returns [B, T + new]; `Options` has the options."""
         given = prompt(self.config, input_ids, attention_mask, options, self.generation_config)
         ids, mask, settings = given.ids, given.mask, given.settings
-        if lacks := settings.processors.keys() - {"min_new_tokens", "temperature", "top_k", "top_p"}:
+        lacks = settings.processors.keys() - {"min_new_tokens", "temperature", "top_k", "top_p"}
+        if lacks := lacks | ({"num_beams"} if settings.num_beams > 1 else set()):
             raise TypeError(f"generate() got an unexpected keyword argument {', '.join(lacks)}")
         done, rng = np.zeros(len(ids), bool), np.random.default_rng(settings.seed)
         for step in range(settings.max_new_tokens):
