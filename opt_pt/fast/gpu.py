@@ -86,8 +86,8 @@ def _pairs(linear: Any) -> int:
     return 0
 
 
-# The shapes of the kernels' tiles are those that were fastest at opt-350m's and opt-2.7b's sizes on an H100, of about
-# fifteen tried for each product (benchmarks/NOTES.md)
+# The shapes of the kernels' tiles are those that were fastest on an H100, of about fifteen tried for each product, at
+# opt-350m's and opt-2.7b's sizes, and for packed weights at opt-6.7b's and opt-13b's (benchmarks/NOTES.md)
 
 
 def tiles_one(M: int, K: int) -> tuple[int, int, int]:
