@@ -35,21 +35,28 @@ TARGETS = {(8, 1): 1.7, (4, 1): 2.6, (8, 16): 1.4, (4, 16): 1.8}  # over float16
 
 def build(setup: Setup, size: str, bits: int) -> OPTForCausalLM:
     """Random weights, drawn where they are to lie."""
-    if bits == 16:
-        return systems.build_ours(setup, size)
-    group = 32 if setup.smoke else 128
-    packing = QuantizationConfig.rounding(bits, None if bits == 8 else group)
+    return systems.build_ours(setup, size) if bits == 16 else drawn(setup, hollow(setup, size, bits))
+
+
+def hollow(setup: Setup, size: str, bits: int) -> OPTForCausalLM:
+    """A model without memory for its weights."""
+    group = None if bits == 8 else 32 if setup.smoke else 128
+    packing = None if bits == 16 else QuantizationConfig.rounding(bits, group)
     with torch.device("meta"):
-        model = OPTForCausalLM(setup.config(size).changed(quantization_config=packing))
-    model.to(setup.dtype).to_empty(device=setup.device)
+        return OPTForCausalLM(setup.config(size).changed(quantization_config=packing)).to(setup.dtype)
+
+
+@torch.no_grad()
+def drawn(setup: Setup, model: OPTForCausalLM) -> OPTForCausalLM:
+    """Give a hollow model its weights."""
+    model.to_empty(device=setup.device)
     model.tie_weights()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.is_floating_point():
-                p.fill_(1) if "norm.weight" in name else p.normal_(0, 0.02)
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.reset_parameters(0.02)
+    for name, p in model.named_parameters():
+        if p.is_floating_point():
+            p.fill_(1) if "norm.weight" in name else p.normal_(0, 0.02)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.reset_parameters(0.02)
     return model.eval()
 
 

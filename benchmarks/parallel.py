@@ -18,55 +18,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from benchmarks import systems
-from benchmarks.bits import copied
+from benchmarks.bits import copied, drawn, hollow
 from benchmarks.gpu import PROMPT, generator, steady
 from benchmarks.report import Row, console, heading, over, say, show
 from benchmarks.systems import Setup, forward, wall_ms
 from opt_common.files import write_atomically
-from opt_common.quantization import QuantizationConfig
 from opt_common.weights import TORCH, table
 from opt_pt import OPTForCausalLM, parallel
-from opt_pt.quantized import QuantizedLinear
 
 
 def build(setup: Setup, size: str, bits: int, rank: int, world: int) -> OPTForCausalLM:
     """This process's part, random."""
-    packing = None
-    if bits < 16:
-        packing = QuantizationConfig.rounding(bits, None if bits == 8 else 32 if setup.smoke else 128)
-    model = empty(setup, size, packing, rank, world)
+    model = hollow(setup, size, bits)
+    parallel.split(model, rank, world)
     torch.manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.is_floating_point():
-                p.fill_(1) if "norm.weight" in name else p.normal_(0, 0.02)
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.reset_parameters(0.02)
-    return model
-
-
-def empty(setup: Setup, size: str, packing: Any, rank: int, world: int) -> OPTForCausalLM:
-    config = setup.config(size).changed(quantization_config=packing)
-    with torch.device("meta"):
-        model = OPTForCausalLM(config).to(setup.dtype)
-    parallel.check(config, world)
-    parallel.split(model.model.decoder, world)
-    model.tp_size, model.tp_rank = world, rank
-    model.to_empty(device=setup.device)
-    model.tie_weights()
-    return model.eval()
+    return drawn(setup, model)
 
 
 def answers(setup: Setup, size: str, rank: int, world: int) -> Row:
     whole, ids = systems.build_ours(setup, size), setup.tokens(size, 1, PROMPT)
-    split = empty(setup, size, None, rank, world)
+    split = build(setup, size, 16, rank, world)
     for spec in table(whole.config):
         TORCH.parameter(split, spec).data.copy_(parallel.part(spec, TORCH.parameter(whole, spec).data, rank, world))
     one, several = (forward(model, ids).double() for model in (whole, split))

@@ -152,7 +152,19 @@ def processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def check(config: OPTConfig, world: int) -> None:
+def split(model: Any, rank: int, world: int) -> None:
+    """Make a model, without its values, that of one of `world` processes. Raises ValueError if it cannot be split."""
+    _check(model.config, world)
+    for layer in model.get_decoder().layers:
+        layer.self_attn.num_heads //= world
+        for parent in (layer.self_attn, layer):
+            for name in (*BY_OUTPUTS, *BY_INPUTS):
+                if (old := parent._modules.get(name)) is not None:
+                    setattr(parent, name, _part(old, name in BY_OUTPUTS, world))
+    model.tp_size, model.tp_rank = world, rank
+
+
+def _check(config: OPTConfig, world: int) -> None:
     """Raise ValueError if a config's heads, features or groups cannot be split evenly over `world` processes."""
     for name in ("num_attention_heads", "ffn_dim"):
         if getattr(config, name) % world:
@@ -161,16 +173,6 @@ def check(config: OPTConfig, world: int) -> None:
         for n, axis in zip(spec.shape, spec.axes, strict=True):
             if spec.packing is not None and axis in ("heads", "ffn") and n > 1 and n % world:
                 raise ValueError(f"tp_plan: {spec.name}: found {n} columns, wanted a multiple of {world} processes")
-
-
-def split(decoder: Any, world: int) -> None:
-    """Replace the Linears of a decoder's layers with those of one of `world` processes, without values."""
-    for layer in decoder.layers:
-        layer.self_attn.num_heads //= world
-        for parent in (layer.self_attn, layer):
-            for name in (*BY_OUTPUTS, *BY_INPUTS):
-                if (old := parent._modules.get(name)) is not None:
-                    setattr(parent, name, _part(old, name in BY_OUTPUTS, world))
 
 
 def _part(old: Any, by_outputs: bool, world: int) -> nn.Module:

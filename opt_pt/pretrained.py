@@ -372,9 +372,7 @@ class OPTPreTrainedModel(Kin, nn.Module):
             model = cls(opened.config) if attn_implementation is None else cls(opened.config, attn_implementation)
         model.to(wanted)
         if tp_plan is not None:
-            parallel.check(opened.config, world)
-            parallel.split(model._decoder, world)
-            model.tp_size, model.tp_rank = world, rank
+            parallel.split(model, rank, world)
         devices = device_of(model, device_map, max_memory, device)
         state = {}
         for spec, array in opened.tensors:

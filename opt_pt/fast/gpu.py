@@ -43,16 +43,15 @@ def can_step(model: Any, token: Tensor) -> bool:
 def usual(model: Any, device: torch.device) -> bool:
     """Whether all parameters are on the device, in one half precision and perhaps packed, contiguous, and the
     activation has a kernel."""
-    parameters = list(model.parameters())
-    packings = {f.packing for f in model.modules() if isinstance(f, QuantizedLinear)}
-    decoder = model.model.decoder
+    parameters, decoder = list(model.parameters()), model.model.decoder
+    packed = [f for f in model.modules() if isinstance(f, QuantizedLinear)]
     return (
         {p.dtype for p in parameters} - {torch.int32} in ({torch.float16}, {torch.bfloat16})
         and all(p.device == device and p.is_contiguous() for p in parameters)
         and len({_activation(layer.activation_fn) for layer in decoder.layers} - {None}) == 1
-        and len(packings) <= 1
-        and not any(isinstance(f, QuantizedLinear) for f in (decoder.project_in, decoder.project_out))
-        and all(block_quantized(f) for f in model.modules() if isinstance(f, QuantizedLinear))
+        and len({f.packing for f in packed}) <= 1
+        and not any(f in (decoder.project_in, decoder.project_out) for f in packed)
+        and all(block_quantized(f) for f in packed)
     )
 
 
@@ -304,7 +303,18 @@ class Step:
         else:
             kernel[grid](*arguments, **constants)
 
-    def _linear(
+    def _linear(self, x: Tensor, linears: list[Any], out: Tensor, **how: Any) -> None:
+        """As `_product`; what is split by inputs is summed over the processes, the first of which adds the rest."""
+        if self.sum is None or not isinstance(linears[0], parallel.ByInputs):
+            self._product(x, linears, out, **how)
+            return
+        if self.model.tp_rank > 0:
+            how |= {"residual": None, "residual_norm": None}
+        self._product(x, linears, self.sum.mine, **how)
+        if self.compiling is None:
+            self.sum.into(out)
+
+    def _product(
         self,
         x: Tensor,
         linears: list[Any],
@@ -315,28 +325,6 @@ class Step:
         residual_norm: nn.LayerNorm | None = None,
         layer: int | None = None,
         reader: nn.Module | None = None,
-    ) -> None:
-        """As `_product`; what is split by inputs is summed over the processes, the first of which adds the rest."""
-        if self.sum is None or not isinstance(linears[0], parallel.ByInputs):
-            self._product(x, linears, out, norm, activation, residual, residual_norm, layer, reader)
-            return
-        if self.model.tp_rank > 0:
-            residual = residual_norm = None
-        self._product(x, linears, self.sum.mine, norm, activation, residual, residual_norm, layer, reader)
-        if self.compiling is None:
-            self.sum.into(out)
-
-    def _product(
-        self,
-        x: Tensor,
-        linears: list[Any],
-        out: Tensor,
-        norm: nn.LayerNorm | None,
-        activation: str | None,
-        residual: Tensor | None,
-        residual_norm: nn.LayerNorm | None,
-        layer: int | None,
-        reader: nn.Module | None,
     ) -> None:
         """out = act(norm(x) wᵀ + b) + residual_norm(residual). With `layer` the weights are those of q, k and v, of
         which k and v go to that layer's cache. `reader`: the Linear that reads out."""

@@ -83,6 +83,17 @@ def _part(w, w_k, w_v, b, b_k, b_v, BLOCK_M: tl.constexpr, M, QKV: tl.constexpr)
 
 
 @triton.jit
+def _put(y, part, out, at, k_cache, v_cache, place, inside):
+    """q goes to out, k and v to their caches."""
+    if part == 0:
+        tl.store(out + at, y, mask=inside)
+    elif part == 1:
+        tl.store(k_cache + place, y, mask=inside)
+    else:
+        tl.store(v_cache + place, y, mask=inside)
+
+
+@triton.jit
 def _finish_one(
     y, bias, part, out, k_cache, v_cache, slot, residual, residual_gain, residual_shift, rows, slots,
     M, H, D: tl.constexpr, AFFINE: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -101,12 +112,7 @@ def _finish_one(
     y = y.to(out.dtype.element_ty)
     if QKV:
         place = _place(rows.to(tl.int64), 0, tl.load(slot), slots, H, D)
-        if part == 0:
-            tl.store(out + rows, y, mask=inside)
-        elif part == 1:
-            tl.store(k_cache + place, y, mask=inside)
-        else:
-            tl.store(v_cache + place, y, mask=inside)
+        _put(y, part, out, rows, k_cache, v_cache, place, inside)
     else:
         tl.store(out + rows, y, mask=inside)
 
@@ -175,7 +181,6 @@ def _finish_many(
     if BIAS:
         acc += tl.load(b + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     acc = _activate(acc, ACTIVATION)
-    at = batch.to(tl.int64)[None, :] * M + rows[:, None]
     if RESIDUAL:
         there = batch.to(tl.int64)[None, :] * M + _lying(rows, RESIDUAL_PAIRS)[:, None]
         acc += tl.load(residual + there, mask=inside, other=0.0).to(tl.float32)
@@ -183,12 +188,8 @@ def _finish_many(
     if QKV:
         here = tl.load(slot + batch, mask=batch < B, other=0)
         place = _place(rows[:, None], (batch // TAIL).to(tl.int64)[None, :], here[None, :], slots, H, D)
-        if part == 0:
-            tl.store(out + at, y, mask=inside)
-        elif part == 1:
-            tl.store(k_cache + place, y, mask=inside)
-        else:
-            tl.store(v_cache + place, y, mask=inside)
+        at = batch.to(tl.int64)[None, :] * M + rows[:, None]
+        _put(y, part, out, at, k_cache, v_cache, place, inside)
     else:
         tl.store(out + batch.to(tl.int64)[None, :] * M + _lying(rows, PAIRS)[:, None], y, mask=inside)
 

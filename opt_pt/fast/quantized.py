@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .kernels import _finish_one, _meet
+from .kernels import _finish_one, _meet, _part
 
 
 @triton.jit
@@ -89,17 +89,14 @@ def _large(words, SHIFT: tl.constexpr):
 
 @triton.jit
 def _of_part(w, w_k, w_v, s, s_k, s_v, b, b_k, b_v, BLOCK_M: tl.constexpr, M, QKV: tl.constexpr):
-    """Which of q, k and v (0, 1, 2) this program computes, its weight, scales and bias, and its first row; without QKV
-    there is one product."""
-    part, tile = 0, tl.program_id(0)
+    """`_part`, and the scales that go with it."""
+    part, w, b, begin = _part(w, w_k, w_v, b, b_k, b_v, BLOCK_M, M, QKV)
     if QKV:
-        tiles = tl.cdiv(M, BLOCK_M)
-        part, tile = tile // tiles, tile % tiles
         if part == 1:
-            w, s, b = w_k, s_k, b_k
+            s = s_k
         elif part == 2:
-            w, s, b = w_v, s_v, b_v
-    return part, w, s, b, tile * BLOCK_M
+            s = s_v
+    return part, w, s, b, begin
 
 
 # With words of w aligned to 16 bytes the compiler gives a thread four neighbouring words, so that few of its rows share
