@@ -75,6 +75,7 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
                     setattr(self, name, value)
 
     def build(self, **how: Any) -> None:
+        """Make the model's parts with new weights. how: dtype, param_dtype and rngs of each."""
         raise NotImplementedError
 
     @classmethod

@@ -1,21 +1,25 @@
 """README.md and docs/: the site builds, every snippet runs, every public name has a docstring and is in the reference.
 
-A page's Python runs from top to bottom in one namespace, its `opt-zoo` commands in order, in a folder that holds tiny
+A page's Python and `opt-zoo` commands run from top to bottom, in one namespace and one folder, which holds tiny
 checkpoints by the Hub's names. What cannot run here is listed by name: it is compiled, and its imports are checked.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
+import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,21 +46,16 @@ ELSEWHERE = {
     "make_graphed_callables": "a GPU",
     "tp_plan": "torchrun: tests/test_pt_parallel.py",
     "import AutoTokenizer, TFOPT": "a process for each of the two scripts: tests/test_migration.py",
-    "import FlaxOPTForCausalLM  # transformers 4": "the old Flax: tests/test_flax_functional.py",
+    "from transformers import FlaxOPT": "transformers 4.57: tests/test_flax_functional.py",
     "keras_hub": "keras-hub: tests/test_keras_hub.py",
 }
 
 
-def snippets(page: str, language: str) -> Iterator[str]:
-    """The blocks of a page in a language, in tabs and columns too."""
-    blocks = re.findall(
-        rf"^( *)```{language}\b[^\n]*\n(.*?)^\1```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
-    )
-    return (textwrap.dedent(code) for _, code in blocks)
-
-
-def cases(language: str) -> list[str]:
-    return [page for page in PAGES if any(snippets(page, language))]
+def snippets(page: str) -> list[tuple[str, str]]:
+    """The blocks of a page, in tabs and columns too, with their languages."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^( *)```(python|sh)\b[^\n]*\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE)
+    return [(language, textwrap.dedent(code)) for _, language, code in blocks]
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +91,23 @@ def folder(hub, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", cases("python"))
-def test_python(page, folder):
+@pytest.mark.filterwarnings("ignore:.*are not in a keras-hub preset")
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
+def test_snippets(page, folder):
     found: dict[str, Any] = {"__name__": "__main__"}
-    for code in snippets(page, "python"):
-        elsewhere = [word for word in ELSEWHERE if word in code]
-        program = compile(code.replace('"cuda"', '"cpu"'), page, "exec")
-        if elsewhere:
-            names_exist(ast.parse(code))
+    for language, code in snippets(page):
+        if language == "sh":
+            for words in commands(code):
+                program = words[0].removeprefix(".venv/bin/")
+                assert program in RUN, f"{program}: no test knows how to check it"
+                RUN[program](words[1:])
+        elif any(word in code for word in ELSEWHERE):
+            imports_exist(compile(code, page, "exec", ast.PyCF_ONLY_AST))
         else:
-            exec(program, found)
+            exec(compile(code.replace('"cuda"', '"cpu"'), page, "exec"), found)
 
 
-def names_exist(tree: ast.Module) -> None:
+def imports_exist(tree: ast.AST) -> None:
     """What a snippet imports from this repository's packages is there."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("opt_"):
@@ -112,24 +115,14 @@ def names_exist(tree: ast.Module) -> None:
             assert not [alias.name for alias in node.names if not hasattr(module, alias.name)], node.module
 
 
-def commands(page: str) -> Iterator[list[str]]:
-    """The commands in a page's shell blocks, as lists of words."""
-    for block in snippets(page, "sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            while words:
-                end = words.index("&&") if "&&" in words else len(words)
-                yield words[:end]
-                words = words[end + 1 :]
-
-
-@pytest.mark.filterwarnings("ignore:.*are not in a keras-hub preset")
-@pytest.mark.parametrize("page", cases("sh"))
-def test_commands(page, folder):
-    for words in commands(page):
-        program = re.sub(r"^(\.venv/bin/)", "", words[0])
-        assert program in RUN, f"{words[0]}: no test knows how to check it"
-        RUN[program](words[1:])
+def commands(code: str) -> Iterator[list[str]]:
+    """The commands of a shell block, as lists of words."""
+    for line in code.splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            yield words[:end]
+            words = words[end + 1 :]
 
 
 def run_opt_zoo(words: list[str]) -> None:
@@ -210,3 +203,62 @@ def test_the_site_builds(tmp_path):
         url for page in pages for url in re.findall(r"<link[^>]* rel=\"?stylesheet[^>]* href=\"?([^\"> ]*)", page)
     }
     assert loaded and not [url for url in loaded if re.match(r"(https?:)?//", url)]
+
+
+PACKAGES = ["opt_pt", "opt_tf", "opt_flax", "opt_common"]
+
+
+def public(package: str) -> Iterator[tuple[str, Any]]:
+    """What a package exports, and the public methods of its classes, own and inherited from this repository's."""
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        value = getattr(module, name)
+        yield name, value
+        for cls in inspect.getmro(value) if inspect.isclass(value) else ():
+            if cls.__module__.startswith("opt_"):
+                yield from ((f"{name}.{key}", x) for key, x in vars(cls).items() if not key.startswith("_"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_public_without_a_docstring(package):
+    kinds = (types.FunctionType, classmethod, staticmethod, property, functools.cached_property)
+    found = [name for name, x in public(package) if isinstance(x, (*kinds, type)) and not inspect.getdoc(x)]
+    assert not found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_in_the_reference(package):
+    """By itself, or as another name of one that is."""
+    pages = [DOCS / "reference" / f"{package.removeprefix('opt_')}.md", DOCS / "reference" / "common.md"]
+    shown = re.findall(r"^::: [\w.]*?(\w+)$|^\| `(\w+)` \| \[", "".join(p.read_text() for p in pages), re.MULTILINE)
+    assert set(importlib.import_module(package).__all__) <= {name for names in shown for name in names}
+
+
+# What people come to do, and a word that the page which says how must have
+TASKS = {
+    "convert a pytorch_model.bin to safetensors": ("loading.md", ["pytorch_model.bin", "opt-zoo convert"]),
+    "load in float16": ("loading.md", ['dtype="float16"']),
+    "fit a TFOPT": ("coming-from-tfopt.md", ["TFOPT", "model.fit("]),
+    "FlaxOPT with params": ("coming-from-flaxopt.md", ["FlaxOPT", "params", "TrainState"]),
+    "8 bits": ("big-models.md", ["load_in_8bit", "--bits 8"]),
+    "several GPUs": ("big-models.md", ["several GPUs", "tp_plan", "device_map"]),
+    "beam search": ("generating.md", ["Beam search", "num_beams"]),
+    "LoRA": ("training.md", ["LoRA", "peft", "enable_lora"]),
+    "a cache by hand": ("generating.md", ["past_key_values", "use_cache", "init_cache"]),
+    "Orbax": ("coming-from-flaxopt.md", ["Orbax", "--to orbax"]),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_page_says_how(task):
+    page, words = TASKS[task]
+    text = re.sub(r"\s+", " ", (DOCS / page).read_text()).lower()
+    assert not [word for word in words if word.lower() not in text]
+    assert page in (DOCS / "index.md").read_text()
+
+
+@pytest.mark.parametrize("script", ["pictures.py", "command.py"])
+def test_what_scripts_write_is_up_to_date(script):
+    written = runpy.run_path(str(DOCS / script))["written"]()
+    for path, text in written.items():
+        assert path.read_text() == text, f"{path.name} is out of date: python docs/{script}"

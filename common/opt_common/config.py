@@ -212,6 +212,7 @@ class OPTConfig(Kin):
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
