@@ -60,7 +60,7 @@ def snippets(page: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Path:
-    """A folder with facebook/opt-…, random weights of one layer's depth beside opt-demo's tokenizer."""
+    """A folder with facebook/opt-…, one layer of random weights beside opt-demo's tokenizer."""
     from opt_common.config import OPTConfig
     from opt_common.hub import fetch
     from opt_common.tokenizer import GPT2Tokenizer
@@ -68,7 +68,7 @@ def hub(tmp_path_factory) -> Path:
 
     folder, demo = tmp_path_factory.mktemp("hub"), fetch("opt-demo", ["config.json"])
     first = folder / "facebook" / f"opt-{NAMES[0]}"
-    sizes: dict[str, Any] = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, ffn_dim=256)
+    sizes: dict[str, Any] = dict(hidden_size=128, num_hidden_layers=1, num_attention_heads=4, ffn_dim=256)
     config = OPTConfig.from_pretrained(demo, word_embed_proj_dim=128, **sizes)
     OPTForCausalLM(config).save_pretrained(first)
     GPT2Tokenizer.from_pretrained(demo).save_pretrained(first)
