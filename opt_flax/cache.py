@@ -43,12 +43,12 @@ class KVCache(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """B."""
+        """The number of rows, B."""
         return self.segments.shape[0]
 
     @property
     def slots(self) -> int:
-        """S, taken or not."""
+        """The number of slots, S, taken or not."""
         return self.segments.shape[1]
 
     @property

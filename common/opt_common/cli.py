@@ -199,7 +199,7 @@ def _check_early(model: str, draft: str | None, ids: list[list[int]], rows: list
     from .generation.prompts import prompt
 
     if not all(row["prompt"] for row in rows):
-        warnings.warn("prompt: found an empty one, which is continued as any text's beginning", stacklevel=1)
+        warnings.warn("prompt: found an empty one; the text starts from nothing", stacklevel=1)
     if draft is not None:
         find_checkpoint(draft, prefer=True)
     checkpoint, config = find_checkpoint(model, prefer=True)
