@@ -417,7 +417,7 @@ def test_the_migration_page(tiny, tmp_path, monkeypatch, old):
     """The scripts of docs/coming-from-flaxopt.md: transformers' where its Flax classes are installed, the same with its
     import line changed, and the one in NNX. All end in the same weights."""
     page = (Path(__file__).parents[1] / "docs" / "coming-from-flaxopt.md").read_text(encoding="utf-8")
-    functional, native, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    functional, native, *_ = re.findall(r"```python[^\n]*\n(.*?)```", page, re.DOTALL)
     name, line = "facebook/opt-125m", "from transformers import FlaxOPTForCausalLM"
     assert functional.count(line) == 1 and functional.count(name) == native.count(name) == 1
     if old == "transformers" and not hasattr(pytest.importorskip("transformers"), "FlaxOPTForCausalLM"):

@@ -17,7 +17,7 @@ SAVING = "\nimport numpy as np\nnp.savez('found', loss=loss, logits=out.logits, 
 
 def scripts() -> list[str]:
     """The old and the new script of the page."""
-    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[:2]
+    return re.findall(r"```python[^\n]*\n(.*?)```", PAGE.read_text(), re.DOTALL)[:2]
 
 
 def run(script: str, folder: Path, checkpoint: Path) -> dict[str, np.ndarray]:
