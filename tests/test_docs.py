@@ -107,6 +107,21 @@ def test_snippets(page, folder):
             exec(compile(code.replace('"cuda"', '"cpu"'), page, "exec"), found)
 
 
+def test_before_and_after_give_the_same_numbers(folder):
+    import torch
+
+    before, after = [code for _, code in snippets("docs/coming-from-transformers.md")][:2]
+    assert before.replace("from transformers import", "from opt_pt import") == after != before
+    found: list[dict[str, Any]] = [{}, {}]
+    for code, names in zip((before, after), found, strict=True):
+        exec(code, names)
+    theirs, ours = found
+    assert type(theirs["model"]).__module__.startswith("transformers")
+    torch.testing.assert_close(ours["out"].logits, theirs["out"].logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours["out"].loss, theirs["out"].loss)
+    assert torch.equal(ours["tokens"], theirs["tokens"])
+
+
 def imports_exist(tree: ast.AST) -> None:
     """What a snippet imports from this repository's packages is there."""
     for node in ast.walk(tree):
@@ -203,6 +218,12 @@ def test_the_site_builds(tmp_path):
         url for page in pages for url in re.findall(r"<link[^>]* rel=\"?stylesheet[^>]* href=\"?([^\"> ]*)", page)
     }
     assert loaded and not [url for url in loaded if re.match(r"(https?:)?//", url)]
+
+
+def test_links_of_the_readme():
+    """The site's own are checked when it is built."""
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())
+    assert len(links) > 10 and not [link for link in links if not (ROOT / link).is_file()]
 
 
 PACKAGES = ["opt_pt", "opt_tf", "opt_flax", "opt_common"]
