@@ -10,7 +10,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import __version__
 from .checkpoints.convert import Plan
 from .checkpoints.layouts import LAYOUTS, WRITABLE
 from .checkpoints.shards import MAX_SHARD_SIZE
@@ -42,7 +42,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"opt-zoo {version('opt-zoo')}")
+        print(f"opt-zoo {__version__}")
         raise typer.Exit
 
 
