@@ -34,9 +34,9 @@ def opt_zoo(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_parity_on_the_demo():
-    """The main job: equal tokens, and logits within 2e-5 of the float64 run, in every framework."""
-    ran = opt_zoo("parity", "--json")
+def test_parity_on_the_demo(tmp_path):
+    """The main job: equal tokens, and logits within 2e-5 of the float64 run, in every framework; and its picture."""
+    ran = opt_zoo("parity", "--json", "--plot", tmp_path / "errors.svg")
     assert ran.returncode == 0, ran.stderr
     report = json.loads(ran.stdout)
     assert report["passed"]
@@ -48,6 +48,10 @@ def test_parity_on_the_demo():
             assert row["logits"] <= 2e-5
             assert len(row["layers"]) == OPTConfig.from_pretrained(DEMO).num_hidden_layers + 1
             assert max(row["layers"]) <= 2e-5
+            assert f"<!-- {registered()[row['framework']].title} -->" in (tmp_path / "errors.svg").read_text()
+    if "pt" in PRESENT:
+        (errors,) = report["beside"].values()  # transformers'
+        assert len(errors) == OPTConfig.from_pretrained(DEMO).num_hidden_layers + 2 and max(errors) <= 2e-5
 
 
 @pytest.mark.parametrize("key", PRESENT)
