@@ -38,6 +38,7 @@ console = Console()
 Model = Annotated[str, typer.Option(help='a folder, a Hub name, or "opt-demo"')]
 From = Annotated[str | None, typer.Option("--from", help=f"which layout to read of several: {', '.join(LAYOUTS)}")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Plot = Annotated[Path | None, typer.Option(help="draw it there: a .png, .svg or .pdf")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -59,26 +60,34 @@ def parity(
     prompt: Annotated[str, typer.Option(help="the text to continue")] = "Once upon a time",
     new_tokens: Annotated[int, typer.Option(help="how many tokens to add", min=1)] = 200,
     framework: Annotated[list[str] | None, typer.Option(help=f"{KEYS}; may be repeated; default: all")] = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Run all frameworks on one text and show how far each is from a float64 run.
 
-    Fails if greedy tokens differ, or if an error relative to the largest magnitude exceeds 2e-5.
+    Fails if greedy tokens differ, or if an error relative to the largest magnitude exceeds 2e-5. --plot draws the
+    errors layer by layer, with those of transformers where it is installed.
     """
     from .parity import TOLERANCE
     from .parity import parity as run
+    from .plots import check_plot, draw_parity
     from .tokenizer import GPT2Tokenizer
 
+    if plot is not None:
+        check_plot(plot)
     keys = [_framework(key) for key in framework or registered()]
     given: Row = {"prompt": prompt}
     check_text(given, "prompt")
     ids = GPT2Tokenizer.from_pretrained(model)(prompt)["input_ids"]
     _check_early(model, None, [ids], [given], {"max_new_tokens": new_tokens})
     with Console(stderr=True).status("Running " + ", ".join(registered()[key].title for key in keys)):
-        report = run(model, prompt, new_tokens, keys)
+        report = run(model, prompt, new_tokens, keys, beside=plot is not None)
+    if plot is not None:
+        draw_parity(report, TOLERANCE, plot)
     if as_json:
         rows = [{**dataclasses.asdict(row), "passed": row.passed} for row in report.rows]
-        _print_json({"model": model, "prompt": prompt, "text": report.text, "passed": report.passed, "rows": rows})
+        shown = {"model": model, "prompt": prompt, "text": report.text, "passed": report.passed, "rows": rows}
+        _print_json(shown | ({} if plot is None else {"beside": report.beside}))
         raise typer.Exit(0 if report.passed else 1)
 
     title = f"{model}, {new_tokens} greedy tokens after {prompt!r}, float32 against float64"
@@ -119,6 +128,60 @@ def parity(
         console.print(layers)
     console.print(report.text, markup=False, highlight=False)
     raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help='a folder, a Hub name, or "opt-demo"')] = DEMO,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="how often each is timed")] = 5,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the speed of what is installed here: the frameworks, and transformers where it is. A quick look.
+
+    Each loads the model in a process of its own, on a GPU if it sees one, and is timed in turns.
+    """
+    from .bench import bench as run
+    from .plots import check_plot, draw_bench
+
+    if plot is not None:
+        check_plot(plot)
+    if dtype not in (wanted := ("float32", "float16", "bfloat16")):
+        raise ValueError(f"--dtype: found {dtype!r}, wanted one of {', '.join(wanted)}")
+    found = run(model, dtype, rounds)
+    if plot is not None and found.ran:
+        draw_bench(found, plot)
+    if as_json:
+        _print_json(found.as_json())
+        raise typer.Exit(0 if found.ran else 1)
+
+    title = f"{model}, {dtype}, one row: the first token after {found.long}, and {found.new} tokens after {found.short}"
+    table = Table(title=title, box=box.SIMPLE)
+    table.add_column("", no_wrap=True)
+    faster = f"x {found.base.title.partition(' ')[0]}" if found.ran else "x"
+    for name in ("on", "first, ms", faster, "tok/s", faster, "text"):
+        table.add_column(name, justify="left" if name in ("on", "text") else "right", no_wrap=True)
+    for row in found.rows:
+        if row.problem:
+            table.add_row(row.title, "-", *["-"] * 4, "[yellow]not run[/]")
+            continue
+        first, rate, base = found.first_ms(row), found.rate(row), found.base
+        ratios = (found.first_ms(base) / first, rate / found.rate(base))
+        same = "same" if row.tokens == base.tokens else "[yellow]another[/]"
+        table.add_row(
+            row.title, row.device, f"{first:.1f}", f"{ratios[0]:.2f}", f"{rate:.0f}", f"{ratios[1]:.2f}", same
+        )
+    console.print(table)
+    for row in found.rows:
+        if row.problem:
+            console.print(f"{row.title}: {row.problem}", markup=False, soft_wrap=True)
+    widest = max((max(s) / min(s) for row in found.ran for s in (row.first, row.whole)), default=1)
+    console.print(
+        f"Medians of {rounds}; the slowest of a cell took up to {widest:.1f} times the fastest. A quick look: "
+        "for numbers to quote, python -m benchmarks --help", soft_wrap=True, highlight=False
+    )  # fmt: skip
+    raise typer.Exit(0 if found.ran else 1)
 
 
 @app.command()
@@ -338,17 +401,27 @@ def inspect(
     layout: From = None,
     sha256: Annotated[bool, typer.Option("--sha256", help="a digest of each tensor, the same in all layouts")] = False,
     check: Annotated[bool, typer.Option("--check", help="look for NaN and infinite weights")] = False,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint holds, and what does not fit its config. Reads weights only for --sha256 and --check."""
+    """Show what a checkpoint holds, and what does not fit its config. --plot draws sizes and ranges of values by layer.
+
+    Reads weights only for --sha256, --check and --plot.
+    """
     from .checkpoints.examine import examine
     from .checkpoints.fit import SHOWN
+    from .plots import check_plot, draw_ranges
 
-    facts = examine(model, layout, sha256, check)
+    if plot is not None:
+        check_plot(plot)
+    facts = examine(model, layout, sha256, check, plot is not None)
+    if plot is not None:
+        draw_ranges(model, facts, plot)
     if as_json:
         _print_json(facts)
         return
     digests, not_finite, shards = facts.pop("sha256", {}), facts.pop("not_finite", None), facts.pop("shards")
+    facts.pop("ranges", None)
     misfits, dtypes = facts.pop("misfits"), facts.pop("dtypes")
     facts["dtype"] = ", ".join(f"{name} ({count})" if len(dtypes) > 1 else name for name, count in dtypes.items())
     facts["beside"] = ", ".join(facts["beside"]) or None
