@@ -86,7 +86,8 @@ def _counted(x: Array, packed: Array, scale: Array) -> Array:
     y = lax.dot_general(numbers, digits, (((1,), (x.ndim,)), ((), ())), preferred_element_type=jnp.int32)
     places = jnp.array([2.0**0, 2.0**8, 2.0**16, 2.0**24], jnp.float32) / MOST
     y = jnp.einsum("od...,d->...o", y.astype(jnp.float32), places, precision="highest")
-    return y * largest * scale[:, 0]
+    finite = jnp.isfinite(x).all(-1, keepdims=True)  # XLA's maximum may pass over NaN
+    return jnp.where(finite, y * largest * scale[:, 0], jnp.nan)
 
 
 @_counted.defjvp

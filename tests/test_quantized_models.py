@@ -180,22 +180,67 @@ def test_gradients_of_x(framework, kind, few, load):
 counts = pytest.mark.skipif(not digits.EXACT, reason="needs VNNI")
 
 
-@counts
-@pytest.mark.parametrize("reordered", [False, True])
-def test_whole_numbers(reordered):
+def counted_pt(x: np.ndarray, packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return digits.product(torch.tensor(x), digits.numbers(torch.tensor(packed)), torch.tensor(scale), None).numpy()
+
+
+def counted_reordered(x: np.ndarray, packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return digits.product(torch.tensor(x), digits.reordered(torch.tensor(packed)), torch.tensor(scale), None).numpy()
+
+
+def counted_flax(*numbers: np.ndarray) -> np.ndarray:
+    jax = pytest.importorskip("jax")
+    from opt_flax.quantized import _counted
+
+    return np.asarray(jax.jit(_counted)(*numbers))
+
+
+def counted_tf(*numbers: np.ndarray) -> np.ndarray:
+    tf = pytest.importorskip("tensorflow")
+    from opt_tf.quantized import _counted
+
+    return tf.function(_counted, jit_compile=True)(*map(tf.constant, numbers)).numpy()
+
+
+@pytest.mark.parametrize(
+    "product", [pytest.param(p, marks=counts) for p in (counted_pt, counted_reordered)] + [counted_flax, counted_tf]
+)
+def test_whole_numbers(product):
     """On a CPU: as exact as float32, small or large, beside an outlier, or all equal."""
     rng = np.random.default_rng(0)
     weight, scale = quantize("w", rng.standard_normal((40, 96)), Packing(8), np.dtype("float32"))
-    bias = torch.from_numpy(rng.standard_normal(40).astype(np.float32))
-    x = rng.standard_normal((9, 96)) * 10.0 ** np.array([0, -20, -32, 20, 3, 0, 0, 0, 0])[:, None]
+    x = rng.standard_normal((9, 96)) * 10.0 ** np.array([0, -20, -28, 20, 3, 0, 0, 0, 0])[:, None]
     x[4, 0], x[5], x[6, ::2], x[7, 0], x[8, 1] = -1e9, 0, x[6].max(), np.nan, np.inf
     x = x.astype(np.float32)
-    wanted = x[:7].astype(np.float64) @ dequantize(weight, scale.astype(np.float64), 8).T + bias.numpy()
-    packed = torch.from_numpy(weight)
-    numbers = digits.reordered(packed) if reordered else digits.numbers(packed)
-    found = digits.product(torch.from_numpy(x), numbers, torch.from_numpy(scale), bias).numpy()
+    wanted = x[:7].astype(np.float64) @ dequantize(weight, scale.astype(np.float64), 8).T
+    found = product(x, weight, scale)
     assert (np.abs(found[:7] - wanted) <= 2e-7 * np.abs(wanted).max(1, keepdims=True)).all()
     assert np.isnan(found[7:]).all()
+
+
+@pytest.mark.parametrize("framework", sorted({"flax", "tf"} & registered().keys()))
+def test_a_compiled_program_multiplies_whole_numbers(framework):
+    """It makes them once, before its loop."""
+    weight, scale = quantize("w", np.eye(32), Packing(8), np.dtype("float32"))
+    x = np.ones((1, 32), np.float32)
+    if framework == "flax":
+        jax = pytest.importorskip("jax")
+        from opt_flax.quantized import _product as product
+
+        loop = jax.jit(lambda x, w, s: jax.lax.fori_loop(0, 3, lambda i, x: product(x, w, s, 8), x))
+        text = loop.lower(x, weight, scale).compile().as_text()
+    else:
+        tf = pytest.importorskip("tensorflow")
+        from opt_tf.quantized import _product as product
+
+        def run(x: Any, w: Any, s: Any) -> Any:
+            return tf.while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, product(x, w, s, 8)), (0, x))[1]
+
+        loop = tf.function(run, jit_compile=True)
+        text = loop.experimental_get_compiler_ir(*map(tf.constant, (x, weight, scale)))(stage="optimized_hlo")
+    (line,) = (line for line in text.splitlines() if " while(" in line)
+    assert "s8[32,8,4]" in line
+    assert "s32[32,8]" not in line
 
 
 @counts
