@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_common.config import OPTConfig
-from opt_common.weights import TORCH, Spec, table
+from opt_common.weights import Spec, table
 
 from .quantized import QuantizedLinear
 
@@ -206,26 +207,78 @@ def part(spec: Spec, tensor: Tensor, rank: int, world: int) -> Tensor:
     return tensor
 
 
-def whole(model: Any) -> dict[str, Tensor]:
-    """All of a split model's tensors in the main memory, by their names in a checkpoint. Every process must call it;
-    only the first one's result is full."""
-    rank, world = processes()
-    found = {}
-    for spec in table(model.config, model.architecture):
-        mine = TORCH.parameter(model, spec).detach().contiguous()
-        if spec.kind == "shape":
-            mine = torch.tensor(spec.matrix)
-        elif (axis := next((i for i, n in enumerate(mine.shape) if n < spec.shape[i]), None)) is not None:
-            parts = [torch.empty_like(mine) for _ in range(world)]
-            dist.all_gather(parts, mine)
-            mine = torch.cat(parts, dim=axis)
-        if rank == 0:
-            found[spec.name] = mine.cpu()
-    return found
+def spread(tensors: Iterable[Any]) -> bool:
+    """Whether some of the tensors lie in parts in several processes, as FSDP2's do."""
+    if not dist.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor  # half a second of importing
+
+    return any(isinstance(x, DTensor) for x in tensors)
+
+
+def gather(
+    tensors: Mapping[str, Tensor], specs: Iterable[Spec], write: Callable[[Callable[[str], Tensor]], None] | None
+) -> None:
+    """Call `write`, in the first process, with a function from a name to the whole tensor, whose parts are gathered as
+    it is asked for: no process ever holds more than one. Every process of the default group must call this.
+
+    tensors: this process's parts. specs: the shapes of the whole ones. write: None to gather nothing. If it fails, all
+    processes do.
+    """
+    shapes = {spec.name: spec.shape for spec in specs}
+
+    def whole(name: str) -> Tensor:
+        mine = tensors[name].detach()
+        if spread([mine]):
+            return mine.full_tensor()  # type: ignore[attr-defined]
+        shape = shapes.get(name, mine.shape)
+        axis = next((i for i, (n, of) in enumerate(zip(mine.shape, shape, strict=True)) if n < of), None)
+        if axis is None:
+            return mine
+        parts = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, mine.contiguous())
+        return torch.cat(parts, dim=axis)
+
+    if dist.get_rank() == 0:
+        end: Any = None
+        try:
+            if write is not None:
+                write(lambda name: whole(of_first(name)))
+        except BaseException as error:
+            end = RuntimeError(f"save_pretrained: the first process failed: {error}")
+            raise
+        finally:
+            of_first(end)
+        return
+    while isinstance(name := of_first(None), str):
+        whole(name)
+    if name is not None:
+        raise name
+
+
+def of_first(value: Any) -> Any:
+    """What the first process gives."""
+    given = [value]
+    dist.broadcast_object_list(given)
+    return given[0]
 
 
 def agreed(seed: int | None) -> int:
     """The seed, or one that the first process draws: all must choose the same tokens."""
-    given = [int(torch.randint(2**62, ())) if seed is None else seed]
-    dist.broadcast_object_list(given)
-    return given[0]
+    return of_first(int(torch.randint(2**62, ())) if seed is None else seed)
+
+
+def fully_sharded(model: nn.Module) -> bool:
+    """Whether each pass of a model gathers its weights from all processes (FSDP2)."""
+    if not dist.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def anyone(here: bool, device: torch.device) -> bool:
+    """Whether it is so in any process."""
+    given = torch.tensor(int(here), device=device)
+    dist.all_reduce(given, dist.ReduceOp.MAX)
+    return bool(given)
