@@ -64,7 +64,7 @@ class QuantizedByInputs(ByInputs, QuantizedLinear):
 
 def summed(x: Tensor) -> Tensor:
     """x, summed over the processes in place."""
-    dist.all_reduce(x)
+    _met(dist.all_reduce, x)
     return x
 
 
@@ -136,21 +136,63 @@ class _Met(torch.autograd.Function):
         return grad
 
 
-def processes() -> tuple[int, int]:
-    """This process's number, and how many there are; under torchrun, join the others first.
+def processes(device: Any = None) -> tuple[int, int]:
+    """This process's number, and how many there are; under torchrun, join the others first: over NCCL, a GPU each, or
+    over gloo where there is none, or for a `device` that is the CPU.
 
-    Raises RuntimeError outside of torchrun, if nobody has called `torch.distributed.init_process_group`.
+    Raises RuntimeError outside of torchrun, if nobody has called `torch.distributed.init_process_group`; ValueError for
+    more processes than GPUs.
     """
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             raise RuntimeError("tp_plan: found one process, wanted several: torchrun --nproc-per-node 2 script.py")
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and torch.device(device or "cuda").type == "cuda":
+            check_room(device)
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
         else:
             dist.init_process_group("gloo")
-        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
+        atexit.register(leave)  # its threads must not outlive the interpreter
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave() -> None:
+    """Undo `processes`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_room(device: Any) -> None:
+    """Raise ValueError if this host's processes are more than its GPUs, of which each is to take one of its own."""
+    local, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if device is None and 0 < there < local:
+        raise ValueError(f"torchrun: found {local} processes on this host, wanted at most its {there} GPUs")
+
+
+def same(where: str, seen: Mapping[str, Any]) -> None:
+    """Raise ValueError, in every process, that names the first of the things seen that are not the same in all."""
+    of_all: list[Any] = [None] * dist.get_world_size()
+    _met(dist.all_gather_object, of_all, dict(seen))
+    first = of_all[0]
+    for rank, its in enumerate(of_all):
+        for name in first.keys() | its.keys():
+            if its.get(name) != first.get(name):
+                found = f"{name} {its.get(name)!r:.100} in process {rank}"
+                raise ValueError(f"{where}: found {found}, wanted {first.get(name)!r:.100}, as in process 0")
+
+
+def _met(collective: Callable[..., Any], *arguments: Any) -> None:
+    """Call a collective. Raises ConnectionError if another process has ended."""
+    try:
+        collective(*arguments)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in _CLOSED):
+            rank, world = dist.get_rank(), dist.get_world_size()
+            raise ConnectionError(f"process {rank} of {world}: another process has ended; see its message") from error
+        raise
+
+
+_CLOSED = ("Connection closed", "Connection reset", "Broken pipe", "Timed out")  # gloo's words
 
 
 def split(model: Any, rank: int, world: int) -> None:
@@ -259,7 +301,7 @@ def gather(
 def of_first(value: Any) -> Any:
     """What the first process gives."""
     given = [value]
-    dist.broadcast_object_list(given)
+    _met(dist.broadcast_object_list, given)
     return given[0]
 
 

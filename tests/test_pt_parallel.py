@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 
 from conftest import CONFIGS, make_reference, save_reference
 from opt_common.checkpoints.convert import convert
+from opt_common.frameworks import registered
 from opt_common.quantization import QuantizationConfig
 from opt_pt import OPTForCausalLM
 
@@ -230,3 +234,86 @@ def test_the_example_of_fully_sharded_training(tmp_path):
     assert ran.stdout.startswith("step 2 of 4\n")
     weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "broken")]
     assert weights[0] == weights[1]
+
+
+# === The command ===
+
+GENERATE = ["-m", "opt_common.cli", "generate", "--device", "cpu"]
+
+
+def generate(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *GENERATE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_on_two_devices():
+    texts = [generate("Once upon a time", "The king", "--max-new-tokens", 20, *more) for more in ((), ("--devices", 2))]
+    assert [ran.returncode for ran in texts] == [0, 0], texts[1].stderr
+    assert texts[0].stdout == texts[1].stdout != ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a process by its environment, as on Linux")
+@pytest.mark.parametrize(("way", "victim"), [("--devices", 1), ("torchrun", 0)])
+def test_a_killed_process_ends_all(way, victim, tmp_path):
+    """In seconds and with one message; started again, all goes on, and the file is that of one process."""
+    prompts, out, one = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "one.jsonl"
+    prompts.write_text("".join(json.dumps(f"Once upon {i} times") + "\n" for i in range(24)))
+    arguments = ["--file", prompts, "--batch-size", 2, "--max-new-tokens", 40]
+    arguments = [*GENERATE, *map(str, arguments), "--sample", "--seed", "7", "--output"]
+    command = [sys.executable, *arguments, str(out), "--devices", "2"]
+    if way == "torchrun":
+        command = [*TORCHRUN, *arguments, str(out)]
+
+    def written() -> int:
+        return sum(path.read_text().count("\n") - 1 for path in tmp_path.glob("out.jsonl.partial*"))
+
+    def is_victim(process: Path) -> bool:
+        try:
+            environment = (process / "environ").read_bytes().split(b"\0")
+            return f"RANK={victim}".encode() in environment and str(out).encode() in (process / "cmdline").read_bytes()
+        except OSError:  # it has ended, or is not ours
+            return False
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while written() < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    (pid,) = [int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit() and is_victim(each)]
+    os.kill(pid, signal.SIGKILL)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and not out.exists() and written() < 24
+    if way == "--devices":
+        assert error.startswith(f"error: process {victim} of 2 was killed (SIGKILL)") and error.count("\n") == 1
+    else:  # torchrun says which died
+        assert f"error: process {1 - victim} of 2 was stopped, as all are when one has ended" in error
+    before = {path: path.read_text() for path in tmp_path.glob("out.jsonl.partial*")}
+    assert subprocess.run(command, timeout=300).returncode == 0
+    assert before and sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl"]
+    subprocess.run([sys.executable, *arguments, str(one)], check=True)
+    rows, wanted = ([json.loads(line) for line in path.read_text().splitlines()] for path in (out, one))
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in wanted]
+    assert rows == wanted
+
+
+@pytest.mark.parametrize(
+    ("among", "arguments", "message"),
+    [
+        (1, ("x", "--devices", 3), "tp_plan: found num_attention_heads 4, wanted a multiple of 3 processes"),
+        (1, ("x", "--devices", 2, "--framework", "tf"), "--devices: found 2, wanted 1: TensorFlow does not offer it"),
+        (2, ("x", "--devices", 3), "--devices: found 3 under torchrun, wanted its 2 processes, or none"),
+        (2, ("x",), "--output: found none under torchrun, wanted a file"),
+        (2, ("--file", "-", "--output", "{tmp}/x"), "--file: found -, wanted a file, which all"),
+        (2, ("x", "--output", "{tmp}/x", "--framework", "flax"), "torchrun: found several processes, wanted one"),
+    ],
+    ids=["heads", "TensorFlow", "world", "no output", "stdin", "Flax"],
+)
+def test_what_several_processes_refuse(among, arguments, message, tmp_path, monkeypatch):
+    if among > 1:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", str(among))
+    if "--framework" in arguments and registered()[arguments[-1]].missing:
+        pytest.skip(registered()[arguments[-1]].missing)
+    ran = generate(*(str(x).replace("{tmp}", str(tmp_path)) for x in arguments))
+    assert ran.returncode == 1 and ran.stderr.startswith(f"error: {message}") and ran.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
