@@ -25,6 +25,7 @@ from .attention import check_implementation
 from .cache import KVCache
 from .functional import FunctionalModel, adopt, read, weighted, without_weights
 from .products import default_device
+from .sharding import Shardings
 
 
 class FlaxOPTPreTrainedModel(FunctionalModel):
@@ -210,10 +211,10 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         dtype: a jax dtype, its name, or "auto" for the checkpoint's. param_dtype: the dtype of the weights, if it is
             not that of the computation.
         attn_implementation: "sdpa" (the default), "eager" or "cudnn"; see `opt_flax.attention`.
-        sharding: how the weights lie on several devices: a jax Sharding for all, or a function from a tensor's name in
-            the checkpoint ("model.decoder.layers.0.fc1.weight") to its own, over mesh axes of type Auto, as `Mesh`
-            makes them. A NamedSharding names the axes of the checkpoint's tensor, [out, in]; the kernel is [in, out]
-            and is sharded to match. Default: all on jax's default device.
+        sharding: how the weights lie on several devices: `opt_flax.shardings(mesh)`, a jax Sharding for all, or a
+            function from a tensor's name in the checkpoint ("model.decoder.layers.0.fc1.weight") to its own, over mesh
+            axes of type Auto, as `Mesh` makes them. A NamedSharding names the axes of the checkpoint's tensor, [out,
+            in]; the kernel is [in, out] and is sharded to match. Default: all on jax's default device.
         seed, or rngs: for the new weights of a head that the checkpoint lacks. input_shape has no effect.
         _do_init: False returns a model without weights, and its params.
         options: those of `opt_common.checkpoints.pretrained.open_pretrained`: config=, revision, cache_dir, token,
@@ -227,6 +228,8 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         # on a CPU an array may share the memory that was read
         copied = default_device().platform != "cpu"
         opened = open_pretrained(path_or_name, cls.architecture, name, copied=copied, **options)
+        if isinstance(sharding, Shardings):
+            sharding.check(opened.config)
         wanted = jnp.dtype(opened.dtype)
         if jax.dtypes.canonicalize_dtype(wanted) != wanted:
             raise ValueError("dtype: found float64, which jax has only after jax.config.update('jax_enable_x64', True)")
@@ -234,8 +237,7 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         model = _shapes(cls, opened.config, dtype=wanted, param_dtype=stored, attn_implementation=attn_implementation)
 
         def put(spec: Spec, array: np.ndarray) -> None:
-            given = sharding(spec.name) if callable(sharding) else sharding
-            array, placement = FLAX.oriented(spec, array), _oriented(spec, given)
+            array, placement = FLAX.oriented(spec, array), _placement(spec, sharding)
             kind = jnp.dtype(spec.dtype(stored.name))
             # waited for: a transfer holds the host's memory until it is done
             FLAX.parameter(model, spec).set_value(_put(array, kind, placement).block_until_ready())
@@ -295,8 +297,12 @@ def _shapes(cls: Any, config: OPTConfig, **how: Any) -> Any:
     return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **how))
 
 
-def _oriented(spec: Spec, sharding: Sharding | None) -> Sharding | None:
+def _placement(spec: Spec, sharding: Sharding | Callable[[str], Sharding] | None) -> Sharding | None:
     """The sharding of a parameter, from that of its tensor in the checkpoint."""
+    if isinstance(sharding, Shardings):
+        sharding = sharding(spec.name, spec.shape)
+    elif callable(sharding):
+        sharding = sharding(spec.name)
     if not FLAX.transposes(spec) or not isinstance(sharding, NamedSharding):
         return sharding
     rows, columns, *_ = (*sharding.spec, None, None)

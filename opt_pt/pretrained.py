@@ -18,7 +18,7 @@ from opt_common.checkpoints.tensors import Source
 from opt_common.config import OPTConfig
 from opt_common.generation import GenerationConfig
 from opt_common.kin import Kin
-from opt_common.weights import TORCH, Spec, table
+from opt_common.weights import TORCH, table
 
 from . import parallel
 from .attention import check_implementation
@@ -423,6 +423,8 @@ class OPTPreTrainedModel(Kin, nn.Module):
         weights of modules that a subclass adds are written too; only it can load them.
 
         state_dict: weights to write in place of the model's, as from accelerate's `get_state_dict`.
+        A model that lies in parts in several processes is written by the first of them, tensor by tensor, and must be
+        saved by all.
         is_main_process: False writes nothing. safe_serialization: False writes pytorch_model.bin.
         save_function and token are accepted and have no effect. Raises ValueError for push_to_hub and variant: upload
         the folder with `huggingface_hub.upload_folder`.
@@ -430,26 +432,29 @@ class OPTPreTrainedModel(Kin, nn.Module):
         if push_to_hub or variant is not None:
             name = "push_to_hub" if push_to_hub else "variant"
             raise ValueError(f"{name}: found {push_to_hub or variant!r}; save, then huggingface_hub.upload_folder")
-        weights = state_dict if state_dict is not None else {}
-        if self.tp_size > 1 and state_dict is None:
-            weights = parallel.whole(self)  # of which the first process writes
-            is_main_process = is_main_process and self.tp_rank == 0
-        if not is_main_process:
-            return
-
-        def get(spec: Spec) -> np.ndarray:
-            return _array((weights[spec.name] if spec.name in weights else TORCH.parameter(self, spec)).detach())
-
+        architecture = _architecture(type(self))
+        weights, specs = state_dict or {}, [*table(self.config, architecture)]
+        # first: it asks for the state dict, for which FSDP2 takes back the weights that a pass has left whole and cast
+        added = _besides_the_table(self, weights)
+        own = {s.name: weights[s.name] if s.name in weights else TORCH.parameter(self, s) for s in specs}
         dtype = str(next(iter(weights.values())).dtype if weights else self.dtype).removeprefix("torch.")
         layout = "safetensors" if safe_serialization else "torch"
-        added = [
-            Source(name, tuple(x.shape), str(x.dtype).removeprefix("torch."), lambda x=x: _array(x))
-            for name, x in _besides_the_table(self, weights).items()
-        ]
-        save_pretrained(
-            save_directory, self.config, _architecture(type(self)), dtype, get, max_shard_size, layout,
-            self.generation_config, added,
-        )  # fmt: skip
+
+        def write(get: Callable[[str], Tensor]) -> None:
+            sources = [
+                Source(name, tuple(x.shape), str(x.dtype).removeprefix("torch."), lambda name=name: _array(get(name)))
+                for name, x in added.items()
+            ]
+            save_pretrained(
+                save_directory, self.config, architecture, dtype, lambda spec: _array(get(spec.name)), max_shard_size,
+                layout, self.generation_config, sources,
+            )  # fmt: skip
+
+        tensors = own | added
+        if parallel.spread(tensors.values()) or (self.tp_size > 1 and state_dict is None):
+            parallel.gather(tensors, specs, write if is_main_process else None)
+        elif is_main_process:
+            write(tensors.__getitem__)
 
 
 def _architecture(cls: type[OPTPreTrainedModel]) -> str:
@@ -491,6 +496,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
-        return tensor.cpu().contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.cpu().numpy()
+        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

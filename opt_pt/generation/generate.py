@@ -114,10 +114,13 @@ class Writer:
             yield from loop.write(self.text, self.passes, self.choose, self.stops.over, watched)
         else:
             yield from drafts.write(self.text, self.passes, self.choose, self.stops, self.drafter)
+        self.passes.finish()
 
     def search(self) -> tuple[Tensor, Tensor, Tensor]:
         """See `beams.search`."""
-        return beams.search(self.given.settings, self.text, self.passes, self.choose, self.stops)
+        found = beams.search(self.given.settings, self.text, self.passes, self.choose, self.stops)
+        self.passes.finish()
+        return found
 
     def result(self, new: Tensor, **of_beams: Tensor) -> Any:
         """What `generate` returns, of the new tokens [R, new]."""
