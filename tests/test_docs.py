@@ -141,7 +141,9 @@ def commands(code: str) -> Iterator[list[str]]:
 
 
 def run_opt_zoo(words: list[str]) -> None:
-    if words[0] in ("parity", "bench"):  # tests/test_parity.py runs it
+    if (
+        words[0] in ("parity", "bench") or "--devices" in words
+    ):  # tests/test_parity.py, _plots and _pt_parallel run them
         parse(app, words)
         return
     words = [word for word in words if not word.startswith("cuda")]
@@ -192,7 +194,10 @@ def run_pytest(words: list[str]) -> None:
 
 def run_torchrun(words: list[str]) -> None:
     rest = words[words.index("--nproc-per-node") + 2 :]
-    assert rest == ["script.py"] or not run_python(rest)
+    if rest[:2] == ["--no-python", "opt-zoo"]:
+        parse(app, rest[2:])
+    elif rest != ["script.py"]:
+        run_python(rest)
 
 
 def run_nothing(words: list[str]) -> None:
