@@ -9,6 +9,7 @@ from .cache import KVCache
 from .heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification
 from .model import FlaxOPTForCausalLM, FlaxOPTModel
 from .pretrained import FlaxOPTPreTrainedModel as FlaxOPTPreTrainedModel
+from .sharding import shardings
 
 # transformers' names for what finds out itself which model it loads: here an OPT, or an error
 AutoConfig = OPTConfig
@@ -31,4 +32,5 @@ __all__ = [
     "GPT2Tokenizer",
     "KVCache",
     "OPTConfig",
+    "shardings",
 ]

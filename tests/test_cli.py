@@ -55,9 +55,9 @@ def opt_zoo(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(sys.argv, code or 0, out.getvalue(), err.getvalue())
 
 
-def test_parity_on_the_demo():
-    """The main job: equal tokens, and logits within 2e-5 of the float64 run, in every framework."""
-    ran = process("parity", "--json")
+def test_parity_on_the_demo(tmp_path):
+    """The main job: equal tokens, and logits within 2e-5 of the float64 run, in every framework; and its picture."""
+    ran = process("parity", "--json", "--plot", tmp_path / "errors.svg")
     assert ran.returncode == 0, ran.stderr
     report = json.loads(ran.stdout)
     assert report["passed"]
@@ -69,6 +69,10 @@ def test_parity_on_the_demo():
             assert row["logits"] <= 2e-5
             assert len(row["layers"]) == OPTConfig.from_pretrained(DEMO).num_hidden_layers + 1
             assert max(row["layers"]) <= 2e-5
+            assert f"<!-- {registered()[row['framework']].title} -->" in (tmp_path / "errors.svg").read_text()
+    if "pt" in PRESENT:
+        (errors,) = report["beside"].values()  # transformers'
+        assert len(errors) == OPTConfig.from_pretrained(DEMO).num_hidden_layers + 2 and max(errors) <= 2e-5
 
 
 @pytest.mark.parametrize("key", PRESENT)

@@ -415,10 +415,10 @@ def test_a_beam_search_by_hand(model, ids):
 
 @pytest.mark.parametrize("old", ["transformers", "opt_flax"])
 def test_the_migration_page(tiny, tmp_path, monkeypatch, old):
-    """The scripts under "From FlaxOPT": transformers' where its Flax classes are installed, the same with its import
-    line changed, and the one in NNX. All end in the same weights."""
-    page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split("### From FlaxOPT")[1]
-    functional, native, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    """The scripts of docs/coming-from-flaxopt.md: transformers' where its Flax classes are installed, the same with its
+    import line changed, and the one in NNX. All end in the same weights."""
+    page = (Path(__file__).parents[1] / "docs" / "coming-from-flaxopt.md").read_text(encoding="utf-8")
+    functional, native, *_ = re.findall(r"```python[^\n]*\n(.*?)```", page, re.DOTALL)
     name, line = "facebook/opt-125m", "from transformers import FlaxOPTForCausalLM"
     assert functional.count(line) == 1 and functional.count(name) == native.count(name) == 1
     if old == "transformers" and not hasattr(pytest.importorskip("transformers"), "FlaxOPTForCausalLM"):

@@ -234,7 +234,7 @@ def test_a_generation_config_stays_with_the_model(framework, tiny, rng, tmp_path
     assert model.generate(input_ids=ids, eos_token_id=[], max_new_tokens=2).shape == (1, 8)
     given = GenerationConfig(max_new_tokens=3, eos_token_id=[])
     assert model.generate(input_ids=ids, generation_config=given).shape == (1, 9)
-    with pytest.warns(UserWarning, match="found max_length=20 and max_new_tokens=3; the latter counts"):
+    with pytest.warns(UserWarning, match="found max_length=20 and max_new_tokens=3; the latter applies"):
         assert model.generate(input_ids=ids, generation_config=given, max_length=20).shape == (1, 9)
     two = np.concatenate([ids, ids[:, ::-1]])
     ended = dict(eos_token_id=[first], max_new_tokens=5, pad_token_id=None)
