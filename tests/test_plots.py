@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ import safetensors.numpy
 import torch
 from matplotlib.figure import Figure
 
+sys.path.append(str(Path(__file__).parents[1]))  # behind what is installed
+
+from benchmarks import picture
 from opt_common import bench, cli, plots
 from opt_common.checkpoints.convert import convert
 from opt_common.checkpoints.examine import PARTS, examine
@@ -23,6 +27,7 @@ from opt_common.hub import DEMO
 from opt_common.parity import TOLERANCE, Report, Row, _transformers
 from opt_common.quantization import QuantizationConfig
 
+ROOT = Path(__file__).parents[1]
 BEGINNINGS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 PRESENT = [key for key, framework in registered().items() if framework.missing is None]
 
@@ -200,3 +205,21 @@ def test_what_fails_in_bench_is_a_row(tiny, tmp_path, monkeypatch, capsys):
         cli.app(["bench", str(tmp_path / "flax"), "--rounds", "1"])
     printed = capsys.readouterr().out
     assert "not run" in printed and re.search(r"transformers 5\.\S+: OSError: ", printed)
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_the_overview(suffix, drawn, tmp_path):
+    """Its speeds are the committed ones, over those of transformers 5 on the same machine."""
+    picture.draw(report(pt=[0, 1e-7, 2e-7]), tmp_path / f"overview{suffix}")
+    assert (tmp_path / f"overview{suffix}").read_bytes().startswith(BEGINNINGS[suffix])
+    notes = [text.get_text() for text in drawn[0].axes[1].texts]
+    rows = {row["key"]: row for row in json.loads((ROOT / "benchmarks" / "cpu.json").read_text())["rows"][::-1]}
+    ours, theirs = rows["opt_flax"], rows["transformers_pt"]
+    for cell, times in (
+        ("decode B8", ours["decode B8"]["median"] / theirs["decode B8"]["median"]),
+        ("prefill B1 S512", theirs["prefill B1 S512"]["median"] / ours["prefill B1 S512"]["median"]),
+    ):
+        assert picture.faster([*rows.values()][::-1], cell)["flax"] == pytest.approx(times)
+        assert f"{times:.1f}×" in notes
+    for name in ("overview.svg", "overview.png"):
+        assert (ROOT / "benchmarks" / name).exists()

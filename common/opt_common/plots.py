@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 # The colours of Okabe and Ito, which the colour-blind tell apart, in the order of the registry; markers do it in grey.
 _STYLES = (("#0072b2", "^"), ("#009e73", "o"), ("#d55e00", "s"), ("#e69f00", "D"), ("#56b4e9", "P"))
-_PEER = ("#a8579b", "v")
+# Another library lies below, as a broad band: where it agrees to the bit, both are seen.
+PEER: dict[str, Any] = {"color": "#a8579b", "linewidth": 7, "alpha": 0.35}
 _PARTS = {
     "embeddings": "#8c8c8c",
     "attention": "#0072b2",
@@ -46,12 +47,12 @@ def check_plot(path: Path) -> None:
 def style(key: str) -> dict[str, str]:
     """The colour and the marker of a framework, by its key, or of another library."""
     known = list(registered())
-    color, marker = _STYLES[known.index(key) % len(_STYLES)] if key in known else _PEER
+    color, marker = _STYLES[known.index(key) % len(_STYLES)] if key in known else (PEER["color"], "v")
     return {"color": color, "marker": marker}
 
 
 @contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure in the style of all, written when it is done. The same numbers give the same file."""
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -65,14 +66,18 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 def draw_parity(report: Report, limit: float, path: Path) -> None:
     """The errors of the hidden states and of the logits, a line for each framework and for what is beside them."""
+    with figure(path, 7.2, 4) as drawing:
+        panel = drawing.add_subplot()
+        draw_errors(panel, error_lines(report), limit)
+        panel.set_title(f"{report.model}, float32: distance from a float64 run")
+        drawing.legend(loc="outside lower center", ncols=4)
+
+
+def error_lines(report: Report) -> dict[str, tuple[str, list[float]]]:
+    """The lines of `draw_errors`, by their titles."""
     ran = [row for row in report.rows if row.layers]
     lines = {registered()[row.framework].title: (row.framework, [*row.layers, row.logits]) for row in ran}
-    lines |= {title: (title.partition(" ")[0], errors) for title, errors in report.beside.items()}
-    with _figure(path, 7.2, 4) as figure:
-        panel = figure.add_subplot()
-        draw_errors(panel, lines, limit)
-        panel.set_title(f"{report.model}, float32: distance from a float64 run")
-        figure.legend(loc="outside lower center", ncols=4)
+    return lines | {title: (title.partition(" ")[0], errors) for title, errors in report.beside.items()}
 
 
 def draw_errors(panel: Axes, lines: Mapping[str, tuple[str, Sequence[float]]], limit: float) -> None:
@@ -85,9 +90,8 @@ def draw_errors(panel: Axes, lines: Mapping[str, tuple[str, Sequence[float]]], l
         # one that is too large, or not finite, stands at the top: a point left out would read as none
         kept = np.nan_to_num(np.asarray(errors, float), nan=np.inf, posinf=np.inf)
         shown = np.minimum(kept, top)
-        # another library lies below, as a broad band: where it agrees to the bit, both are seen
         look: dict[str, Any] = {"clip_on": False, "zorder": 3}
-        look |= style(key) if key in registered() else {"color": _PEER[0], "linewidth": 7, "alpha": 0.35, "zorder": 2}
+        look |= style(key) if key in registered() else PEER | {"zorder": 2}
         panel.plot(range(len(shown)), shown, label=title, **look)
         for x in np.flatnonzero(kept > top):
             size = f"{kept[x]:.0e}" if np.isfinite(kept[x]) else "not finite"
@@ -117,8 +121,8 @@ def draw_errors(panel: Axes, lines: Mapping[str, tuple[str, Sequence[float]]], l
 def draw_ranges(model: str, facts: dict[str, Any], path: Path) -> None:
     """Sizes and ranges of values by layer, from what `examine` found with `ranges`."""
     rows, layers = facts["ranges"], facts["layers"]
-    with _figure(path, 11, 6) as figure:
-        sizes, *panels = figure.subplots(2, 3).flat
+    with figure(path, 11, 6) as drawing:
+        sizes, *panels = drawing.subplots(2, 3).flat
         bottom = np.zeros(layers + 2)  # before the layers, the layers, after them
         for part, color in _PARTS.items():
             heights = np.zeros(layers + 2)
@@ -157,9 +161,9 @@ def draw_ranges(model: str, facts: dict[str, Any], path: Path) -> None:
         notes += (
             [f"{len(facts['misfits'])} tensors do not fit the config and are not drawn"] if facts["misfits"] else []
         )
-        figure.suptitle("\n".join([f"{model}: {facts['parameters']:,} parameters", *notes]), fontweight="bold")
+        drawing.suptitle("\n".join([f"{model}: {facts['parameters']:,} parameters", *notes]), fontweight="bold")
         ranges = "values: light, smallest to largest; dark, mean ± standard deviation"
-        figure.legend(*sizes.get_legend_handles_labels(), loc="outside lower center", ncols=5, title=ranges)
+        drawing.legend(*sizes.get_legend_handles_labels(), loc="outside lower center", ncols=5, title=ranges)
 
 
 def _place(row: dict[str, Any], layers: int) -> int:
@@ -177,8 +181,8 @@ def _short(name: str) -> str:
 def draw_bench(found: Comparison, path: Path) -> None:
     """A bar for each system: the median, from the fastest to the slowest as a line, and times faster than the base."""
     rows, base = found.ran, found.base
-    with _figure(path, 9.5, 1.5 + 0.45 * len(rows)) as figure:
-        panels = figure.subplots(1, 2, sharey=True)
+    with figure(path, 9.5, 1.5 + 0.45 * len(rows)) as drawing:
+        panels = drawing.subplots(1, 2, sharey=True)
         titles = (f"milliseconds to the first token after {found.long}", f"tokens per second, {found.new} new ones")
         for panel, title, rate in zip(panels, titles, (False, True), strict=True):
             for y, row in enumerate(rows):
@@ -198,4 +202,4 @@ def draw_bench(found: Comparison, path: Path) -> None:
             panel.set_xlim(left=0)
         panels[0].invert_yaxis()
         note = f"×: times faster than {base.title}" if len(rows) > 1 else ""
-        figure.suptitle(f"{found.model}, {found.dtype}, one row, a quick look. {note}", fontsize=9.5)
+        drawing.suptitle(f"{found.model}, {found.dtype}, one row, a quick look. {note}", fontsize=9.5)
