@@ -338,13 +338,17 @@ def inspect(
     layout: From = None,
     sha256: Annotated[bool, typer.Option("--sha256", help="a digest of each tensor, the same in all layouts")] = False,
     check: Annotated[bool, typer.Option("--check", help="look for NaN and infinite weights")] = False,
+    source: Annotated[
+        str | None, typer.Option(help="the floats that 8 or 4 bits were rounded from: show the largest relative error")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint holds, and what does not fit its config. Reads weights only for --sha256 and --check."""
+    """Show what a checkpoint holds, and what does not fit its config. Reads weights only for --sha256, --check and
+    --source."""
     from .checkpoints.examine import examine
     from .checkpoints.fit import SHOWN
 
-    facts = examine(model, layout, sha256, check)
+    facts = examine(model, layout, sha256, check, source)
     if as_json:
         _print_json(facts)
         return
@@ -352,6 +356,9 @@ def inspect(
     misfits, dtypes = facts.pop("misfits"), facts.pop("dtypes")
     facts["dtype"] = ", ".join(f"{name} ({count})" if len(dtypes) > 1 else name for name, count in dtypes.items())
     facts["beside"] = ", ".join(facts["beside"]) or None
+    if errors := facts.pop("errors", None):
+        worst = max(errors, key=lambda name: errors[name])
+        facts["largest error"] = f"{errors[worst]:.2%}, {worst}"
     shown = Table(show_header=False, box=None)
     for key, value in facts.items():
         if value is not None:
