@@ -191,7 +191,7 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="the texts to continue")] = None,
     file: Annotated[str | None, typer.Option(help='prompts as JSON lines, or "-" for standard input')] = None,
     output: Annotated[
-        Path | None, typer.Option(help="write JSON lines there; a killed job goes on where it was")
+        Path | None, typer.Option(help="write JSON lines there; a killed job continues where it stopped")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="how many prompts at once")] = 8,
     model: Model = DEMO,
@@ -199,14 +199,14 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto for the checkpoint's")] = "float32",
     device: Annotated[str | None, typer.Option(help="such as cpu or cuda:1; default: a GPU if there is one")] = None,
     attn: Annotated[str | None, typer.Option(help="attention: sdpa, eager, flash_attention_2 or cudnn")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="how many tokens to add at most")] = 100,
     sample: Annotated[bool, typer.Option("--sample", help="draw tokens instead of taking the likeliest")] = False,
-    temperature: Annotated[float, typer.Option()] = 1.0,
-    top_k: Annotated[int, typer.Option()] = 50,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    seed: Annotated[int | None, typer.Option()] = None,
+    temperature: Annotated[float, typer.Option(help="with --sample: divides the logits")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="with --sample: keep the k likeliest tokens; 0 for all")] = 50,
+    top_p: Annotated[float, typer.Option(help="with --sample: keep the likeliest tokens that add up to p")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="with --sample: makes the text repeatable")] = None,
     beams: Annotated[int, typer.Option(min=1, help="beam search")] = 1,
-    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1 penalizes tokens already there")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="a string that ends a text; may be repeated")] = None,
     draft: Annotated[str | None, typer.Option(help="a smaller model that drafts tokens: the same text, faster")] = None,
     devices: Annotated[
