@@ -15,7 +15,7 @@
 # notebook opens one up. You will see what it predicts, where its attention goes, how a prediction forms layer by
 # layer, and what FlashAttention saves.
 #
-# It runs on `opt-demo`, a 5-million-parameter OPT that comes with the package. Any other works too: set `name` to
+# It runs on `opt-demo`, a small OPT that comes with the package. Any other works too: set `name` to
 # `"facebook/opt-125m"` or to a folder of yours.
 
 # %%
@@ -79,13 +79,13 @@ plt.show()
 # %%
 attentions = torch.stack(out.attentions)[:, 0]  # [layers, heads, tokens, tokens]
 layer = len(attentions) // 2
-heads = attentions[layer]
+heads = attentions[layer][:4]
 
-figure, panels = plt.subplots(1, len(heads), figsize=(11, 3.4), sharey=True)
+figure, panels = plt.subplots(1, len(heads), figsize=(8.4, 2.9), sharey=True)
 for head, panel in enumerate(panels):
     panel.imshow(heads[head], vmin=0, vmax=1, cmap="Blues")
-    panel.set_xticks(range(len(words)), words, rotation=90, fontsize=7.5)
-    panel.set_yticks(range(len(words)), words, fontsize=7.5)
+    panel.set_xticks(range(len(words)), words, rotation=90, fontsize=6.5)
+    panel.set_yticks(range(len(words)), words, fontsize=6.5)
     panel.set_title(f"layer {layer}, head {head}")
     panel.grid(visible=False)
 plt.show()
@@ -131,14 +131,14 @@ with torch.no_grad():
     lens = torch.stack([model.lm_head(state).softmax(-1) for state in states])  # [layers + 1, tokens, vocabulary]
 surest = lens.max(-1)
 
-figure, panel = plt.subplots(figsize=(11, 3.6))
+figure, panel = plt.subplots(figsize=(8.4, 3.6))
 panel.imshow(surest.values, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
 for y in range(lens.shape[0]):
     for x in range(lens.shape[1]):
         color = "white" if surest.values[y, x] > 0.6 else "black"
         text = tokenizer.decode([surest.indices[y, x]]).strip()
-        panel.text(x, y, text, ha="center", va="center", color=color, fontsize=8.5)
-panel.set_xticks(range(len(words)), words)
+        panel.text(x, y, text, ha="center", va="center", color=color, fontsize=7.5)
+panel.set_xticks(range(len(words)), words, fontsize=8.5)
 panel.set_yticks(range(len(states)), ["embedding", *(f"after layer {i}" for i in range(len(states) - 1))])
 panel.set_title("What each layer would say")
 panel.grid(visible=False)
