@@ -25,6 +25,7 @@ from .attention import check_implementation
 from .cache import KVCache
 from .functional import FunctionalModel, adopt, read, weighted, without_weights
 from .products import default_device
+from .sharding import Shardings
 
 
 class FlaxOPTPreTrainedModel(FunctionalModel):
@@ -75,11 +76,12 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
                     setattr(self, name, value)
 
     def build(self, **how: Any) -> None:
+        """Make the model's parts with new weights. how: dtype, param_dtype and rngs of each."""
         raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: OPTConfig, **options: Any) -> Self:
-        """A model with new weights; the constructor's options."""
+        """A model with new weights. Takes the constructor's options."""
         return cls(config, **options)
 
     _from_config = from_config
@@ -93,11 +95,11 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
 
     @property
     def name_or_path(self) -> str:
-        """What it was loaded from; empty if made by hand."""
+        """The name or folder it was loaded from; empty for a new one."""
         return self.config.name_or_path
 
     def num_parameters(self) -> int:
-        """How many numbers the weights hold; a tied head counts once."""
+        """The number of parameters; a tied head counts once."""
         return sum(x.size for x in jax.tree.leaves(read(self)))
 
     @property
@@ -160,7 +162,7 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         return KVCache.empty(self.config, batch_size, max_length, self._decoder.embed_positions.dtype)
 
     def set_attn_implementation(self, name: str) -> None:
-        """Attend by "eager", "sdpa" or "cudnn" from now on; see `opt_flax.attention`."""
+        """Switch to "eager", "sdpa" or "cudnn"; see `opt_flax.attention`."""
         check_implementation(name)
         self._configure(_attn_implementation=name)
 
@@ -178,12 +180,12 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
     enable_gradient_checkpointing = gradient_checkpointing_enable  # the name in transformers' Flax classes
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep everything that the backward pass needs, as by default."""
+        """Undo `gradient_checkpointing_enable`."""
         self._decoder.gradient_checkpointing = False
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Whether it has `generate`."""
+        """Whether the model has `generate`."""
         return hasattr(cls, "generate")
 
     # === Loading and saving ===
@@ -206,14 +208,14 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         """Load a checkpoint.
 
         path_or_name: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or not.
-        dtype: a jax dtype, its name, or "auto" for the checkpoint's. param_dtype: that of the weights, if it is to be
-            another than that of the computation.
+        dtype: a jax dtype, its name, or "auto" for the checkpoint's. param_dtype: the dtype of the weights, if it is
+            not that of the computation.
         attn_implementation: "sdpa" (the default), "eager" or "cudnn"; see `opt_flax.attention`.
-        sharding: how the weights lie on several devices: a jax Sharding for all, or a function from a tensor's name in
-            the checkpoint ("model.decoder.layers.0.fc1.weight") to its own, over mesh axes of type Auto, as `Mesh`
-            makes them. A NamedSharding names the axes of the checkpoint's tensor, [out, in]; the kernel is [in, out]
-            and is sharded to match. Default: all on jax's default device.
-        seed, or rngs: what a head is drawn with that the checkpoint does not hold. input_shape has no effect.
+        sharding: how the weights lie on several devices: `opt_flax.shardings(mesh)`, a jax Sharding for all, or a
+            function from a tensor's name in the checkpoint ("model.decoder.layers.0.fc1.weight") to its own, over mesh
+            axes of type Auto, as `Mesh` makes them. A NamedSharding names the axes of the checkpoint's tensor, [out,
+            in]; the kernel is [in, out] and is sharded to match. Default: all on jax's default device.
+        seed, or rngs: for the new weights of a head that the checkpoint lacks. input_shape has no effect.
         _do_init: False returns a model without weights, and its params.
         options: those of `opt_common.checkpoints.pretrained.open_pretrained`: config=, revision, cache_dir, token,
             local_files_only ..., and config overrides: num_labels, id2label, problem_type, dropout ...
@@ -226,6 +228,8 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         # on a CPU an array may share the memory that was read
         copied = default_device().platform != "cpu"
         opened = open_pretrained(path_or_name, cls.architecture, name, copied=copied, **options)
+        if isinstance(sharding, Shardings):
+            sharding.check(opened.config)
         wanted = jnp.dtype(opened.dtype)
         if jax.dtypes.canonicalize_dtype(wanted) != wanted:
             raise ValueError("dtype: found float64, which jax has only after jax.config.update('jax_enable_x64', True)")
@@ -233,8 +237,7 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         model = _shapes(cls, opened.config, dtype=wanted, param_dtype=stored, attn_implementation=attn_implementation)
 
         def put(spec: Spec, array: np.ndarray) -> None:
-            given = sharding(spec.name) if callable(sharding) else sharding
-            array, placement = FLAX.oriented(spec, array), _oriented(spec, given)
+            array, placement = FLAX.oriented(spec, array), _placement(spec, sharding)
             kind = jnp.dtype(spec.dtype(stored.name))
             # waited for: a transfer holds the host's memory until it is done
             FLAX.parameter(model, spec).set_value(_put(array, kind, placement).block_until_ready())
@@ -264,7 +267,7 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one.
 
         params: weights to write in place of the model's. safe_serialization: False writes flax_model.msgpack, which
-        transformers before 5 wrote. token is accepted, and not needed. Raises ValueError for push_to_hub: upload the
+        transformers before 5 wrote. token is accepted and has no effect. Raises ValueError for push_to_hub: upload the
         folder with `huggingface_hub.upload_folder`.
         """
         if push_to_hub:
@@ -294,8 +297,12 @@ def _shapes(cls: Any, config: OPTConfig, **how: Any) -> Any:
     return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **how))
 
 
-def _oriented(spec: Spec, sharding: Sharding | None) -> Sharding | None:
+def _placement(spec: Spec, sharding: Sharding | Callable[[str], Sharding] | None) -> Sharding | None:
     """The sharding of a parameter, from that of its tensor in the checkpoint."""
+    if isinstance(sharding, Shardings):
+        sharding = sharding(spec.name, spec.shape)
+    elif callable(sharding):
+        sharding = sharding(spec.name)
     if not FLAX.transposes(spec) or not isinstance(sharding, NamedSharding):
         return sharding
     rows, columns, *_ = (*sharding.spec, None, None)

@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +22,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import __version__
 from .checkpoints.convert import Plan
 from .checkpoints.layouts import LAYOUTS, WRITABLE
 from .checkpoints.shards import MAX_SHARD_SIZE
-from .continuations import Journal, Row, check_text, continue_all, read_prompts, texts
+from .continuations import Journal, Row, check_text, continue_all, read_prompts, share, texts
 from .files import json_text, naming, plain, read_bytes
-from .frameworks import registered
+from .frameworks import LAUNCHED, registered
 from .hub import DEMO
 from .progress import counter
 from .quantization import QuantizationConfig
@@ -43,7 +45,7 @@ Plot = Annotated[Path | None, typer.Option(help="draw it there: a .png, .svg or 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"opt-zoo {version('opt-zoo')}")
+        print(f"opt-zoo {__version__}")
         raise typer.Exit
 
 
@@ -207,10 +209,16 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option()] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="a string that ends a text; may be repeated")] = None,
     draft: Annotated[str | None, typer.Option(help="a smaller model that drafts tokens: the same text, faster")] = None,
+    devices: Annotated[
+        int, typer.Option(min=1, help="split the model over so many GPUs; with --device cpu, over processes")
+    ] = 1,
     option: Annotated[list[str] | None, typer.Option(help="any other of generate's, as NAME=JSON; repeatable")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue texts. One is shown as it is written; those of a file are written to a file."""
+    """Continue texts. One is shown as it is written; those of a file are written to a file.
+
+    Under torchrun several processes share the prompts of --file, and with --devices the model.
+    """
     from .tokenizer import GPT2Tokenizer
 
     chosen = registered()[_framework(framework)]
@@ -220,32 +228,45 @@ def generate(
         max_new_tokens=max_new_tokens, do_sample=sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         num_beams=beams, repetition_penalty=repetition_penalty, stop_strings=stop or None,
     ) | _named(option or [])  # fmt: skip
+    rank, processes = _among(devices, file, output)
     rows = _rows(prompts, file)
     job = {"model": model, "framework": framework, "dtype": dtype, "attn": attn, "draft": draft, "options": options,
            "prompts": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}  # fmt: skip
-    journal = None if output is None else Journal(output, job)
-
     tokenizer = GPT2Tokenizer.from_pretrained(model, padding_side="left")
-    options["tokenizer"] = tokenizer
+    options = options | {"tokenizer": tokenizer}  # not in the job
     ids = [tokenizer(row["prompt"])["input_ids"] for row in rows]
     _check_early(model, draft, ids, rows, options)
+    split = devices > 1
+    if split and processes == 1:
+        chosen.launch(["-m", f"{__package__}.cli", *sys.argv[1:]], devices, device)
+        return
+    share_of = 0 if split else rank
+    journal = None if output is None or (split and rank) else Journal(output, job, share_of)
     settings = {"dtype": dtype} | ({} if attn is None else {"attn_implementation": attn})
+    if processes > 1:
+        settings |= chosen.meet(job | {"output": output and str(output)}, split, device)
+    lengths = [*map(len, ids)]
+    mine = share(lengths, batch_size, share_of, 1 if split else processes)
+    streams = len(rows) == 1 and output is None and not as_json and console.is_terminal and beams == 1
     load = functools.partial(chosen.model_class().from_pretrained, **settings)
     with chosen.on(device):
         with Console(stderr=True).status(f"Loading {chosen.title}"):
             network = load(model)
             options["assistant_model"] = None if draft is None else load(draft)
-        if len(rows) == 1 and journal is None and not as_json and console.is_terminal and beams == 1:
-            print(rows[0]["prompt"], end="", flush=True)
+        if split:  # all make the same passes
+            done = {} if journal is None else journal.done
+            mine, streams = chosen.of_first(([i for i in mine if i not in done], streams))
+        show = functools.partial(print, end="", flush=True) if rank == 0 else lambda text: None
+        if streams:
+            show(rows[0]["prompt"])
             for piece in network.stream(**chosen.inputs(tokenizer, [rows[0]["prompt"]]), **options):
-                print(piece, end="", flush=True)
-            print()
+                show(piece)
+            show("\n")
             return
         write = functools.partial(texts, chosen, network, tokenizer, options)
-        lengths = [*map(len, ids)]
-        with counter(f"Generating with {chosen.title}", len(rows)) as progress:
-            found = continue_all(rows, lengths, write, batch_size, journal, progress)
-    for row in found if journal is None else []:
+        with counter(f"Generating with {chosen.title}", len(mine)) as progress:
+            found = continue_all(rows, lengths, write, batch_size, journal, progress, mine)
+    for row in found if output is None and rank == 0 else []:
         if file is not None:
             print(json.dumps(row, ensure_ascii=False))
         elif as_json:
@@ -255,6 +276,25 @@ def generate(
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def _among(devices: int, file: str | None, output: Path | None) -> tuple[int, int]:
+    """Which process this is of how many that run the command."""
+    rank, processes = (int(os.environ.get(name, one)) for name, one in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if devices > 1 and "RANK" in os.environ and devices != processes:
+        raise ValueError(f"--devices: found {devices} under torchrun, wanted its {processes} processes, or none")
+    if (devices > 1 or processes > 1) and file == "-":
+        raise ValueError("--file: found -, wanted a file, which all processes read")
+    if devices == 1 and processes > 1:
+        if output is None:
+            raise ValueError("--output: found none under torchrun, wanted a file, to which its processes write")
+
+        def stop(*_: Any) -> None:
+            who, how = f"process {rank} of {processes}", "start the command again, and it goes on where it was"
+            raise InterruptedError(f"{who} was stopped, as all are when one has ended: {how}")
+
+        signal.signal(signal.SIGTERM, stop)
+    return rank, processes
+
+
 def _check_early(model: str, draft: str | None, ids: list[list[int]], rows: list[Row], options: dict[str, Any]) -> None:
     """What can be said of a call before its models are loaded, which takes the most of its time. ids: of each row."""
     from .checkpoints.open import find_checkpoint
@@ -262,7 +302,7 @@ def _check_early(model: str, draft: str | None, ids: list[list[int]], rows: list
     from .generation.prompts import prompt
 
     if not all(row["prompt"] for row in rows):
-        warnings.warn("prompt: found an empty one, which is continued as any text's beginning", stacklevel=1)
+        warnings.warn("prompt: found an empty one; the text starts from nothing", stacklevel=1)
     if draft is not None:
         find_checkpoint(draft, prefer=True)
     checkpoint, config = find_checkpoint(model, prefer=True)
@@ -492,7 +532,11 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        say("[red]error:[/]", error)
+        launched = os.environ.get("TORCHELASTIC_RUN_ID") == LAUNCHED
+        if launched and not isinstance(error, ConnectionError):  # the command that started this process says one
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": str(error)}))
+        if not launched:
+            say("[red]error:[/]", error)
         sys.exit(1)
 
 
