@@ -36,10 +36,10 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {len(model.
 # ## What comes next?
 #
 # Text goes in as tokens: words, or pieces of words with the space before them. Each becomes a number. The first one,
-# `</s>`, starts every text.
+# `</s>`, starts every text. The prompt is half a sentence from the fairy tales that `opt-demo` was trained on.
 
 # %%
-prompt = "The king had a daughter, and the king loved his"
+prompt = "There lived a king whose daughters were all"
 inputs = tokenizer(prompt, return_tensors="pt")
 words = [tokenizer.decode([token]) for token in inputs["input_ids"][0]]
 print(words)
@@ -73,8 +73,8 @@ plt.show()
 # diagonal, because nobody sees the future.
 #
 # Three patterns are worth looking for. A dark first column is a head with nothing to say: it parks its attention on
-# `</s>`. A dark line next to the diagonal looks at the previous token. And since “king” occurs twice, look at the row
-# of the second one: a dark cell on the first “king”, or right after it, is a head that notices repetition.
+# `</s>`. A dark line next to the diagonal looks at the previous token: the pieces of a word find each other so. And a
+# dark cell far from both is a head that fetches one certain word from a distance.
 
 # %%
 attentions = torch.stack(out.attentions)[:, 0]  # [layers, heads, tokens, tokens]
