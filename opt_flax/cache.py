@@ -33,6 +33,7 @@ class KVCache(NamedTuple):
 
     @classmethod
     def empty(cls, config: OPTConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
+        """A cache of a fixed size in which no slot is taken."""
         shape = (batch * config.num_attention_heads, slots, config.head_dim)
         k = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
         v = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
@@ -42,10 +43,12 @@ class KVCache(NamedTuple):
 
     @property
     def rows(self) -> int:
+        """The number of rows, B."""
         return self.segments.shape[0]
 
     @property
     def slots(self) -> int:
+        """The number of slots, S, taken or not."""
         return self.segments.shape[1]
 
     @property

@@ -77,11 +77,12 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
                     setattr(self, name, value)
 
     def build(self, **how: Any) -> None:
+        """Make the model's parts with new weights. how: dtype, param_dtype and rngs of each."""
         raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: OPTConfig, **options: Any) -> Self:
-        """A model with new weights; the constructor's options."""
+        """A model with new weights. Takes the constructor's options."""
         return cls(config, **options)
 
     _from_config = from_config
@@ -95,11 +96,11 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
 
     @property
     def name_or_path(self) -> str:
-        """What it was loaded from; empty if made by hand."""
+        """The name or folder it was loaded from; empty for a new one."""
         return self.config.name_or_path
 
     def num_parameters(self) -> int:
-        """How many numbers the weights hold; a tied head counts once."""
+        """The number of parameters; a tied head counts once."""
         return sum(x.size for x in jax.tree.leaves(read(self)))
 
     @property
@@ -162,7 +163,7 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         return KVCache.empty(self.config, batch_size, max_length, self._decoder.embed_positions.dtype)
 
     def set_attn_implementation(self, name: str) -> None:
-        """Attend by "eager", "sdpa" or "cudnn" from now on; see `opt_flax.attention`."""
+        """Switch to "eager", "sdpa" or "cudnn"; see `opt_flax.attention`."""
         check_implementation(name)
         self._configure(_attn_implementation=name)
 
@@ -180,12 +181,12 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
     enable_gradient_checkpointing = gradient_checkpointing_enable  # the name in transformers' Flax classes
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep everything that the backward pass needs, as by default."""
+        """Undo `gradient_checkpointing_enable`."""
         self._decoder.gradient_checkpointing = False
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Whether it has `generate`."""
+        """Whether the model has `generate`."""
         return hasattr(cls, "generate")
 
     # === Loading and saving ===
@@ -208,14 +209,14 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         """Load a checkpoint.
 
         path_or_name: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or not.
-        dtype: a jax dtype, its name, or "auto" for the checkpoint's. param_dtype: that of the weights, if it is to be
-            another than that of the computation.
+        dtype: a jax dtype, its name, or "auto" for the checkpoint's. param_dtype: the dtype of the weights, if it is
+            not that of the computation.
         attn_implementation: "sdpa" (the default), "eager" or "cudnn"; see `opt_flax.attention`.
         sharding: how the weights lie on several devices: `opt_flax.shardings(mesh)`, a jax Sharding for all, or a
             function from a tensor's name in the checkpoint ("model.decoder.layers.0.fc1.weight") to its own, over mesh
             axes of type Auto, as `Mesh` makes them. A NamedSharding names the axes of the checkpoint's tensor, [out,
             in]; the kernel is [in, out] and is sharded to match. Default: all on jax's default device.
-        seed, or rngs: what a head is drawn with that the checkpoint does not hold. input_shape has no effect.
+        seed, or rngs: for the new weights of a head that the checkpoint lacks. input_shape has no effect.
         _do_init: False returns a model without weights, and its params.
         options: those of `opt_common.checkpoints.pretrained.open_pretrained`: config=, revision, cache_dir, token,
             local_files_only ..., and config overrides: num_labels, id2label, problem_type, dropout ...
@@ -269,7 +270,7 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one.
 
         params: weights to write in place of the model's. safe_serialization: False writes flax_model.msgpack, which
-        transformers before 5 wrote. token is accepted, and not needed. Raises ValueError for push_to_hub: upload the
+        transformers before 5 wrote. token is accepted and has no effect. Raises ValueError for push_to_hub: upload the
         folder with `huggingface_hub.upload_folder`.
         Sharded weights are gathered tensor by tensor. Where they are sharded over several processes, all must call
         this; the first one writes, and all return when the folder is there.

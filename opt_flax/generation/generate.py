@@ -40,7 +40,7 @@ def generate(
     B · num_return_sequences; or a GenerateOutput, with `return_dict_in_generate`. The array has itself as its attribute
     `sequences`, for scripts that expect transformers' output.
 
-    attention_mask: [B, T], 0 for padding on either side. Default: everything that is not the config's `pad_token_id`.
+    attention_mask: [B, T], 0 for padding on either side. Default: everything but the config's `pad_token_id`.
     prng_key: what sampling draws with, in place of `seed`.
     trace: has no effect, the loop is always one compiled program; transformers' Flax models take False for debugging.
     options: see `opt_common.generation.Options`. A `logits_processor` of (ids, scores, cur_len) is traced, with ids
@@ -48,7 +48,7 @@ def generate(
     Under jit and pmap ids and mask may be traced, and the result has all T + max_new_tokens columns.
     A program is compiled for each kind of settings, number of rows and width, in steps of 32 columns and 64 new tokens;
     64 of them are kept, then all are forgotten. `jax.clear_caches` forgets them sooner.
-    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
+    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is invalid.
     """
     call = Call.of(self, input_ids, attention_mask, prng_key, options)
     readings: list[Reading] = []
@@ -81,7 +81,7 @@ def stream(
     prng_key: Array | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """The text of one row, piece by piece as it is written; arguments as of `generate`. Raises ValueError, before any
+    """Like `generate` for one row, but yields the new text in pieces, as it is written. Raises ValueError, before any
     work, for several rows or beams too."""
     call = Call.of(self, input_ids, attention_mask, prng_key, {**options, "tokenizer": tokenizer})
     call.check_one("stream")
