@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import keras
 import numpy as np
@@ -188,4 +189,4 @@ def test_mirrored_training_of_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("name", ["tp_plan", "sharding"])
 def test_tensor_parallelism_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"^{name}: found one, wanted none: Keras on TensorFlow has no tensor paral"):
-        TFOPTForCausalLM.from_pretrained(tmp_path, **{name: "auto"})
+        TFOPTForCausalLM.from_pretrained(tmp_path, **dict[str, Any]({name: "auto"}))
