@@ -441,12 +441,15 @@ def inspect(
     layout: From = None,
     sha256: Annotated[bool, typer.Option("--sha256", help="a digest of each tensor, the same in all layouts")] = False,
     check: Annotated[bool, typer.Option("--check", help="look for NaN and infinite weights")] = False,
+    source: Annotated[
+        str | None, typer.Option(help="the floats that 8 or 4 bits were rounded from: show the largest relative error")
+    ] = None,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint holds, and what does not fit its config. --plot draws sizes and ranges of values by layer.
 
-    Reads weights only for --sha256, --check and --plot.
+    Reads weights only for --sha256, --check, --source and --plot.
     """
     from .checkpoints.examine import examine
     from .checkpoints.fit import SHOWN
@@ -454,7 +457,7 @@ def inspect(
 
     if plot is not None:
         check_plot(plot)
-    facts = examine(model, layout, sha256, check, plot is not None)
+    facts = examine(model, layout, sha256, check, plot is not None, source)
     if plot is not None:
         draw_ranges(model, facts, plot)
     if as_json:
@@ -465,6 +468,9 @@ def inspect(
     misfits, dtypes = facts.pop("misfits"), facts.pop("dtypes")
     facts["dtype"] = ", ".join(f"{name} ({count})" if len(dtypes) > 1 else name for name, count in dtypes.items())
     facts["beside"] = ", ".join(facts["beside"]) or None
+    if errors := facts.pop("errors", None):
+        worst = max(errors, key=lambda name: errors[name])
+        facts["largest error"] = f"{errors[worst]:.2%}, {worst}"
     shown = Table(show_header=False, box=None)
     for key, value in facts.items():
         if value is not None:

@@ -114,6 +114,7 @@ class Call:
         arrays = [options.get(name) for name in ("inputs_embeds", "past_key_values", "negative_prompt_ids")]
         leaves = jax.tree.leaves((model, prng_key, prompt.ids, prompt.mask, arrays))
         traced = any(isinstance(x, Tracer) for x in leaves)
+        spread = not traced and any(isinstance(x, Array) and not x.is_fully_addressable for x in leaves)
         for name in ("prefix_allowed_tokens_fn", "stop_strings", "max_time", "streamer"):
             if traced and options.get(name) is not None:
                 raise ValueError(f"{name}: found one under jit, where no token is known; wanted a call outside of it")
@@ -143,7 +144,7 @@ class Call:
             pad or ends[0] if plan.beams and ends else pad,  # as in transformers, no 0 behind a beam
             settings.max_new_tokens,
             settings.length_penalty,
-            key(settings, prng_key, traced),
+            key(settings, prng_key, traced, spread),
         )
         functions = callbacks(settings, options)
         streamer, assistant = options.get("streamer"), options.get("assistant_model") if settings.assisted else None
