@@ -125,8 +125,8 @@ def measure(setup: Setup, size: str, bits: int, rows: list[int], copy: float | N
 def parallel_(
     out: Annotated[Path | None, typer.Option(help="JSON with every number, written after each cell")] = None,
     cells: Annotated[
-        str, typer.Option(help="SIZE:BITS,..., SIZE:answers and SIZE:load")
-    ] = "6.7b:answers,30b:16,66b:16,175b:4",
+        str, typer.Option(help="SIZE:BITS, SIZE:answers or SIZE:load, with commas")
+    ] = "6.7b:answers,6.7b:load,30b:16,66b:16,175b:4",
     rows: Annotated[str, typer.Option()] = "1,16",
     smoke: Annotated[bool, typer.Option(help="tiny models on the CPU, once: proves the code alone")] = False,
 ) -> None:
