@@ -25,12 +25,7 @@ class PyTorch(Framework):
         import torch
 
         try:
-            gpu = (
-                f"cuda:{os.environ.get('LOCAL_RANK', torch.cuda.current_device())}"
-                if torch.cuda.is_available()
-                else None
-            )
-            chosen = torch.device(device or gpu or "cpu")
+            chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             torch.empty(0, device=chosen)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device: found {device!r}, which PyTorch refuses: {error}") from error
@@ -52,14 +47,17 @@ class PyTorch(Framework):
         launch(command, processes)
 
     def meet(self, seen: dict[str, Any], split: bool, device: str | None) -> dict[str, Any]:
+        import torch
+
         from . import parallel
 
         parallel.processes(device if split else "cpu")
         parallel.same("torchrun", seen)
         if split:
             return {"tp_plan": "auto"} | ({} if device is None else {"device": device})
-        parallel.check_room(device)
         parallel.leave()  # from here on each works alone
+        if torch.cuda.is_available() and device in (None, "cuda"):
+            parallel.take_gpu()
         return {}
 
     def of_first(self, value: Any) -> Any:
