@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from opt_common.quantization import Packing
 from opt_common.weights import table
 
+from .fast import digits
+from .fast.packed import packed
+from .fast.plain import unwatched
+
+_SCALES = (torch.float16, torch.bfloat16, torch.float32)
+
 
 class QuantizedLinear(nn.Linear):
-    """An nn.Linear whose weight [out, in] has 8 or 4 bits. Each call makes floats of it, in x's dtype, and drops them.
+    """An nn.Linear whose weight [out, in] has 8 or 4 bits. Each call makes floats of it, in x's dtype, and drops them;
+    on a CPU, 8 bits with a scale a row are multiplied as whole numbers, as exactly (`fast/digits.py`).
 
     The parameters have the checkpoint's names and shapes: `weight_packed`, `weight_scale`, which do not learn, and
     `bias`. Gradients flow to x; adapters around it learn.
@@ -52,7 +59,12 @@ class QuantizedLinear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         if torch.is_grad_enabled() and input.requires_grad:
             return _Product.apply(input, self.weight_packed, self.weight_scale, bias, self.packing.bits)  # type: ignore
-        return F.linear(input, self.dequantize(input.dtype), bias)
+        copy = packed(self, input)
+        if copy is not None:
+            return digits.product(input, copy.weight, self.weight_scale, bias)
+        if torch.is_grad_enabled():  # the bias learns
+            return F.linear(input, self.dequantize(input.dtype), bias)
+        return _product(input, self.weight_packed, self.weight_scale, bias, self.packing.bits)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.packing}"
@@ -65,7 +77,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-        return F.linear(x, _floats(packed, scale, bits, x.dtype), bias)
+        return _product(x, packed, scale, bias, bits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -84,6 +96,12 @@ class _Product(torch.autograd.Function):
         return of_x, None, None, of_bias, None
 
 
+def _product(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    if digits.can_count(x, bits, scale):
+        return digits.product(x, digits.numbers(packed), scale, bias)
+    return F.linear(x, _floats(packed, scale, bits, x.dtype), bias)
+
+
 class _Copy(Tensor):
     """A tensor whose `data` cannot be set: peft merges an adapter so, and what it adds to a copy would be lost."""
 
@@ -99,6 +117,11 @@ class _Copy(Tensor):
 
 
 def _floats(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    whole_words = packed.shape[1] % scale.shape[1] == 0  # with one scale each
+    if packed.is_cuda and whole_words and scale.dtype in _SCALES and unwatched(packed) and unwatched(scale):
+        from .fast.floats import unpacked  # imports Triton
+
+        return unpacked(packed, scale, bits, dtype)
     numbers = packed.view(torch.uint8)
     if bits == 4:
         numbers = torch.stack([numbers & 15, numbers >> 4], dim=-1).flatten(1)

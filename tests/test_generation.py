@@ -95,10 +95,10 @@ def test_a_streamer_of_another_thread(tokenizer):
         next(TextIteratorStreamer(tokenizer, timeout=0.01))
 
 
-def test_the_snippet_of_the_readme(capsys):
+def test_the_snippet_of_the_page(capsys):
     """Beams, a stream and a draft, with opt-demo in place of the large models."""
-    section = (Path(__file__).parent.parent / "README.md").read_text().split("## Generating")[1]
-    code = section.split("```python\n")[1].split("```")[0]
+    page = (Path(__file__).parents[1] / "docs" / "generating.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
     for name in ("facebook/opt-6.7b", "facebook/opt-125m"):
         assert name in code
         code = code.replace(name, "opt-demo")

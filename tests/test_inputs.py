@@ -329,7 +329,7 @@ def test_generate_in_training_mode():
 
     given: dict[str, Any] = {"input_ids": ROWS, "max_new_tokens": 2}
     with pytest.warns(
-        UserWarning, match="^generate: found a model in training mode, which drops out; wanted model.eval"
+        UserWarning, match="^generate: found a model in training mode, where dropout is on; wanted model.eval"
     ):
         OPTForCausalLM(OPTConfig(**SIZES)).train().generate(**given)
     with warnings.catch_warnings():

@@ -17,8 +17,8 @@ from conftest import CONFIGS
 from opt_common.config import OPTConfig
 from opt_pt import OPTForCausalLM, OPTModel
 from opt_pt.attention import dense, sdpa
-from opt_pt.fast import cpu, products
-from opt_pt.fast.products import Packed, onednn
+from opt_pt.fast import cpu, packed, products
+from opt_pt.fast.packed import Packed, onednn
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_packed(tiny, ids, config, dtype, monkeypatch):
 
     def answer(onednn=True):
         with torch.no_grad(), monkeypatch.context() as patch:
-            patch.setattr(products, "ONEDNN", onednn)
+            patch.setattr(packed, "ONEDNN", onednn)
             return model(ids).logits
 
     wanted = answer(onednn=False)
@@ -389,8 +389,8 @@ def test_step_on_a_cpu(tiny, ids, config, padding):
     mask = torch.ones_like(ids)
     hidden = {"none": [], "left": [0, 1, 2], "right": [10, 11], "holes": [2, 5, 6]}[padding]
     mask[1, hidden] = 0
-    for packed in (False, True):
-        if packed:
+    for reordered in (False, True):
+        if reordered:
             model.pack()
         token = ids[:, 3].clone()
         caches = [model.init_cache(2, 16) for _ in range(2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+import opt_pt
 from backends import COMPLETE, Backend
 from checkpoints import contents
 from conftest import CONFIGS, make_reference, save_reference
@@ -22,6 +24,7 @@ from opt_common.frameworks import registered
 from opt_common.hub import DEMO
 from opt_common.quantization import Packing, QuantizationConfig, dequantize, quantize
 from opt_common.weights import table
+from opt_pt.fast import cpu, digits
 
 IDS = np.random.default_rng(0).integers(4, 96, (2, 9)).astype(np.int32)
 MASK = np.ones_like(IDS)
@@ -172,6 +175,110 @@ def test_gradients_of_x(framework, kind, few, load):
 
 
 # === PyTorch's own ===
+
+
+counts = pytest.mark.skipif(not digits.EXACT, reason="needs VNNI")
+
+
+def counted_pt(x: np.ndarray, packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return digits.product(torch.tensor(x), digits.numbers(torch.tensor(packed)), torch.tensor(scale), None).numpy()
+
+
+def counted_reordered(x: np.ndarray, packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return digits.product(torch.tensor(x), digits.reordered(torch.tensor(packed)), torch.tensor(scale), None).numpy()
+
+
+def counted_flax(*numbers: np.ndarray) -> np.ndarray:
+    jax = pytest.importorskip("jax")
+    from opt_flax.quantized import _counted
+
+    return np.asarray(jax.jit(_counted)(*numbers))
+
+
+def counted_tf(*numbers: np.ndarray) -> np.ndarray:
+    tf = pytest.importorskip("tensorflow")
+    from opt_tf.quantized import _counted
+
+    return tf.function(_counted, jit_compile=True)(*map(tf.constant, numbers)).numpy()
+
+
+@pytest.mark.parametrize(
+    "product", [pytest.param(p, marks=counts) for p in (counted_pt, counted_reordered)] + [counted_flax, counted_tf]
+)
+def test_whole_numbers(product):
+    """On a CPU: as exact as float32, small or large, beside an outlier, or all equal."""
+    rng = np.random.default_rng(0)
+    weight, scale = quantize("w", rng.standard_normal((40, 96)), Packing(8), np.dtype("float32"))
+    x = rng.standard_normal((9, 96)) * 10.0 ** np.array([0, -20, -28, 20, 3, 0, 0, 0, 0])[:, None]
+    x[4, 0], x[5], x[6, ::2], x[7, 0], x[8, 1] = -1e9, 0, x[6].max(), np.nan, np.inf
+    x = x.astype(np.float32)
+    wanted = x[:7].astype(np.float64) @ dequantize(weight, scale.astype(np.float64), 8).T
+    found = product(x, weight, scale)
+    assert (np.abs(found[:7] - wanted) <= 2e-7 * np.abs(wanted).max(1, keepdims=True)).all()
+    assert np.isnan(found[7:]).all()
+
+
+@pytest.mark.parametrize("framework", sorted({"flax", "tf"} & registered().keys()))
+def test_a_compiled_program_multiplies_whole_numbers(framework):
+    """It makes them once, before its loop."""
+    weight, scale = quantize("w", np.eye(32), Packing(8), np.dtype("float32"))
+    x = np.ones((1, 32), np.float32)
+    if framework == "flax":
+        jax = pytest.importorskip("jax")
+        from opt_flax.quantized import _product as product
+
+        loop = jax.jit(lambda x, w, s: jax.lax.fori_loop(0, 3, lambda i, x: product(x, w, s, 8), x))
+        text = loop.lower(x, weight, scale).compile().as_text()
+    else:
+        tf = pytest.importorskip("tensorflow")
+        from opt_tf.quantized import _product as product
+
+        def run(x: Any, w: Any, s: Any) -> Any:
+            return tf.while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, product(x, w, s, 8)), (0, x))[1]
+
+        loop = tf.function(run, jit_compile=True)
+        text = loop.experimental_get_compiler_ir(*map(tf.constant, (x, weight, scale)))(stage="optimized_hlo")
+    (line,) = (line for line in text.splitlines() if " while(" in line)
+    assert "s8[32,8,4]" in line
+    assert "s32[32,8]" not in line
+
+
+@counts
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_packed(few, dtype, monkeypatch):
+    """`pack` reorders what has 8 bits and a scale a row; forward passes and steps take it while it is the weights."""
+    folder, reference = few("8")
+    model = opt_pt.OPTForCausalLM.from_pretrained(folder, dtype=dtype)
+    ids, layers = torch.tensor(IDS), model.config.num_hidden_layers
+    wanted = reference(ids).logits
+    taken, product = [], digits.product
+    monkeypatch.setattr(digits, "product", lambda x, w, *rest: taken.append(w.is_mkldnn) or product(x, w, *rest))
+
+    def answer() -> torch.Tensor:
+        taken.clear()
+        return model(ids).logits
+
+    def far(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return bool((found - wanted).norm() > (2e-6 if dtype == "float32" else 2e-2) * wanted.norm())
+
+    assert not far(answer(), wanted)
+    assert taken == [False] * 6 * layers
+    assert not cpu.can_step(model, ids[:, 0])
+    model.pack()
+    assert not far(answer(), wanted)
+    assert taken == [True] * 4 * layers
+    assert cpu.can_step(model, ids[:, 0])
+    found = model.generate(ids, max_new_tokens=8, do_sample=False)
+    if dtype == "float32":
+        assert torch.equal(found, reference.generate(ids, max_new_tokens=8, do_sample=False))
+    for layer, change in enumerate(("self_attn.v_proj", "fc2")):  # of which the first is packed with two others
+        before = answer()
+        model.model.decoder.layers[layer].get_submodule(change).weight_scale.mul_(3)
+        assert far(answer(), before)
+        assert not cpu.can_step(model, ids[:, 0])
+    assert taken.count(False) == 4
+    assert not far(copy.deepcopy(model)(ids).logits, answer())
 
 
 @pytest.fixture

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import multiprocessing
 import time
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -40,12 +44,14 @@ class Row:
 
 @dataclass
 class Report:
-    """The rows, the prompt, and the text that continues it."""
+    """The rows, the prompt, and the text that continues it. `beside`: the errors of the hidden states and the logits of
+    other libraries on that text, for comparison."""
 
     model: str
     prompt: str
     text: str
     rows: list[Row]
+    beside: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -61,11 +67,14 @@ def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found.astype(np.float64) - wanted).max() / np.abs(wanted).max())
 
 
-def parity(model: str, prompt: str, new_tokens: int, frameworks: Iterable[str] | None = None) -> Report:
+def parity(
+    model: str, prompt: str, new_tokens: int, frameworks: Iterable[str] | None = None, beside: bool = False
+) -> Report:
     """Load `model` in each framework (default: all) in float32, continue `prompt` greedily by `new_tokens`, and compare
     with the float64 run: each token with its likeliest, and the logits and hidden states over the whole text.
 
-    No text ends early, so there are always `new_tokens`. The speed is that of the second of two runs.
+    No text ends early, so there are always `new_tokens`. The speed is that of the second of two runs. `beside`: compare
+    transformers too, in float32, if it and PyTorch are installed.
     """
     tokenizer = GPT2Tokenizer.from_pretrained(model)
     opened = open_pretrained(model, "OPTForCausalLM", "float64")
@@ -89,7 +98,31 @@ def parity(model: str, prompt: str, new_tokens: int, frameworks: Iterable[str] |
         row.logits = relative_error(framework.numpy(out.logits), logits)
         row.layers = [relative_error(framework.numpy(f), w) for f, w in zip(out.hidden_states, hidden, strict=True)]
         text = text or tokenizer.decode(row.tokens, skip_special_tokens=True)
-    return Report(model, prompt, text, rows)
+    others: dict[str, list[float]] = {}
+    if beside and judged and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+        tokens, (logits, hidden) = next(iter(judged.items()))
+        # in a process of its own: it imports Triton, whose LLVM ends a process that has TensorFlow's
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            found = apart.submit(_transformers, model, np.array([tokens])).result()
+        errors = [relative_error(f, w) for f, w in zip(found, [*hidden, logits], strict=True)]
+        others[f"transformers {version('transformers')}"] = errors
+    return Report(model, prompt, text, rows, others)
+
+
+def _transformers(model: str, ids: np.ndarray) -> list[np.ndarray]:
+    """The hidden states and the logits of its PyTorch OPT in float32, with these weights, from whatever file."""
+    import torch
+    import transformers
+
+    opened = open_pretrained(model, "OPTForCausalLM", "float32")
+    with torch.device("meta"):
+        theirs = transformers.OPTForCausalLM(transformers.OPTConfig(**opened.config.to_dict())).eval()
+    weights = {spec.name: torch.from_numpy(array).float() for spec, array in opened.tensors}
+    theirs.load_state_dict(weights, strict=False, assign=True)  # a tied head is not among them
+    theirs.tie_weights()
+    with torch.inference_mode():
+        out = theirs(torch.from_numpy(ids), output_hidden_states=True)
+    return [tensor.numpy() for tensor in (*out.hidden_states, out.logits)]
 
 
 def _run(

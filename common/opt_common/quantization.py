@@ -8,6 +8,11 @@ weight_shape    int64 [2]                 out, in
 bias            float [out]               as ever
 
 Numbers are symmetric: there is no zero point besides the 2^(bits-1).
+
+On a CPU, x times a weight of 8 bits with a scale a row is computed in whole numbers: x, over the largest number of its
+row, becomes a whole number of 32 bits, which is four digits of 8. The product of a digit and the weight is a sum of
+whole numbers, exact in int32, and the CPU reads a byte a weight. What is lost of x is less than float32's own rounding.
+A row with a number that is not finite becomes NaN.
 """
 
 from __future__ import annotations
@@ -25,6 +30,11 @@ import ml_dtypes
 import numpy as np
 
 BITS = (4, 8)
+# Of digits
+MOST = 0x7F000000  # four of -128 to 127 reach 0x7F7F7F7F; the rest is for rounding
+ONES = 0x80808080 - 2**32  # added, it makes each digit 0 to 255; then the highest bits flip back
+LEAST = 2.0**-95  # of a row's largest number; with less, float32 loses no less: its own least is 2^-126
+WIDEST = 2**16  # columns: the sum of more could overflow
 # Of a model quantized here: the Linears of the decoder's layers.
 _TARGETS = ("Linear",)
 _IGNORE = ("lm_head", "score", "qa_outputs", "re:.*project_in$", "re:.*project_out$")
@@ -158,7 +168,7 @@ class _Reader:
 
     def error(self, key: str, wanted: str) -> ValueError:
         found = f"found {reprlib.repr(self.values.get(key))}, wanted {wanted}"
-        return ValueError(f"{self.path}: {key}: {found}; OPT Zoo cannot do this and will not ignore it")
+        return ValueError(f"{self.path}: {key}: {found}; OPT Zoo does not support this and will not ignore it")
 
     def get(self, key: str) -> Any:
         return self.values.get(key)

@@ -37,7 +37,7 @@ def generate(
     B · num_return_sequences; or a GenerateOutput, with `return_dict_in_generate`. The array has itself as its attribute
     `sequences`, for scripts that expect transformers' output.
 
-    attention_mask: [B, T], 0 for padding on either side. Default: everything that is not the config's `pad_token_id`.
+    attention_mask: [B, T], 0 for padding on either side. Default: everything but the config's `pad_token_id`.
     prng_key: what sampling draws with, in place of `seed`.
     trace: has no effect, the loop is always one compiled program; transformers' Flax models take False for debugging.
     options: see `opt_common.generation.Options`. A `logits_processor` of (ids, scores, cur_len) is traced, with ids
@@ -46,7 +46,7 @@ def generate(
     A program is compiled for each kind of settings, number of rows, width of the prompts and of the new tokens; widths
     are rounded up to 32, multiples of 64, and from 512 on four to each power of two. At 256 programs, or where the
     process has no room for more, all are forgotten; `jax.clear_caches` forgets them sooner.
-    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
+    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is invalid.
     """
     call = Call.of(self, input_ids, attention_mask, prng_key, options)
     readings: list[Reading] = []
@@ -79,7 +79,7 @@ def stream(
     prng_key: Array | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """The text of one row, piece by piece as it is written; arguments as of `generate`. Raises ValueError, before any
+    """Like `generate` for one row, but yields the new text in pieces, as it is written. Raises ValueError, before any
     work, for several rows or beams too."""
     call = Call.of(self, input_ids, attention_mask, prng_key, {**options, "tokenizer": tokenizer})
     call.check_one("stream")
@@ -112,6 +112,7 @@ class Call:
         arrays = [options.get(name) for name in ("inputs_embeds", "past_key_values", "negative_prompt_ids")]
         leaves = jax.tree.leaves((model, prng_key, prompt.ids, prompt.mask, arrays))
         traced = any(isinstance(x, Tracer) for x in leaves)
+        spread = not traced and any(isinstance(x, Array) and not x.is_fully_addressable for x in leaves)
         for name in ("prefix_allowed_tokens_fn", "stop_strings", "max_time", "streamer"):
             if traced and options.get(name) is not None:
                 raise ValueError(f"{name}: found one under jit, where no token is known; wanted a call outside of it")
@@ -141,7 +142,7 @@ class Call:
             pad or ends[0] if plan.beams and ends else pad,  # as in transformers, no 0 behind a beam
             settings.max_new_tokens,
             settings.length_penalty,
-            key(settings, prng_key, traced),
+            key(settings, prng_key, traced, spread),
         )
         functions = callbacks(settings, options)
         streamer, assistant = options.get("streamer"), options.get("assistant_model") if settings.assisted else None

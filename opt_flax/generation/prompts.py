@@ -95,12 +95,16 @@ def _other(model: Any, prompt: Prompt, moved: Any) -> tuple[Any, Any] | None:
     return ids.astype(np.int32), mask
 
 
-def key(settings: Settings, prng_key: Any, traced: bool) -> Array | None:
-    """What is drawn with: `prng_key`, or one of `seed`, or else of the system's random numbers."""
+def key(settings: Settings, prng_key: Any, traced: bool, spread: bool) -> Array | None:
+    """What is drawn with: `prng_key`, or one of `seed`, or else of the system's random numbers.
+    spread: whether the model lies on the devices of several processes."""
     if not settings.do_sample or prng_key is not None:
         return prng_key if settings.do_sample else None
     if settings.seed is None and traced:
         raise ValueError("prng_key: found None under jit, which would draw the same text at each call; wanted a key")
+    if settings.seed is None and spread:
+        found = "found None with a model over several processes"
+        raise ValueError(f"seed: {found}, each of which would draw another text; wanted a number")
     seed, *parts = (settings.seed,) if isinstance(settings.seed, int) else settings.seed or (secrets.randbits(31),)
     found = jax.random.key(seed)
     for part in parts:

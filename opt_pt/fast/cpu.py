@@ -15,26 +15,45 @@ from torch import Tensor, nn
 
 from ..attention import one_query
 from ..cache import KVCache
+from ..quantized import QuantizedLinear
+from . import digits
+from .packed import onednn, packed
 from .plain import standard, unwatched
-from .products import onednn, packed
 
 Pair = tuple[Any, Any]  # of a norm: Tensors, or None
-Weights = tuple[Tensor, Tensor | None]
+
+
+class Weights(NamedTuple):
+    """Of a Linear, or of several side by side. scale: of whole numbers."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None = None
 
 
 def can_step(model: Any, token: Tensor) -> bool:
-    """Whether `Step` computes what this model does: standard modules on a CPU, in one dtype that oneDNN computes."""
+    """Whether `Step` computes what this model does: standard modules on a CPU, in one dtype that oneDNN computes, their
+    quantized Linears packed."""
     parameters = list(model.parameters())
-    if any(p.device.type != "cpu" for p in (token, *parameters)) or len({p.dtype for p in parameters}) != 1:
+    dtypes = {p.dtype for p in parameters} - {torch.int32}
+    if any(p.device.type != "cpu" for p in (token, *parameters)) or len(dtypes) != 1:
         return False
-    return onednn(parameters[0].dtype) and unwatched(token) and standard(model)
+    if not (onednn(*dtypes) and unwatched(token)):
+        return False
+    if standard(model):
+        return True
+    one = model.get_input_embeddings().weight[:1]
+    return standard(model, (QuantizedLinear, QuantizedLinear)) and all(
+        None not in (*_qkv(layer.self_attn, one), *(_weights(f, one) for f in _others(layer)))
+        for layer in model.model.decoder.layers
+    )
 
 
 class Layer(NamedTuple):
     """One layer's weights, and its cache [B, N, S, D]."""
 
     attention_norm: Pair
-    qkv: list[Weights]  # one product, of `pack`'s copy, or three
+    qkv: list[Weights]  # one product, of a packed copy, or three
     out: Weights
     norm: Pair
     fc1: Weights
@@ -59,28 +78,27 @@ class Step:
             self.visible = torch.ones(len(mask), 1, 1, cache.k[0].shape[2], dtype=torch.bool)
             self.visible[..., : cache.length] = (mask != 0)[:, None, None]
         self.words, self.places = decoder.embed_tokens.weight, decoder.embed_positions.weight
-        self.project_in, self.project_out = (f and _weights(f) for f in (decoder.project_in, decoder.project_out))
+        one = self.words[:1]
+        self.project_in, self.project_out = (f and _weights(f, one) for f in (decoder.project_in, decoder.project_out))
         self.layers = []
         layers: list[Any] = list(decoder.layers)
         for i, layer in enumerate(layers):
-            a = layer.self_attn
-            joined = packed(a, a.q_proj.weight)
-            parts = [_weights(f) for f in (a.q_proj, a.k_proj, a.v_proj)]
+            out, fc1, fc2 = (_weights(f, one) for f in _others(layer))
             self.layers.append(
                 Layer(
                     _pair(layer.self_attn_layer_norm),
-                    parts if joined is None else [(joined.weight, joined.bias)],
-                    _weights(a.out_proj),
+                    _qkv(layer.self_attn, one),
+                    out,
                     _pair(layer.final_layer_norm),
-                    _weights(layer.fc1),
-                    _weights(layer.fc2),
+                    fc1,
+                    fc2,
                     cache.k[i],
                     cache.v[i],
                 )
             )
         self.activation = layers[0].activation_fn
         self.final_norm = decoder.final_layer_norm and _pair(decoder.final_layer_norm)
-        self.head = _weights(model.lm_head)
+        self.head = _weights(model.lm_head, one)
 
     def __call__(self) -> Tensor:
         """The logits [B, V] of `token`."""
@@ -118,14 +136,32 @@ class Step:
 
 def _linear(x: Tensor, weights: Weights, after: str = "none", residual: Tensor | None = None) -> Tensor:
     """x · wᵀ + b, and "relu" after that, or the residual added."""
+    w, b, scale = weights
+    if scale is not None:
+        y = digits.product(x, w, scale, b)
+        return y.add_(residual) if residual is not None else y.relu_() if after == "relu" else y
     if residual is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, *weights, "add")
-    return torch.ops.mkldnn._linear_pointwise.default(x, *weights, after, [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, w, b, "add")
+    return torch.ops.mkldnn._linear_pointwise.default(x, w, b, after, [], "")
 
 
-def _weights(f: nn.Linear) -> Weights:
-    copy = packed(f, f.weight)
-    return (f.weight.contiguous() if copy is None else copy.weight), f.bias
+def _weights(f: Any, x: Tensor) -> Any:
+    """Of a Linear: `Weights`; None if it is quantized and there is no packed copy that takes x."""
+    copy = packed(f, x)
+    if copy is not None:
+        return Weights(copy.weight, copy.bias, copy.scale)
+    return None if type(f) is QuantizedLinear else Weights(f.weight.contiguous(), f.bias)
+
+
+def _qkv(a: Any, x: Tensor) -> list[Any]:
+    copy = packed(a, x)
+    if copy is not None:
+        return [Weights(copy.weight, copy.bias, copy.scale)]
+    return [_weights(f, x) for f in (a.q_proj, a.k_proj, a.v_proj)]
+
+
+def _others(layer: Any) -> tuple[nn.Module, ...]:
+    return layer.self_attn.out_proj, layer.fc1, layer.fc2
 
 
 def _pair(norm: nn.LayerNorm) -> Pair:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..attention import View, attend, split_heads
 from ..cache import remember
+from .packed import packed
 from .plain import plain_layer, unwatched
-from .products import packed, plain_linear, product
+from .products import joined, linears_of, plain_linear
 
 _NO_EFFECT = frozenset({"position_ids", "use_cache"})
 
@@ -29,19 +30,15 @@ def layer_forward(
 ) -> Tensor:
     """What `layer(hidden_states, ...)` returns: by the layer itself wherever this could not be the same."""
     x, view = hidden_states, attention_mask
-    if not (kwargs.keys() <= _NO_EFFECT and unwatched(x) and plain_layer(layer)):
+    if not (kwargs.keys() <= _NO_EFFECT and unwatched(x) and plain_layer(layer, linears_of(layer))):
         return layer(x, attention_mask=view, past_key_values=past_key_values, **kwargs)
 
     m, pre_norm, a = layer._modules, layer.do_layer_norm_before, layer._modules["self_attn"]
     attention_norm, final_norm, activation = m["self_attn_layer_norm"], m["final_layer_norm"], m["activation_fn"]
     projections = a._modules["q_proj"], a._modules["k_proj"], a._modules["v_proj"]
     y = _norm(attention_norm, x) if pre_norm else x
-    joined = packed(a, y)
-    if joined is not None:  # one product of `pack`'s copy, in place of three
-        widths = [f._parameters["weight"].shape[0] for f in projections]
-        parts = product(y, joined.weight, joined.bias).split(widths, dim=-1)
-    else:
-        parts = [plain_linear(f, y) for f in projections]
+    copy = packed(a, y)  # one product, in place of three
+    parts = [plain_linear(f, y) for f in projections] if copy is None else joined(copy, y)
     q, k, v = [split_heads(z, a.head_dim) for z in parts]
     if past_key_values is not None:
         k, v = remember(past_key_values, k, v, a.layer_idx, view)

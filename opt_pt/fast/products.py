@@ -2,7 +2,8 @@
 
 On a GPU a relu becomes part of the product. On a CPU oneDNN computes it, through the operator that PyTorch's own
 compiler uses: nn.Linear takes MKL in float32, at half the speed on some CPUs. Several rows, and bfloat16, are faster
-still with the weights reordered for oneDNN: `pack` keeps such a copy (benchmarks/NOTES.md has numbers).
+still with the weights reordered for oneDNN, and so are whole numbers of 8 bits: `pack` keeps such copies
+(benchmarks/NOTES.md has numbers).
 """
 
 from __future__ import annotations
@@ -13,52 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plain import plain, plain_layer, unwatched
+from opt_common.quantization import Packing
 
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-class Packed:
-    """The weight of a Linear, or of several side by side, in oneDNN's order, and their bias."""
-
-    def __init__(self, *linears: nn.Linear) -> None:
-        self.linears = linears
-        # held, not only their addresses: freed memory could be reused by another weight, unnoticed
-        self.then = [(p.detach(), _version(p)) for f in linears for p in f.parameters()]
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([f.weight.detach() for f in linears]))
-        biases = [f.bias for f in linears if f.bias is not None]
-        self.bias = torch.cat([bias.detach() for bias in biases]) if biases else None
-
-    def current(self) -> bool:
-        """Whether no parameter has been replaced or written since."""
-        now = [p for f in self.linears for p in f._parameters.values() if p is not None]
-        return len(now) == len(self.then) and all(
-            p.data_ptr() == was.data_ptr() and _version(p) == version
-            for p, (was, version) in zip(now, self.then, strict=True)
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied model is not packed: a tensor in oneDNN's order cannot be copied."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # nor is a pickled one
+from ..quantized import QuantizedLinear
+from . import digits
+from .packed import Packed, onednn, packed
+from .plain import LINEARS, Linears, plain, plain_layer, untouched, unwatched
 
 
-def _version(tensor: Tensor) -> int:
-    """How often it was written; 0 for one made in inference mode, which does not count."""
-    try:
-        return tensor._version
-    except RuntimeError:
-        return 0
-
-
-def packed(module: nn.Module, x: Tensor) -> Packed | None:
-    """The packed copy of a module's weights, if there is one, it is current, and oneDNN takes it for x, which learns
-    nothing."""
-    copy = module.__dict__.get("packed")
-    if copy is None or torch.is_grad_enabled() or not x.is_cpu:
-        return None
-    return copy if x.dtype == copy.weight.dtype and onednn(x.dtype) and copy.current() else None
+def linears_of(layer: nn.Module) -> Linears:
+    """The classes that `plain_layer` is to find."""
+    quantized = type(layer._modules.get("fc1")) is QuantizedLinear
+    return (QuantizedLinear, QuantizedLinear) if quantized else LINEARS
 
 
 def linear(f: nn.Module, x: Tensor) -> Tensor:
@@ -70,6 +37,8 @@ def linear(f: nn.Module, x: Tensor) -> Tensor:
 
 def plain_linear(f: nn.Module, x: Tensor, relu: bool = False) -> Tensor:
     """f(x), and relu of that if asked for, of a Linear that is known to be plain."""
+    if type(f) is QuantizedLinear:
+        return torch.relu(f(x)) if relu else f(x)
     w, b = f._parameters["weight"], f._parameters["bias"]
     if x.is_cpu and not torch.is_grad_enabled():
         copy = packed(f, x)
@@ -81,6 +50,15 @@ def plain_linear(f: nn.Module, x: Tensor, relu: bool = False) -> Tensor:
     return torch.relu(y) if relu else y
 
 
+def joined(copy: Packed, x: Tensor) -> list[Tensor]:
+    """The products of x with each of the weights in a copy."""
+    if copy.scale is not None:
+        y = digits.product(x, copy.weight, copy.scale, copy.bias)
+    else:
+        y = product(x, copy.weight, copy.bias)
+    return list(y.split(copy.widths, dim=-1))
+
+
 def product(x: Tensor, w: Any, b: Tensor | None, relu: bool = False) -> Tensor:
     """x [..., in] · w [out, in]ᵀ + b on a CPU, and relu of that if asked for. w may be in oneDNN's order."""
     if x.dtype == w.dtype and w.is_cpu and onednn(x.dtype):
@@ -90,17 +68,11 @@ def product(x: Tensor, w: Any, b: Tensor | None, relu: bool = False) -> Tensor:
     return torch.relu(y) if relu else y
 
 
-def onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes products of this dtype here; `torch.backends.mkldnn.flags(enabled=False)` forbids it."""
-    if not ONEDNN or not torch._C._get_mkldnn_enabled():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 @torch.no_grad()
 def pack(model: Any) -> None:
     """Also keep the weights of the Linears, the head's included, reordered for oneDNN: for inference on a CPU in
-    float32 or bfloat16, at twice the memory. Changed weights are used unpacked until you call `pack` again.
+    float32 or bfloat16, at twice the memory. Changed weights are used unpacked until you call `pack` again. Of
+    quantized Linears, those of 8 bits with a scale a row are reordered, where the CPU has VNNI.
 
     Raises ValueError where oneDNN does not compute.
     """
@@ -108,12 +80,20 @@ def pack(model: Any) -> None:
     if weight.device.type != "cpu" or not onednn(weight.dtype):
         dtype = str(weight.dtype).removeprefix("torch.")
         raise ValueError(f"pack: found a model in {dtype} on {weight.device.type}; wanted float32 or bfloat16 on a CPU")
-    joined = []
+    done = []
     for module in model.modules():  # a layer before the Linears in it
-        if plain_layer(module):
+        if plain_layer(module, linears_of(module)):
             a = module.self_attn
             parts = a.q_proj, a.k_proj, a.v_proj
-            a.packed = Packed(*parts)
-            joined += parts
-        elif plain(module, nn.Linear) and module not in joined:
+            if all(_reorders(f) for f in parts):
+                a.packed = Packed(*parts)
+                done += parts
+        elif module not in done and _reorders(module):
             module.packed = Packed(module)  # type: ignore[assignment]
+
+
+def _reorders(f: nn.Module) -> bool:
+    """Whether a module is a plain Linear that oneDNN has an order for."""
+    if type(f) is QuantizedLinear:
+        return untouched(f) and digits.EXACT and f.packing == Packing(8)
+    return plain(f, nn.Linear)

@@ -33,13 +33,13 @@ def generate(
     """Continue each row of `input_ids` [B, T]; returns [B, T + new], the prompts included, or a GenerateOutput.
 
     input_ids: the prompts, or a dictionary of the arguments. Default: one that is `bos_token_id`.
-    attention_mask: [B, T], 0 for padding on either side. Default: everything that is not `pad_token_id`.
+    attention_mask: [B, T], 0 for padding on either side. Default: everything but `pad_token_id`.
     options: see `opt_common.generation.Options`.
     In a tf.function the result is always max_new_tokens wide, with padding behind the ends.
     XLA compiles a program for each kind of model and settings, number of rows, width of the prompts and of the new
     tokens; widths are rounded up to 32, multiples of 64, and from 512 on four to each power of two. TensorFlow never
     drops one: once there are 256, or the process has no room for more, further ones run slower, without XLA.
-    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
+    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is invalid.
     """
     if not tf.executing_eagerly():
         call = traced(self, input_ids, attention_mask, options)

@@ -28,10 +28,10 @@ T = TypeVar("T")
 class Checkpoint(Mapping[str, Entry]):
     """The tensors of a checkpoint by name. Opening reads headers only.
 
-    `path` is a folder or a weight file. `layout` is one of `LAYOUTS`, or None for the one that is there; if there are
+    `path` is a folder or a weight file. `layout` is one of `LAYOUTS`, or None for the one found; if there are
     several, `prefer` takes the first. `main` is the file that the checkpoint was opened by, `files` the weight files.
-    What is read is of one save, also if others take its place: the files stay open, save for those of layouts of very
-    many, whose tensors raise OSError when they have been replaced.
+    All that is read comes from one save, even if another replaces it meanwhile: the files stay open. Layouts of very
+    many files are the exception; their tensors raise OSError once they have been replaced.
     Raises FileNotFoundError if there are no weights, ValueError if there are weights of several layouts and neither
     `layout` nor `prefer` chooses, and ValueError, naming the file, if one is damaged.
     """
@@ -103,14 +103,14 @@ class Checkpoint(Mapping[str, Entry]):
 
     @property
     def dtype(self) -> str:
-        """The floating-point dtype that most of its bytes have."""
+        """The floating-point dtype of most of its bytes."""
         sizes: dict[str, int] = {}
         for entry in self.values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
         return max(sizes, key=lambda name: (name in DTYPES, sizes[name]))
 
     def rearrange(self, change: Callable[[Mapping[str, Entry]], dict[str, Entry]]) -> None:
-        """Take other tensors, which are read from these."""
+        """Replace the tensors by others, which are read from them."""
         self._entries = change(self._entries)
 
 

@@ -91,7 +91,7 @@ def open_pretrained(
         raise ValueError("use_auth_token: give it as token")
     for name in [name for name in options if name in _ONLY_OFF]:
         if options.pop(name):
-            raise ValueError(f"{name}: OPT Zoo does not offer this and will not ignore it")
+            raise ValueError(f"{name}: OPT Zoo does not support this and will not ignore it")
     for name in [name for name in options if name in _NO_EFFECT]:
         del options[name]
     for name in ("use_safetensors", "from_tf", "from_flax"):

@@ -1,0 +1,51 @@
+"""x · wᵀ of a weight of 8 bits on a CPU, in whole numbers: `opt_common.quantization` says how."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opt_common.quantization import LEAST, MOST, ONES, WIDEST
+
+from .plain import unwatched
+
+# Without VNNI, oneDNN adds pairs of products in 16 bits, where they overflow
+EXACT = torch.backends.mkldnn.is_available() and getattr(torch.cpu, "_is_vnni_supported", bool)()
+# Half precision has fast products of its own; of few tokens, a product's time is that of reading the weight
+_FEW = 64
+
+
+def can_count(x: Tensor, bits: int, scale: Tensor) -> bool:
+    """Whether `product` computes x [..., in] times a weight of `bits` bits with scales [out, groups]."""
+    if not (EXACT and x.is_cpu and bits == 8 and scale.shape[1] == 1 and x.numel() and torch._C._get_mkldnn_enabled()):
+        return False
+    half = x.dtype in (torch.float16, torch.bfloat16) and x.numel() <= _FEW * x.shape[-1]
+    return (x.dtype == torch.float32 or half) and x.shape[-1] <= WIDEST and unwatched(x)
+
+
+def numbers(packed: Tensor) -> Tensor:
+    """`weight_packed` as int8 [out, in]."""
+    return (packed ^ ONES).view(torch.int8)  # less 128
+
+
+def reordered(packed: Tensor) -> Tensor:
+    """`numbers` in oneDNN's order."""
+    return torch.ops.onednn.qlinear_prepack(numbers(packed).contiguous(), None)
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] · wᵀ + bias, in x's dtype. weight: `numbers`, or `reordered`; scale: [out, 1]."""
+    rows, scales = x.reshape(-1, x.shape[-1]).float(), scale.flatten().float()
+    largest = rows.abs().amax(-1, keepdim=True).clamp_(min=LEAST)
+    whole = (rows * (MOST / largest)).round_().to(torch.int32).add_(ONES).bitwise_xor_(ONES)
+    digits = whole.view(torch.int8).view(*whole.shape, 4).movedim(-1, 0).contiguous().flatten(0, 1)  # the lowest first
+    if weight.is_mkldnn:
+        how = (scales, torch.zeros(1, dtype=torch.int64), None, 1.0, 0, torch.float32, "none", [], "")
+        y = torch.ops.onednn.qlinear_pointwise(digits, 1.0, 0, weight, *how)
+    else:
+        y = torch._int_mm(digits, weight.t()) * scales  # pyright: ignore[reportPrivateImportUsage]
+    y = y.view(4, len(rows), -1).movedim(0, 1)  # [B, 4, out]
+    places = largest * torch.tensor([2.0**0, 2.0**8, 2.0**16, 2.0**24]).div_(MOST)  # [B, 4]
+    added = y.new_zeros(1) if bias is None else bias.float()
+    y = torch.baddbmm(added.expand(len(rows), 1, y.shape[-1]), places[:, None], y)
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
