@@ -38,8 +38,8 @@ def examine(
     preferred is read, and `beside` names the others. `sha256` adds a digest for each tensor of its numbers in the
     order [out, in], equal in every layout; `check` adds `not_finite`: how many numbers of a tensor are NaN or infinite,
     for those that have any. `source`, the floats that a checkpoint of few bits was rounded from, adds `errors`: of each
-    weight, ‖rounded - w‖ / ‖w‖. All three read all weights. Raises as `open_checkpoint`, save for what does not fit, and
-    for a source that is not that.
+    weight, ‖rounded - w‖ / ‖w‖. All three read all weights. Raises as `open_checkpoint`, save for what does not fit,
+    and for a source that is not that.
     """
     errors = None if source is None else rounding_errors(path_or_name, source, layout)
     checkpoint, config = find_checkpoint(path_or_name, layout, prefer=True)
@@ -88,7 +88,7 @@ def rounding_errors(path_or_name: str | Path, source: str | Path, layout: str | 
             raise ValueError(f"{opened.checkpoint.path}: found {found}, wanted {kind}")
     held = {name: few.checkpoint[stored] for name, stored in few.names.items()}
     whole = table(dataclasses.replace(few.config, quantization_config=None), few.architecture)
-    rounded = [(spec, entry) for spec, entry in as_table(held, whole) if f"{spec.path}.weight_packed" in held]
+    rounded = [(spec, entry) for spec, entry in as_table(held, whole) if spec.name not in held]
     errors: dict[str, float] = {}
     with byte_bar("Comparing", sum(entry.nbytes for _, entry in rounded)) as advance:
         for spec, entry in rounded:
