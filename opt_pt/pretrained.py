@@ -377,7 +377,7 @@ class OPTPreTrainedModel(Kin, nn.Module):
         state = {}
         for spec, array in opened.tensors:
             kind = getattr(torch, spec.dtype(opened.dtype))
-            mine = _tensor(array) if world == 1 else parallel.part(spec, _tensor(array), rank, world).contiguous()
+            mine = tensor(array) if world == 1 else parallel.part(spec, tensor(array), rank, world).contiguous()
             state[spec.name] = mine.to(device=devices(spec.path), dtype=kind)
             del array, mine  # or it would be held while the next is read
         for spec in opened.new:
@@ -388,7 +388,7 @@ class OPTPreTrainedModel(Kin, nn.Module):
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         added = _initialize_added(model, opened.config, devices)
-        model.load_state_dict({name: _tensor(read()) for name, read in opened.added.items()}, strict=False)
+        model.load_state_dict({name: tensor(read()) for name, read in opened.added.items()}, strict=False)
         model.config.name_or_path, model.generation_config = str(pretrained_model_name_or_path), opened.generation
         model = dispatch(model.eval(), devices, offload_folder)
         if not output_loading_info:
@@ -484,7 +484,8 @@ def _initialize_added(model: OPTPreTrainedModel, config: OPTConfig, devices: Cal
     return added
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def tensor(array: np.ndarray) -> Tensor:
+    """An array's numbers, in the same memory."""
     if array.dtype == ml_dtypes.bfloat16:  # torch does not know numpy's bfloat16: hand over the bits
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
