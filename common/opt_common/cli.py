@@ -394,19 +394,19 @@ def convert(
 
 
 def _calibrated(source: str, text: Path, quantization: QuantizationConfig, layout: str | None, dtype: str) -> Any:
+    from .checkpoints.open import find_checkpoint
     from .tokenizer import GPT2Tokenizer
 
     chosen = registered()["pt"]
     if chosen.missing:
         raise ImportError(chosen.missing)
     ids = GPT2Tokenizer.from_pretrained(source)(read_bytes(text).decode(errors="replace"))["input_ids"]
+    length = min(2048, find_checkpoint(source, layout, prefer=True)[1].max_position_embeddings)
+    if len(ids) < length:
+        raise ValueError(f"--calibrate: found a text of {len(ids)} tokens in {text}, wanted {length} or more")
+    rows = np.array(ids[: min(128, len(ids) // length) * length]).reshape(-1, length)
     with chosen.on(None):
-        model = chosen.model_class().from_pretrained(source, layout=layout)
-        length = min(2048, model.config.max_position_embeddings)
-        if len(ids) < length:
-            raise ValueError(f"--calibrate: found a text of {len(ids)} tokens in {text}, wanted {length} or more")
-        rows = np.array(ids[: min(128, len(ids) // length) * length]).reshape(-1, length)
-        return chosen.calibrate(model, rows, quantization, dtype)
+        return chosen.calibrate(source, layout, rows, quantization, dtype)
 
 
 def _some_files(files: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
