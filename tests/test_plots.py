@@ -209,6 +209,30 @@ def test_bench(tmp_path):
     assert base["first_token_faster"] == base["tokens_per_second_faster"] == 1
 
 
+def test_the_table_of_bench(monkeypatch, capsys):
+    """Medians, how many times faster than transformers, whether the text is the same, how far the times scatter."""
+    rows = [
+        bench.Row("pt", "PyTorch 2", "CPU", "", [5], [0.1, 0.2, 0.3], [1.0, 1.0, 1.0]),
+        bench.Row("flax", "JAX", problem="jax not installed: pip install 'opt-zoo[flax]'"),
+        bench.Row("transformers", "transformers 5", "CPU", "", [6], [0.5, 0.5, 0.5], [2.0, 2.0, 2.0]),
+    ]
+    monkeypatch.setattr(bench, "bench", lambda *given: bench.Comparison(*given[:2], 511, 32, 64, rows))
+    with pytest.raises(SystemExit, match="0"):
+        cli.app(["bench"])
+    printed = capsys.readouterr().out
+    lines = {
+        line.split("  ")[1]: line.split()[2:]
+        for line in printed.splitlines()
+        if line.startswith("  ") and "CPU" in line
+    }
+    assert lines == {
+        "PyTorch 2": ["CPU", "200.0", "2.50", "64", "2.00", "another"],
+        "transformers 5": ["CPU", "500.0", "1.00", "32", "1.00", "same"],
+    }
+    assert "times faster than transformers 5." in printed and "3.0 times the fastest" in " ".join(printed.split())
+    assert "JAX: jax not installed: pip install 'opt-zoo[flax]'" in printed
+
+
 def test_what_fails_in_bench_is_a_row(tiny, tmp_path, monkeypatch, capsys):
     """transformers 5 reads no Flax file: that is said, and where nothing else ran it is the status."""
     convert(tiny()[0], tmp_path / "flax", "flax-msgpack")

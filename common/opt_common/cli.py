@@ -161,8 +161,7 @@ def bench(
     title = f"{model}, {dtype}, one row: the first token after {found.long}, and {found.new} tokens after {found.short}"
     table = Table(title=title, box=box.SIMPLE)
     table.add_column("", no_wrap=True)
-    faster = f"x {found.base.title.partition(' ')[0]}" if found.ran else "x"
-    for name in ("on", "first, ms", faster, "tok/s", faster, "text"):
+    for name in ("on", "first, ms", "x", "tok/s", "x", "text"):
         table.add_column(name, justify="left" if name in ("on", "text") else "right", no_wrap=True)
     for row in found.rows:
         if row.problem:
@@ -178,11 +177,13 @@ def bench(
     for row in found.rows:
         if row.problem:
             console.print(f"{row.title}: {row.problem}", markup=False, soft_wrap=True)
-    widest = max((max(s) / min(s) for row in found.ran for s in (row.first, row.whole)), default=1)
-    console.print(
-        f"Medians of {rounds}; the slowest of a cell took up to {widest:.1f} times the fastest. A quick look: "
-        "for numbers to quote, python -m benchmarks --help", soft_wrap=True, highlight=False
-    )  # fmt: skip
+    if found.ran:
+        widest = max(max(seconds) / min(seconds) for row in found.ran for seconds in (row.first, row.whole))
+        text = (
+            f"x: times faster than {found.base.title}. Medians of {rounds}; the slowest of a cell took up to "
+            f"{widest:.1f} times the fastest. A quick look: for numbers to quote, python -m benchmarks --help"
+        )
+        console.print(text, highlight=False)
     raise typer.Exit(0 if found.ran else 1)
 
 
