@@ -18,6 +18,8 @@ decode    a whole greedy `generate`, none of whose tokens ends a row: new tokens
           prompt 32, 64 new tokens)
 beams     the same by beam search, 4 beams of one prompt, new tokens of all beams; "–" where it is not measured
 spread    the largest less the smallest, over the median
+int8      of CTranslate2 all matrices and what goes into them; of ours, as int4, the matrices of the layers: the head,
+          and what goes into a product, stay float32
 x best    ours over the best peer; a float32 row is held to the float32 peers, every other to all
 ceiling   the seconds that the work takes at least (its operations at the rate of a matrix product of its dtype, or
           reading the weights once a step, whichever is longer; the cache is not counted), over those that it took
@@ -47,8 +49,14 @@ from opt_common.config import OPTConfig
 from opt_common.files import write_atomically
 from opt_common.hub import DEMO, fetch
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-WRONG = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2, "int8": 2e-1}  # of the logits, over their norm
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5}
+WRONG = {
+    "float32": 1e-4,
+    "bfloat16": 5e-2,
+    "float16": 2e-2,
+    "int8": 2e-1,
+    "int4": 5e-1,
+}  # of the logits, over their norm
 
 
 PT5 = {"transformers": "5.", "torch": ""}
@@ -129,7 +137,7 @@ def columns(job: Job) -> list[str]:
     return [f"prefill B{B} S{S}" for B, S in job.prefill] + written
 
 
-def floors(config: OPTConfig, job: Job, product: float | None, reading: float | None, width: int) -> dict[str, Any]:
+def floors(config: OPTConfig, job: Job, product: float | None, reading: float | None, width: float) -> dict[str, Any]:
     """The least seconds of each column, by FLOP/s and bytes/s; None where these were not measured."""
     if not product or not reading:
         return dict.fromkeys(columns(job))

@@ -242,6 +242,12 @@ def ctranslate2(job: Job) -> Calls:
 PEERS = (transformers_pt, transformers_tf, transformers_flax, keras_hub, ctranslate2)
 
 
+def loading(dtype: str) -> dict[str, Any]:
+    """How ours load: "int8" and "int4" are the layers' matrices in 8 and 4 bits, all else in float32."""
+    bits = {"int8": {"load_in_8bit": True}, "int4": {"load_in_4bit": True}}.get(dtype)
+    return {"dtype": dtype} if bits is None else {"dtype": "float32"} | bits
+
+
 def system(name: str) -> Callable[[Job], Calls]:
     """A peer, or one of ours, which is looked up only then: a peer's environment has none of them."""
     if name.startswith("opt_"):

@@ -32,8 +32,10 @@ WHAT = {
     "devices.py": "device_map",
     "fast/": "engines and kernels, used only where they compute what the modules would",
     "functional.py": "params in and out, as transformers' Flax classes",
+    "launch.py": "a command as several processes",
     "parallel.py": "tensor parallelism",
     "products.py": "the fastest matrix products",
+    "sharding.py": "where weights lie on a mesh of devices",
     "training.py": "what fit and evaluate are given",
 }
 INK, PALE, LINE, MARK = "#1f2430", "#f4f5fb", "#8c94b8", "#dfe3fb"

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
@@ -224,6 +225,8 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         The weights go to their devices tensor by tensor as they are read, and no device gets more than its shards.
         Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
         """
+        if options.pop("tp_plan", None) is not None:
+            raise ValueError("tp_plan: found one, wanted sharding=opt_flax.shardings(mesh)")
         name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
         # on a CPU an array may share the memory that was read
         copied = default_device().platform != "cpu"
@@ -269,16 +272,25 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         params: weights to write in place of the model's. safe_serialization: False writes flax_model.msgpack, which
         transformers before 5 wrote. token is accepted and has no effect. Raises ValueError for push_to_hub: upload the
         folder with `huggingface_hub.upload_folder`.
+        Sharded weights are gathered tensor by tensor. Where they are sharded over several processes, all must call
+        this; the first one writes, and all return when the folder is there.
         """
         if push_to_hub:
             raise ValueError("push_to_hub: found True; save, then huggingface_hub.upload_folder")
         model = weighted(self, params)
 
         def get(spec: Spec) -> np.ndarray:
-            array = np.asarray(FLAX.parameter(model, spec)[...]).astype(jnp.dtype(spec.dtype(dtype.name)), copy=False)
+            array = _whole(FLAX.parameter(model, spec)[...]).astype(jnp.dtype(spec.dtype(dtype.name)), copy=False)
             return contiguous(FLAX.oriented(spec, array))
 
-        dtype = FLAX.parameter(model, next(table(self.config, self.architecture))).dtype
+        specs = [spec for spec in table(self.config, self.architecture) if spec.kind != "shape"]
+        dtype = FLAX.parameter(model, specs[0]).dtype
+        shared = not all(_is_here(FLAX.parameter(model, spec)[...]) for spec in specs)
+        if shared and jax.process_index() > 0:
+            for spec in specs:  # its part of each, in the order in which the first process writes
+                get(spec)
+            multihost_utils.sync_global_devices("save_pretrained")
+            return
         layout = "safetensors" if safe_serialization else "flax-msgpack"
         save_pretrained(
             save_directory,
@@ -290,6 +302,8 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
             layout,
             self.generation_config,
         )
+        if shared:
+            multihost_utils.sync_global_devices("save_pretrained")
 
 
 def _shapes(cls: Any, config: OPTConfig, **how: Any) -> Any:
@@ -307,6 +321,16 @@ def _placement(spec: Spec, sharding: Sharding | Callable[[str], Sharding] | None
         return sharding
     rows, columns, *_ = (*sharding.spec, None, None)
     return NamedSharding(sharding.mesh, PartitionSpec(columns, rows), memory_kind=sharding.memory_kind)
+
+
+def _is_here(array: Any) -> bool:
+    """Whether no part of an array lies on the devices of another process alone."""
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def _whole(array: Any) -> np.ndarray:
+    """All of an array; where it lies on the devices of several processes, all must call this."""
+    return np.asarray(array) if _is_here(array) else multihost_utils.process_allgather(array, tiled=True)
 
 
 def _put(array: np.ndarray, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:

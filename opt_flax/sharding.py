@@ -100,7 +100,7 @@ class Shardings:
         for name in ("num_attention_heads", "ffn_dim"):
             if getattr(config, name) % n:
                 raise ValueError(f"sharding: found {name} {getattr(config, name)}, wanted a multiple of {n} devices")
-        for spec in table(config, "OPTModel"):
+        for spec in table(config):
             for size, axis in zip(spec.shape, spec.axes, strict=True):
                 if spec.packing is not None and axis in ("heads", "ffn") and size > 1 and size % n:
                     raise ValueError(f"sharding: {spec.name}: found {size} columns, wanted a multiple of {n} devices")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from opt_common.frameworks import Framework
+from opt_common.quantization import QuantizationConfig
 from opt_common.weights import TORCH
 
 
@@ -25,12 +27,7 @@ class PyTorch(Framework):
         import torch
 
         try:
-            gpu = (
-                f"cuda:{os.environ.get('LOCAL_RANK', torch.cuda.current_device())}"
-                if torch.cuda.is_available()
-                else None
-            )
-            chosen = torch.device(device or gpu or "cpu")
+            chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             torch.empty(0, device=chosen)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device: found {device!r}, which PyTorch refuses: {error}") from error
@@ -52,14 +49,17 @@ class PyTorch(Framework):
         launch(command, processes)
 
     def meet(self, seen: dict[str, Any], split: bool, device: str | None) -> dict[str, Any]:
+        import torch
+
         from . import parallel
 
         parallel.processes(device if split else "cpu")
         parallel.same("torchrun", seen)
         if split:
             return {"tp_plan": "auto"} | ({} if device is None else {"device": device})
-        parallel.check_room(device)
         parallel.leave()  # from here on each works alone
+        if torch.cuda.is_available() and device in (None, "cuda"):
+            parallel.take_gpu()
         return {}
 
     def of_first(self, value: Any) -> Any:
@@ -67,10 +67,13 @@ class PyTorch(Framework):
 
         return of_first(value)
 
-    def calibrate(self, model: Any, rows: np.ndarray, *how: Any) -> Any:
-        from .calibration import calibrate
+    def calibrate(
+        self, source: str | Path, layout: str | None, rows: np.ndarray, quantization: QuantizationConfig, dtype: str
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        from .calibration import calibrate, streamed
 
-        return calibrate(model, self.tensor(rows), *how)
+        model, layers = streamed(self.model_class(), source, layout)
+        return calibrate(model, self.tensor(rows), quantization, dtype, layers)
 
     def numpy(self, tensor: Any) -> np.ndarray:
         import torch

@@ -147,8 +147,7 @@ def processes(device: Any = None) -> tuple[int, int]:
         if "RANK" not in os.environ:
             raise RuntimeError("tp_plan: found one process, wanted several: torchrun --nproc-per-node 2 script.py")
         if torch.cuda.is_available() and torch.device(device or "cuda").type == "cuda":
-            check_room(device)
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            take_gpu()
             dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
         else:
             dist.init_process_group("gloo")
@@ -162,11 +161,12 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def check_room(device: Any) -> None:
-    """Raise ValueError if this host's processes are more than its GPUs, of which each is to take one of its own."""
+def take_gpu() -> None:
+    """Make a GPU of its own the current one of each of this host's processes. ValueError if they are too many."""
     local, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if device is None and 0 < there < local:
+    if local > there:
         raise ValueError(f"torchrun: found {local} processes on this host, wanted at most its {there} GPUs")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def same(where: str, seen: Mapping[str, Any]) -> None:
@@ -175,7 +175,7 @@ def same(where: str, seen: Mapping[str, Any]) -> None:
     _met(dist.all_gather_object, of_all, dict(seen))
     first = of_all[0]
     for rank, its in enumerate(of_all):
-        for name in first.keys() | its.keys():
+        for name in first | its:
             if its.get(name) != first.get(name):
                 found = f"{name} {its.get(name)!r:.100} in process {rank}"
                 raise ValueError(f"{where}: found {found}, wanted {first.get(name)!r:.100}, as in process 0")
@@ -238,15 +238,19 @@ def shape(spec: Spec, world: int) -> tuple[int, ...]:
     )
 
 
-def part(spec: Spec, tensor: Tensor, rank: int, world: int) -> Tensor:
-    """What a process has of a tensor of the checkpoint, a view of it."""
-    if spec.kind == "shape":
-        out, into = spec.matrix
-        name = spec.path.rpartition(".")[2]
-        return torch.tensor([out // world if name in BY_OUTPUTS else out, into // world if name in BY_INPUTS else into])
-    for axis, n in enumerate(shape(spec, world)):
-        tensor = tensor.narrow(axis, rank * n if n < tensor.shape[axis] else 0, n)
-    return tensor
+def index(spec: Spec, rank: int, world: int) -> tuple[slice, ...] | None:
+    """The rows and columns that a process has of a tensor of the checkpoint; None for all."""
+    mine = shape(spec, world)
+    if mine == spec.shape:
+        return None
+    firsts = [rank * n if n < of else 0 for n, of in zip(mine, spec.shape, strict=True)]
+    return tuple(slice(first, first + n) for first, n in zip(firsts, mine, strict=True))
+
+
+def shape_of_part(spec: Spec, world: int) -> Tensor:
+    """What a process has of the `weight_shape` of a quantized Linear."""
+    (out, into), name = spec.matrix, spec.path.rpartition(".")[2]
+    return torch.tensor([out // world if name in BY_OUTPUTS else out, into // world if name in BY_INPUTS else into])
 
 
 def spread(tensors: Iterable[Any]) -> bool:

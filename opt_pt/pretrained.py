@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -365,21 +367,28 @@ class OPTPreTrainedModel(Kin, nn.Module):
             device = torch.get_default_device()
         elsewhere = torch.device(device or "cpu").type != "cpu"
         opened = open_pretrained(
-            pretrained_model_name_or_path, _architecture(cls), name, copied=elsewhere, added=cls._added, **options
-        )
+            pretrained_model_name_or_path, _architecture(cls), name, copied=elsewhere, added=cls._added,
+            part=lambda spec: parallel.index(spec, rank, world), **options,
+        )  # fmt: skip
         wanted = getattr(torch, opened.dtype)
         with torch.device("meta"):  # shapes without memory, and no random numbers
             model = cls(opened.config) if attn_implementation is None else cls(opened.config, attn_implementation)
         model.to(wanted)
         if tp_plan is not None:
+            values = json.loads(opened.config.to_json()) | {"dtype": opened.dtype}
+            parallel.same(str(pretrained_model_name_or_path), values)
             parallel.split(model, rank, world)
         devices = device_of(model, device_map, max_memory, device)
-        state = {}
+        state, seen = {}, hashlib.sha256()
         for spec, array in opened.tensors:
             kind = getattr(torch, spec.dtype(opened.dtype))
-            mine = _tensor(array) if world == 1 else parallel.part(spec, _tensor(array), rank, world).contiguous()
+            mine = tensor(array) if spec.kind != "shape" else parallel.shape_of_part(spec, world)
+            if world > 1 and mine.shape == spec.shape and "vocab" not in spec.axes:  # what all read: norms, biases ...
+                seen.update(array.tobytes())
             state[spec.name] = mine.to(device=devices(spec.path), dtype=kind)
             del array, mine  # or it would be held while the next is read
+        if world > 1:
+            parallel.same(str(pretrained_model_name_or_path), {"weights of digest": seen.hexdigest()[:16]})
         for spec in opened.new:
             state[spec.name] = torch.zeros(spec.shape, device=devices(spec.path), dtype=wanted)
             if spec.kind == "linear":
@@ -388,7 +397,7 @@ class OPTPreTrainedModel(Kin, nn.Module):
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         added = _initialize_added(model, opened.config, devices)
-        model.load_state_dict({name: _tensor(read()) for name, read in opened.added.items()}, strict=False)
+        model.load_state_dict({name: tensor(read()) for name, read in opened.added.items()}, strict=False)
         model.config.name_or_path, model.generation_config = str(pretrained_model_name_or_path), opened.generation
         model = dispatch(model.eval(), devices, offload_folder)
         if not output_loading_info:
@@ -489,7 +498,8 @@ def _initialize_added(model: OPTPreTrainedModel, config: OPTConfig, devices: Cal
     return added
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def tensor(array: np.ndarray) -> Tensor:
+    """An array's numbers, in the same memory."""
     if array.dtype == ml_dtypes.bfloat16:  # torch does not know numpy's bfloat16: hand over the bits
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)

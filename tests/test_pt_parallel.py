@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from checkpoints import random_checkpoint, tiny_config
 from conftest import CONFIGS, make_reference, save_reference
 from opt_common.checkpoints.convert import convert
+from opt_common.checkpoints.open import open_checkpoint
 from opt_common.frameworks import registered
 from opt_common.quantization import QuantizationConfig
-from opt_pt import OPTForCausalLM
+from opt_common.weights import table
+from opt_pt import OPTForCausalLM, parallel
 
 SCRIPT = """
 import json, sys
@@ -101,6 +106,72 @@ def test_two_processes(case, tmp_path):
     again = OPTForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, x in OPTForCausalLM.from_pretrained(folder).state_dict().items():
         assert torch.equal(again[name], x), name
+
+
+# === Loading a part ===
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "torch", "flax-msgpack"])
+def test_parts_of_a_file(layout, tmp_path):
+    """What four processes read is the whole; of a layout that stores numbers in order, nothing twice but what all
+    have."""
+    config = tiny_config(hidden_size=64, ffn_dim=256, num_attention_heads=4)
+    random_checkpoint(tmp_path, config, layout=layout)
+    opened = open_checkpoint(tmp_path)
+    for spec in table(config):
+        entry = opened.checkpoint[opened.names[spec.name]]
+        indices = [parallel.index(spec, rank, 4) for rank in range(4)]
+        assert (None in indices) == (parallel.shape(spec, 4) == spec.shape)
+        for copied in (False, True):
+            found = np.zeros_like(entry.read())
+            for index in indices:
+                if index is not None:
+                    found[index] += entry.part(index, copied)
+            assert None in indices or np.array_equal(found, entry.read()), spec.name
+        assert (entry.cut is None) == (layout == "flax-msgpack")
+
+
+LOADING = """
+import json, re, sys
+from pathlib import Path
+import torch.distributed as dist
+from opt_pt import OPTForCausalLM
+
+folder, out = sys.argv[1:]
+counts = lambda: {name: int(n) for name, n in re.findall(r"(\\w+):\\s*(\\d+)", "".join(
+    Path(f"/proc/self/{file}").read_text() for file in ("io", "status")))}
+OPTForCausalLM.from_pretrained(out + ".tiny", tp_plan="auto")  # what is allocated once
+Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
+before = counts()
+model = OPTForCausalLM.from_pretrained(folder, tp_plan="auto")
+after = counts()
+found = {"read": after["rchar"] - before["rchar"], "peak": 1024 * (after["VmHWM"] - before["VmRSS"])}
+found["own"] = sum(p.nbytes for p in model.parameters())
+try:
+    OPTForCausalLM.from_pretrained(folder if dist.get_rank() else out + ".tiny", tp_plan="auto")
+except ValueError as error:
+    found["config"] = str(error)
+try:
+    OPTForCausalLM.from_pretrained(out + (".other" if dist.get_rank() else ".tiny"), tp_plan="auto")
+except ValueError as error:
+    found["weights"] = str(error)
+json.dump(found, open(f"{out}.{dist.get_rank()}.json", "w"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux what a process has read")
+def test_each_process_reads_its_part(tmp_path):
+    """And holds little more than that; different checkpoints are one sentence."""
+    config = tiny_config(hidden_size=1024, ffn_dim=4096, num_attention_heads=4, num_hidden_layers=4)
+    random_checkpoint(tmp_path / "checkpoint", config)
+    random_checkpoint(tmp_path / "out.tiny", tiny_config())
+    random_checkpoint(tmp_path / "out.other", tiny_config(), seed=1)
+    size = (tmp_path / "checkpoint" / "model.safetensors").stat().st_size
+    for rank, found in enumerate(run(LOADING, tmp_path / "checkpoint", tmp_path)):
+        assert found["read"] < 0.51 * size
+        assert found["peak"] < found["own"] + 25_000_000  # half a matrix, read and turned into float32, is 12 MB
+        assert re.search(r"found \w+ \d+ in process 1, wanted \d+, as in process 0", found["config"]), rank
+        assert "found weights of digest" in found["weights"] and "in process 1" in found["weights"]
 
 
 # === FSDP2 ===
@@ -312,8 +383,8 @@ def test_what_several_processes_refuse(among, arguments, message, tmp_path, monk
     if among > 1:
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", str(among))
-    if "--framework" in arguments and registered()[arguments[-1]].missing:
-        pytest.skip(registered()[arguments[-1]].missing)
+    if "--framework" in arguments and (missing := registered()[str(arguments[-1])].missing):
+        pytest.skip(missing)
     ran = generate(*(str(x).replace("{tmp}", str(tmp_path)) for x in arguments))
     assert ran.returncode == 1 and ran.stderr.startswith(f"error: {message}") and ran.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.peers import Calls, Ids, Job, System, each
+from benchmarks.peers import Calls, Ids, Job, System, each, loading
 
 if TYPE_CHECKING:
     from benchmarks.train import Arm
     from benchmarks.train import Job as Training
 
 NEEDS = {"jax": "", "flax": ""}
-CPU = (System("opt_flax", "opt_flax, JAX {}", "float32", NEEDS),)
+CPU = tuple(System("opt_flax", "opt_flax, JAX {}", dtype, NEEDS) for dtype in ("float32", "int8", "int4"))
 GPU = (System("opt_flax", "opt_flax, JAX {}", "float16", NEEDS),)
 TRAIN_CPU: list[Arm] = [("opt_flax", "sdpa", True, checkpointing) for checkpointing in (False, True)]
 TRAIN_GPU = TRAIN_CPU
@@ -26,7 +26,7 @@ def calls(job: Job) -> Calls:
 
     from opt_flax import FlaxOPTForCausalLM
 
-    model = FlaxOPTForCausalLM.from_pretrained(job.folder, dtype=job.dtype)
+    model = FlaxOPTForCausalLM.from_pretrained(job.folder, **loading(job.dtype))
     compiled = jax.jit(lambda model, ids: model(ids).logits)
 
     def generate(ids: Ids, beams: int = 1) -> Any:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.peers import Calls, Ids, Job, System, waited
+from benchmarks.peers import Calls, Ids, Job, System, loading, waited
 
 if TYPE_CHECKING:
     from benchmarks.train import Arm
@@ -16,6 +16,10 @@ CPU = tuple(
     System(key, title, dtype, {"torch": ""})
     for dtype in ("float32", "bfloat16")
     for key, title in (("opt_pt", "opt_pt, torch {}"), ("opt_pt_packed", "opt_pt, torch {}, packed"))
+)
+CPU += (
+    System("opt_pt_packed", "opt_pt, torch {}, packed", "int8", {"torch": ""}),
+    System("opt_pt", "opt_pt, torch {}", "int4", {"torch": ""}),
 )
 GPU = (System("opt_pt", "opt_pt, torch {}", "float16", {"torch": ""}),)
 FA2 = "flash_attention_2"
@@ -35,7 +39,7 @@ def calls(job: Job, packed: bool = False) -> Calls:
     from opt_pt.fast import cpu
 
     device = "cuda" if job.device == "gpu" else "cpu"
-    how = {"dtype": job.dtype, "device": device, "attn_implementation": job.attention}
+    how = {**loading(job.dtype), "device": device, "attn_implementation": job.attention}
     model = OPTForCausalLM.from_pretrained(job.folder, **how)
     if packed:
         model.pack()

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.peers import Calls, Job, System, each, tf_calls
+from benchmarks.peers import Calls, Job, System, each, loading, tf_calls
 
 if TYPE_CHECKING:
     from benchmarks.train import Arm
     from benchmarks.train import Job as Training
 
 NEEDS = {"tensorflow": "", "keras": ""}
-CPU = (System("opt_tf", "opt_tf, TensorFlow {}", "float32", NEEDS),)
+CPU = tuple(System("opt_tf", "opt_tf, TensorFlow {}", dtype, NEEDS) for dtype in ("float32", "int8", "int4"))
 GPU = (System("opt_tf", "opt_tf, TensorFlow {}", "float16", NEEDS, never=True),)
 TRAIN_CPU: list[Arm] = [("opt_tf", "", False, False), ("opt_tf", "", True, False), ("opt_tf", "", False, True)]
 TRAIN_GPU: list[Arm] = []
@@ -26,7 +26,7 @@ def calls(job: Job) -> Calls:
 
     from opt_tf import TFOPTForCausalLM
 
-    model = TFOPTForCausalLM.from_pretrained(job.folder, dtype=job.dtype)
+    model = TFOPTForCausalLM.from_pretrained(job.folder, **loading(job.dtype))
     forward = tf.function(lambda ids: model(ids).logits, jit_compile=True)
 
     @cache  # a program for each shape, whatever is in the cache

@@ -17,7 +17,7 @@ from ..config import DTYPES
 from ..files import abridged, read_json
 from .commit import SAVED
 from .layouts import LAYOUTS, layout_named
-from .tensors import CAN_HOLD, Entry, holding, numpy_dtype
+from .tensors import CAN_HOLD, Entry, Index, holding, numpy_dtype
 
 # The files that a folder can be opened by.
 FILES = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.main))
@@ -71,7 +71,11 @@ class Checkpoint(Mapping[str, Entry]):
                         return array
             raise OSError(f"{self.main}: another save took its place while it was read; open it again")
 
-        return Entry(entry.shape, entry.dtype, entry.file, lambda: checked(entry.read), lambda: checked(entry.map))
+        def cut(index: Index, copied: bool) -> np.ndarray:
+            return checked(lambda: entry.part(index, copied))
+
+        whole = (lambda: checked(entry.read)), (lambda: checked(entry.map))
+        return Entry(entry.shape, entry.dtype, entry.file, *whole, cut if entry.cut else None)
 
     def _is_there(self) -> bool:
         """Whether the files are open, or still those that were opened. `main` is the first that a save removes, and its

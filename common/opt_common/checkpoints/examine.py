@@ -33,6 +33,7 @@ def examine(
     sha256: bool = False,
     check: bool = False,
     ranges: bool = False,
+    source: str | Path | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds, from its headers, as a dictionary of plain values.
 
@@ -42,9 +43,11 @@ def examine(
     for those that have any; `ranges` adds a row for each tensor that fits: its `name` in the table of weights, `layer`,
     None outside of the layers, and `part`, one of PARTS, its `bytes` as stored, how many `numbers` of it are finite,
     their `smallest`, `largest`, `mean` and standard deviation `std`, and how many are `not_finite`. A quantized
-    Linear's are those of the weight that it stands for. All
-    three read all weights, one tensor at a time. Raises as `open_checkpoint`, save for what does not fit.
+    Linear's are those of the weight that it stands for. `source`, the floats that a checkpoint of few bits was rounded
+    from, adds `errors`: of each weight, ‖rounded - w‖ / ‖w‖. All four read all weights, one tensor at a time. Raises as
+    `open_checkpoint`, save for what does not fit, and for a source that is not that.
     """
+    errors = None if source is None else rounding_errors(path_or_name, source, layout)
     checkpoint, config = find_checkpoint(path_or_name, layout, prefer=True)
     names, tied, misfits = compare(checkpoint, config)
     dtypes: dict[str, int] = {}
@@ -81,7 +84,34 @@ def examine(
     if ranges:
         held = {name: checkpoint[stored] for name, stored in names.items()}
         facts["ranges"] = _ranges(checkpoint, config.changed(tie_word_embeddings=tied), held)
-    return facts
+    return facts if errors is None else facts | {"errors": errors}
+
+
+def rounding_errors(path_or_name: str | Path, source: str | Path, layout: str | None = None) -> dict[str, float]:
+    """‖rounded - w‖ / ‖w‖ of each weight that a checkpoint holds in few bits and its source in floats."""
+    few, floats = open_checkpoint(path_or_name, layout, prefer=True), open_checkpoint(source, prefer=True)
+    for opened, wanted in ((few, True), (floats, False)):
+        if bool(opened.config.quantization_config) != wanted:
+            found = opened.config.quantization_config or "floats"
+            kind = "weights of few bits, rounded from the source" if wanted else "the floats they were rounded from"
+            raise ValueError(f"{opened.checkpoint.path}: found {found}, wanted {kind}")
+    held = {name: few.checkpoint[stored] for name, stored in few.names.items()}
+    whole = table(dataclasses.replace(few.config, quantization_config=None), few.architecture)
+    rounded = [(spec, entry) for spec, entry in as_table(held, whole) if spec.name not in held]
+    errors: dict[str, float] = {}
+    with byte_bar("Comparing", sum(entry.nbytes for _, entry in rounded)) as advance:
+        for spec, entry in rounded:
+            w = floats.checkpoint[floats.names[spec.name]] if spec.name in floats.names else None
+            if w is None or tuple(w.shape) != spec.shape:
+                found = "none" if w is None else list(w.shape)
+                raise ValueError(f"{floats.checkpoint.path}: {spec.name}: found {found}, wanted {list(spec.shape)}")
+            squares = np.zeros(2)
+            for x, y in _pieces(entry.read(), w.map()):
+                y = y.astype(np.float64)
+                squares += np.square(x - y).sum(), np.square(y).sum()
+            errors[spec.name] = float(np.sqrt(squares[0] / squares[1])) if squares[1] else float(squares[0] > 0)
+            advance(entry.nbytes)
+    return errors
 
 
 def _read_all(checkpoint: Checkpoint, sha256: bool, check: bool) -> dict[str, Any]:
