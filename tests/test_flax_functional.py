@@ -241,9 +241,8 @@ def test_transformations(small, ids):
 
     loss = partial(loss_of, small)
     check(*jax.jit(jax.value_and_grad(loss))(params, ids))
-    check(*jax.jit(jax.value_and_grad(jax.checkpoint(loss)))(params, ids))
-    vmapped = jax.vmap(jax.value_and_grad(lambda p, row: loss(p, row[None])), (None, 0))
-    rows = jax.jit(vmapped)(params, jnp.asarray(ids))
+    check(*jax.value_and_grad(jax.checkpoint(loss))(params, ids))
+    rows = jax.vmap(jax.value_and_grad(lambda p, row: loss(p, row[None])), (None, 0))(params, jnp.asarray(ids))
     check(*jax.tree.map(lambda x: x.mean(0), rows))
 
     def step(total, row):
@@ -253,7 +252,7 @@ def test_transformations(small, ids):
     total, losses = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, params), jnp.asarray(ids))
     check(losses.mean(), total, 0.5)
     small.gradient_checkpointing_enable()
-    check(*jax.jit(jax.value_and_grad(loss))(params, ids))
+    check(*jax.value_and_grad(loss)(params, ids))
 
 
 def test_a_train_state(small, ids):
