@@ -225,6 +225,8 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         The weights go to their devices tensor by tensor as they are read, and no device gets more than its shards.
         Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
         """
+        if options.pop("tp_plan", None) is not None:
+            raise ValueError("tp_plan: found one, wanted sharding=opt_flax.shardings(mesh)")
         name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
         # on a CPU an array may share the memory that was read
         copied = default_device().platform != "cpu"

@@ -6,18 +6,25 @@ inputs of the text say of how columns go together. A layer sees what the rounded
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opt_common.checkpoints.fit import layer_number
+from opt_common.checkpoints.pretrained import open_pretrained
 from opt_common.checkpoints.tensors import numpy_dtype
 from opt_common.progress import counter
 from opt_common.quantization import Packing, QuantizationConfig, pack
+from opt_common.weights import Spec
+
+from .pretrained import tensor
 
 # Of a layer, Linears whose inputs depend on the rounded ones before them
 _STEPS = (("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",))
@@ -29,17 +36,23 @@ Numbers = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @torch.no_grad()
-def calibrate(model: Any, rows: Tensor, quantization: QuantizationConfig, dtype: str = "float16") -> Numbers:
+def calibrate(
+    model: Any,
+    rows: Tensor,
+    quantization: QuantizationConfig,
+    dtype: str = "float16",
+    layers: Iterable[Any] | None = None,
+) -> Numbers:
     """Round the Linears of the layers, on a text.
 
     model: an OPTForCausalLM in floats, in eval mode; its weights are rounded in place. rows: token ids [n, T], without
-    padding. dtype: that of the scales.
+    padding. dtype: that of the scales. layers: the model's, each there until the next is asked for: see `streamed`.
     Returns `weight_packed` and `weight_scale` of each Linear by its path: "model.decoder.layers.0.fc1".
     """
-    layers, found = model.model.decoder.layers, Numbers()
+    found = Numbers()
     states, how = _first_inputs(model, rows)
-    with counter("Calibrating", len(layers)) as advance:
-        for i, layer in enumerate(layers):
+    with counter("Calibrating", len(model.model.decoder.layers)) as advance:
+        for i, layer in enumerate(model.model.decoder.layers if layers is None else layers):
             for step in _STEPS:
                 linears = {name: layer.get_submodule(name) for name in step}
                 path = f"model.decoder.layers.{i}"
@@ -55,9 +68,35 @@ def calibrate(model: Any, rows: Tensor, quantization: QuantizationConfig, dtype:
                     weight.copy_(rounded.flatten(1))
                     packed = (numbers + 2 ** (packing.bits - 1)).to(torch.uint8).cpu().numpy()
                     found[f"{path}.{name}"] = pack(packed, packing.bits), scale.cpu().numpy().astype(numpy_dtype(dtype))
-            states = [layer(x, **how) for x in states]
+            for row, x in enumerate(states):
+                states[row] = layer(x, **how)
             advance(1)
     return found
+
+
+def streamed(cls: type[Any], source: str | Path, layout: str | None = None) -> tuple[Any, Iterator[nn.Module]]:
+    """An OPTForCausalLM, `cls`, in float32 with the weights before its layers alone, and the layers, each with its
+    weights until the next is asked for."""
+    opened = open_pretrained(source, "OPTForCausalLM", "float32", copied=True, layout=layout)
+    with torch.device("meta"):
+        model = cls(opened.config).eval()
+
+    def load(tensors: Iterable[tuple[Spec, np.ndarray]]) -> None:
+        device = torch.get_default_device()
+        state = {spec.name: tensor(array).to(device, torch.float32, copy=True) for spec, array in tensors}
+        model.load_state_dict(state, strict=False, assign=True)
+
+    groups = groupby(opened.tensors, key=lambda found: layer_number(found[0].name))
+    load(next(groups)[1])
+
+    def layers() -> Iterator[nn.Module]:
+        for number, tensors in groups:
+            if number >= 0:
+                load(tensors)
+                yield model.model.decoder.layers[number]
+                model.model.decoder.layers[number].to("meta")
+
+    return model, layers()
 
 
 def _first_inputs(model: Any, rows: Tensor) -> tuple[list[Tensor], dict[str, Any]]:

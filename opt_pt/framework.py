@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from opt_common.frameworks import Framework
+from opt_common.quantization import QuantizationConfig
 from opt_common.weights import TORCH
 
 
@@ -65,10 +67,13 @@ class PyTorch(Framework):
 
         return of_first(value)
 
-    def calibrate(self, model: Any, rows: np.ndarray, *how: Any) -> Any:
-        from .calibration import calibrate
+    def calibrate(
+        self, source: str | Path, layout: str | None, rows: np.ndarray, quantization: QuantizationConfig, dtype: str
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        from .calibration import calibrate, streamed
 
-        return calibrate(model, self.tensor(rows), *how)
+        model, layers = streamed(self.model_class(), source, layout)
+        return calibrate(model, self.tensor(rows), quantization, dtype, layers)
 
     def numpy(self, tensor: Any) -> np.ndarray:
         import torch

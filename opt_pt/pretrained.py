@@ -382,7 +382,7 @@ class OPTPreTrainedModel(Kin, nn.Module):
         state, seen = {}, hashlib.sha256()
         for spec, array in opened.tensors:
             kind = getattr(torch, spec.dtype(opened.dtype))
-            mine = _tensor(array) if spec.kind != "shape" else parallel.shape_of_part(spec, world)
+            mine = tensor(array) if spec.kind != "shape" else parallel.shape_of_part(spec, world)
             if world > 1 and mine.shape == spec.shape and "vocab" not in spec.axes:  # what all read: norms, biases ...
                 seen.update(array.tobytes())
             state[spec.name] = mine.to(device=devices(spec.path), dtype=kind)
@@ -397,7 +397,7 @@ class OPTPreTrainedModel(Kin, nn.Module):
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         added = _initialize_added(model, opened.config, devices)
-        model.load_state_dict({name: _tensor(read()) for name, read in opened.added.items()}, strict=False)
+        model.load_state_dict({name: tensor(read()) for name, read in opened.added.items()}, strict=False)
         model.config.name_or_path, model.generation_config = str(pretrained_model_name_or_path), opened.generation
         model = dispatch(model.eval(), devices, offload_folder)
         if not output_loading_info:
@@ -498,7 +498,8 @@ def _initialize_added(model: OPTPreTrainedModel, config: OPTConfig, devices: Cal
     return added
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def tensor(array: np.ndarray) -> Tensor:
+    """An array's numbers, in the same memory."""
     if array.dtype == ml_dtypes.bfloat16:  # torch does not know numpy's bfloat16: hand over the bits
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -159,9 +159,14 @@ class TFOPTPreTrainedModel(Network, keras.Model):
         options: those of `opt_common.checkpoints.pretrained.open_pretrained`: config=, revision, cache_dir, token,
             local_files_only, use_safetensors ..., and config overrides: num_labels, id2label, output_hidden_states ...
         A head missing from the checkpoint is newly initialized, and one that is not this model's is dropped; a warning
-        names their weights.
+        names their weights. Under the scope of a tf.distribute.MirroredStrategy each of its devices has the weights,
+        and `fit` shares out the rows of a batch.
         Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
         """
+        for name in ("tp_plan", "sharding"):
+            if options.pop(name, None) is not None:
+                why = "Keras on TensorFlow has no tensor parallelism; use tf.distribute to train, or opt_pt or opt_flax"
+                raise ValueError(f"{name}: found one, wanted none: {why}")
         policy: Any = tf.as_dtype(dtype).name if isinstance(dtype, tf.DType) else dtype
         if policy != "auto":
             policy = keras.dtype_policies.get(policy or keras.config.dtype_policy())

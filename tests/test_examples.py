@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -40,10 +39,10 @@ QUICK_FIRST = [pytest.param(key, marks=[pytest.mark.slow] * (key in SLOW)) for k
 def given(tmp_path) -> dict[str, object]:
     """The options of a short run, from a tiny model with a real tokenizer."""
     demo = Path(opt_common.__file__).parent / "opt-demo"
-    config = tiny_config(layers=2, vocab_size=4096, max_position_embeddings=64, dtype="float32", dropout=0.1)
+    vocabulary = opt_common.OPTConfig.from_pretrained(demo).vocab_size
+    config = tiny_config(layers=2, vocab_size=vocabulary, max_position_embeddings=64, dtype="float32", dropout=0.1)
     random_checkpoint(tmp_path / "model", config)
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(demo / name, tmp_path / "model" / name)
+    opt_common.GPT2Tokenizer.from_pretrained(demo).save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("The king had a daughter who was beautiful beyond all measure. " * 40)
     return {"--model": tmp_path / "model", "--save-every": 4, "--rows": 2, "--learning-rate": 1e-2}
 

@@ -114,6 +114,11 @@ def test_heads_that_do_not_divide(tmp_path, change, message):
         place.of(model)
 
 
+def test_a_plan_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^tp_plan: found one, wanted sharding=opt_flax.shardings\(mesh\)"):
+        FlaxOPTForCausalLM.from_pretrained(tmp_path, tp_plan="auto")
+
+
 def test_trees():
     model = FlaxOPTForCausalLM(OPTConfig(**CONFIG), rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import opt_common.generation
-from opt_common.generation import StopStrings, TextIteratorStreamer, TextStreamer, pieces
+from opt_common.generation import StopStrings, TextIteratorStreamer, TextStreamer, columns, crowded, pieces
 from opt_common.hub import fetch
 from opt_common.tokenizer import GPT2Tokenizer
 
@@ -23,6 +23,20 @@ TEXT = "Übung macht den Meister — ‘naïve’ 日本語 🙂 done.\n\nAnd so
 @pytest.fixture(scope="module")
 def tokenizer():
     return GPT2Tokenizer.from_pretrained("opt-demo")
+
+
+def test_few_widths():
+    widths = [columns(n) for n in range(2049)]
+    assert sorted({*widths}) == [32, *range(64, 513, 64), 640, 768, 896, 1024, 1280, 1536, 1792, 2048]
+    assert all(n <= width for n, width in enumerate(widths))
+
+
+def test_crowded(monkeypatch):
+    assert not crowded()
+    with open("/proc/self/maps") as file:
+        maps = len(list(file))
+    monkeypatch.setattr(Path, "read_text", lambda path: f"{maps}\n")
+    assert crowded()
 
 
 def test_pieces_add_up_to_the_text(tokenizer):

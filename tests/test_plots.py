@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from opt_common.checkpoints.examine import PARTS, examine
 from opt_common.checkpoints.open import open_checkpoint
 from opt_common.frameworks import registered
 from opt_common.hub import DEMO
-from opt_common.parity import TOLERANCE, Report, Row, _transformers
+from opt_common.parity import TOLERANCE, Report, Row, _transformers, parity
 from opt_common.quantization import QuantizationConfig
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +50,7 @@ def drawn(monkeypatch) -> list[Figure]:
 
 def report(**errors: list[float]) -> Report:
     rows = [Row(key, layers=found[:-1], logits=found[-1]) for key, found in errors.items()]
-    return Report("a model", "a prompt", "a text", rows, {"transformers 5": [0, 1e-7, 1e-6]})
+    return Report("/somebody/private/my-opt", "a prompt", "a text", rows, {"transformers 5": [0, 1e-7, 1e-6]})
 
 
 def lines(figure: Figure) -> dict[str, list[float]]:
@@ -81,20 +82,31 @@ def test_every_error_is_drawn(drawn, tmp_path):
     notes = [text.get_text() for text in drawn[0].axes[0].texts]
     assert notes.count("not finite") == 2 and "3e-02" in notes and "limit: 2e-5" in notes
     assert drawn[0].axes[0].get_ylim()[1] == top
+    assert "my-opt" in (text := (tmp_path / "errors.svg").read_text()) and "private" not in text
 
 
-@pytest.mark.parametrize("config", ["350m", "untied"])
-def test_transformers_beside(config, tiny, tmp_path, rng):
+@pytest.mark.parametrize(
+    ("config", "to", "dtype"), [("350m", "flax-msgpack", "float32"), ("untied", "torch", "bfloat16")]
+)
+def test_transformers_beside(config, to, dtype, tiny, tmp_path, rng):
     """What is drawn for it is what it computes in float32, whatever file the weights are in."""
     folder, reference = tiny(config)
-    convert(folder, tmp_path / "flax", "flax-msgpack")
+    convert(folder, tmp_path / "converted", to, dtype)
     ids = rng.integers(3, 96, (1, 9))
-    found = _transformers(str(tmp_path / "flax"), ids)
+    found = _transformers(str(tmp_path / "converted"), ids)
+    theirs = copy.deepcopy(reference).to(getattr(torch, dtype)).float()
     with torch.no_grad():
-        out = reference.float()(torch.tensor(ids), output_hidden_states=True)
-    reference.double()
+        out = theirs(torch.tensor(ids), output_hidden_states=True)
     for state, wanted in zip(found, [*out.hidden_states, out.logits], strict=True):
         assert np.array_equal(state, wanted.numpy())
+
+
+def test_parity_of_quantized_weights(tmp_path):
+    """The judge's are the floats that they stand for."""
+    key = PRESENT[0]
+    convert(DEMO, tmp_path, quantization=QuantizationConfig.rounding(8, None))
+    found = parity(str(tmp_path), "The", 3, [key], beside=True)
+    assert found.passed and all(max(errors) <= TOLERANCE for errors in found.beside.values())
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from checkpoints import arrays, contents, gptq_folder, random_checkpoint, rewrite, tiny_config
+from opt_common import cli
 from opt_common.checkpoints.convert import convert, plan
 from opt_common.checkpoints.examine import examine
 from opt_common.checkpoints.open import open_checkpoint
 from opt_common.config import OPTConfig
+from opt_common.hub import DEMO, fetch
 from opt_common.quantization import Packing, QuantizationConfig, dequantize, pack, quantize, unpack
 from opt_common.weights import byte_count, parameter_count, table
 
@@ -232,6 +234,30 @@ def test_inspect(tmp_path):
     assert facts["quantization"] == "4 bits, groups of 128" and facts["dtype"] == "float16" and not facts["misfits"]
     assert facts["parameters"] == examine(source)["parameters"] == parameter_count(small("350m"))
     assert examine(source)["quantization"] is None and not facts["not_finite"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_errors_of_rounding(tmp_path, bits, capsys):
+    """Of each weight, over its norm; the command names the largest."""
+    source, few, again = DEMO, tmp_path / "few", tmp_path / "again"
+    convert(source, few, quantization=QuantizationConfig.rounding(bits))
+    convert(few, again, dtype="float32")
+    floats, rounded = arrays(fetch(DEMO, [])), arrays(again)
+    found = examine(few, source=source)["errors"]
+    assert len(found) == 5 * 6
+    for name, error in found.items():
+        w = floats[name].astype(np.float64)
+        assert error == pytest.approx(np.linalg.norm(rounded[name] - w) / np.linalg.norm(w), rel=1e-6)
+    cli.inspect(str(few), source=str(source))
+    worst = max(found, key=lambda name: found[name])
+    assert f"{found[worst]:.2%}, {worst}" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ValueError, match="opt-demo: found floats, wanted weights of few bits, rounded from the source"):
+        examine(source, source=few)
+    with pytest.raises(ValueError, match=f"few: found {bits} bits.*, wanted the floats they were rounded from"):
+        examine(few, source=few)
+    random_checkpoint(tmp_path / "other", small())
+    with pytest.raises(ValueError, match=r"k_proj.weight: found \[128, 128\], wanted \[256, 256\]"):
+        examine(few, source=tmp_path / "other")
 
 
 def test_convert_refuses(tmp_path):

@@ -411,6 +411,28 @@ def test_calibrate(tmp_path):
     assert errors[0] < 0.7 * errors[1]
 
 
+@pytest.mark.parametrize("config", ["pre-norm", "350m"])
+def test_calibration_streams(tmp_path, config):
+    """A layer at a time, to the same numbers."""
+    calibration = pytest.importorskip("opt_pt.calibration")
+    source = save_reference(make_reference(**CONFIGS[config]), tmp_path / "floats")
+    rows = torch.randint(4, 96, (4, 24), generator=torch.Generator().manual_seed(0))
+    chosen = QuantizationConfig.rounding(4, 32)
+    wanted = calibration.calibrate(opt_pt.OPTForCausalLM.from_pretrained(source), rows, chosen)
+    model, layers = calibration.streamed(opt_pt.OPTForCausalLM, source)
+
+    def watched() -> Any:
+        for i, layer in enumerate(layers):
+            there = [not next(one.parameters()).is_meta for one in model.model.decoder.layers]
+            assert there == [j == i for j in range(len(there))]
+            yield layer
+
+    found = calibration.calibrate(model, rows, chosen, layers=watched())
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(x, y) for name in wanted for x, y in zip(found[name], wanted[name], strict=True))
+    assert all(p.is_meta for p in [*model.model.decoder.layers.parameters(), *model.lm_head.parameters()])
+
+
 def test_the_command_calibrates(tmp_path, capsys):
     pytest.importorskip("opt_pt")
     text, few, nearest = tmp_path / "text", tmp_path / "few", tmp_path / "nearest"

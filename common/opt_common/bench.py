@@ -59,6 +59,7 @@ class Comparison:
 
     @property
     def ran(self) -> list[Row]:
+        """The rows that were measured."""
         return [row for row in self.rows if not row.problem]
 
     @property
@@ -67,10 +68,11 @@ class Comparison:
         return next((row for row in self.ran if row.key == TRANSFORMERS), self.ran[0])
 
     def first_ms(self, row: Row) -> float:
+        """Milliseconds to the first token, the median."""
         return 1000 * statistics.median(row.first)
 
     def rate(self, row: Row) -> float:
-        """New tokens a second."""
+        """New tokens a second, by the median."""
         return self.new / statistics.median(row.whole)
 
     def as_json(self) -> dict[str, Any]:

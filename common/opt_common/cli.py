@@ -191,7 +191,7 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="the texts to continue")] = None,
     file: Annotated[str | None, typer.Option(help='prompts as JSON lines, or "-" for standard input')] = None,
     output: Annotated[
-        Path | None, typer.Option(help="write JSON lines there; a killed job goes on where it was")
+        Path | None, typer.Option(help="write JSON lines there; a killed job continues where it stopped")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="how many prompts at once")] = 8,
     model: Model = DEMO,
@@ -199,14 +199,14 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto for the checkpoint's")] = "float32",
     device: Annotated[str | None, typer.Option(help="such as cpu or cuda:1; default: a GPU if there is one")] = None,
     attn: Annotated[str | None, typer.Option(help="attention: sdpa, eager, flash_attention_2 or cudnn")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="how many tokens to add at most")] = 100,
     sample: Annotated[bool, typer.Option("--sample", help="draw tokens instead of taking the likeliest")] = False,
-    temperature: Annotated[float, typer.Option()] = 1.0,
-    top_k: Annotated[int, typer.Option()] = 50,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    seed: Annotated[int | None, typer.Option()] = None,
+    temperature: Annotated[float, typer.Option(help="with --sample: divides the logits")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="with --sample: keep the k likeliest tokens; 0 for all")] = 50,
+    top_p: Annotated[float, typer.Option(help="with --sample: keep the likeliest tokens that add up to p")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="with --sample: makes the text repeatable")] = None,
     beams: Annotated[int, typer.Option(min=1, help="beam search")] = 1,
-    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1 penalizes tokens already there")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="a string that ends a text; may be repeated")] = None,
     draft: Annotated[str | None, typer.Option(help="a smaller model that drafts tokens: the same text, faster")] = None,
     devices: Annotated[
@@ -394,19 +394,19 @@ def convert(
 
 
 def _calibrated(source: str, text: Path, quantization: QuantizationConfig, layout: str | None, dtype: str) -> Any:
+    from .checkpoints.open import find_checkpoint
     from .tokenizer import GPT2Tokenizer
 
     chosen = registered()["pt"]
     if chosen.missing:
         raise ImportError(chosen.missing)
     ids = GPT2Tokenizer.from_pretrained(source)(read_bytes(text).decode(errors="replace"))["input_ids"]
+    length = min(2048, find_checkpoint(source, layout, prefer=True)[1].max_position_embeddings)
+    if len(ids) < length:
+        raise ValueError(f"--calibrate: found a text of {len(ids)} tokens in {text}, wanted {length} or more")
+    rows = np.array(ids[: min(128, len(ids) // length) * length]).reshape(-1, length)
     with chosen.on(None):
-        model = chosen.model_class().from_pretrained(source, layout=layout)
-        length = min(2048, model.config.max_position_embeddings)
-        if len(ids) < length:
-            raise ValueError(f"--calibrate: found a text of {len(ids)} tokens in {text}, wanted {length} or more")
-        rows = np.array(ids[: min(128, len(ids) // length) * length]).reshape(-1, length)
-        return chosen.calibrate(model, rows, quantization, dtype)
+        return chosen.calibrate(source, layout, rows, quantization, dtype)
 
 
 def _some_files(files: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:

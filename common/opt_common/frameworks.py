@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.machinery import PathFinder
 from importlib.metadata import Distribution, EntryPoint, entry_points, version
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -86,10 +87,11 @@ class Framework:
         return nullcontext()
 
     def calibrate(
-        self, model: Any, rows: np.ndarray, quantization: QuantizationConfig, dtype: str
+        self, source: str | Path, layout: str | None, rows: np.ndarray, quantization: QuantizationConfig, dtype: str
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """`weight_packed` and `weight_scale`, in `dtype`, of a model's Linears by their paths, rounded so that what it
-        makes of `rows`, token ids [n, T], changes least. ValueError where the framework does not offer it."""
+        """`weight_packed` and `weight_scale`, in `dtype`, of a checkpoint's Linears by their paths, rounded so that
+        what the model makes of `rows`, token ids [n, T], changes least: with these numbers and one layer in memory at
+        a time. ValueError where the framework does not offer it."""
         raise ValueError(f"--calibrate: {self.title} does not offer it")
 
     def launch(self, command: list[str], processes: int, device: str | None) -> None:

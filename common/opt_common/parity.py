@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoints.pretrained import open_pretrained
+from .checkpoints.pretrained import Pretrained, open_pretrained
 from .frameworks import Framework, registered
+from .quantization import dequantize
 from .reference import forward
 from .tokenizer import GPT2Tokenizer
 
@@ -78,7 +79,7 @@ def parity(
     """
     tokenizer = GPT2Tokenizer.from_pretrained(model)
     opened = open_pretrained(model, "OPTForCausalLM", "float64")
-    weights = {spec.name: array for spec, array in opened.tensors}
+    weights = _floats(opened)
     judged: dict[tuple[int, ...], tuple[np.ndarray, list[np.ndarray]]] = {}
     rows, text = [], ""
     for key in registered() if frameworks is None else frameworks:
@@ -109,6 +110,19 @@ def parity(
     return Report(model, prompt, text, rows, others)
 
 
+def _floats(opened: Pretrained) -> dict[str, np.ndarray]:
+    """The weights by their names; of a quantized Linear the float64 weight that it stands for."""
+    weights: dict[str, np.ndarray] = {}
+    for spec, array in opened.tensors:
+        if spec.kind == "shape":  # the last of a Linear's three
+            packed, scale = (weights.pop(f"{spec.path}.weight_{part}") for part in ("packed", "scale"))
+            assert spec.packing is not None
+            weights[f"{spec.path}.weight"] = dequantize(packed, scale.astype(np.float64), spec.packing.bits)
+        else:
+            weights[spec.name] = array
+    return weights
+
+
 def _transformers(model: str, ids: np.ndarray) -> list[np.ndarray]:
     """The hidden states and the logits of its PyTorch OPT in float32, with these weights, from whatever file."""
     import torch
@@ -116,8 +130,9 @@ def _transformers(model: str, ids: np.ndarray) -> list[np.ndarray]:
 
     opened = open_pretrained(model, "OPTForCausalLM", "float32")
     with torch.device("meta"):
-        theirs = transformers.OPTForCausalLM(transformers.OPTConfig(**opened.config.to_dict())).eval()
-    weights = {spec.name: torch.from_numpy(array).float() for spec, array in opened.tensors}
+        config = opened.config.changed(quantization_config=None).to_dict()
+        theirs = transformers.OPTForCausalLM(transformers.OPTConfig(**config)).eval()
+    weights = {name: torch.from_numpy(array.astype(np.float32)) for name, array in _floats(opened).items()}
     theirs.load_state_dict(weights, strict=False, assign=True)  # a tied head is not among them
     theirs.tie_weights()
     with torch.inference_mode():

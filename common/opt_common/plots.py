@@ -64,12 +64,17 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure.savefig(path, metadata=undated.get(path.suffix.lower()))
 
 
+def _name(model: str) -> str:
+    """Of a folder or a Hub name the last part: a picture is shown to others."""
+    return Path(model).name or model
+
+
 def draw_parity(report: Report, limit: float, path: Path) -> None:
     """The errors of the hidden states and of the logits, a line for each framework and for what is beside them."""
     with figure(path, 7.2, 4) as drawing:
         panel = drawing.add_subplot()
         draw_errors(panel, error_lines(report), limit)
-        panel.set_title(f"{report.model}, float32: distance from a float64 run")
+        panel.set_title(f"{_name(report.model)}, float32: distance from a float64 run")
         drawing.legend(loc="outside lower center", ncols=4)
 
 
@@ -161,7 +166,7 @@ def draw_ranges(model: str, facts: dict[str, Any], path: Path) -> None:
         notes += (
             [f"{len(facts['misfits'])} tensors do not fit the config and are not drawn"] if facts["misfits"] else []
         )
-        drawing.suptitle("\n".join([f"{model}: {facts['parameters']:,} parameters", *notes]), fontweight="bold")
+        drawing.suptitle("\n".join([f"{_name(model)}: {facts['parameters']:,} parameters", *notes]), fontweight="bold")
         ranges = "values: light, smallest to largest; dark, mean ± standard deviation"
         drawing.legend(*sizes.get_legend_handles_labels(), loc="outside lower center", ncols=5, title=ranges)
 
@@ -202,4 +207,4 @@ def draw_bench(found: Comparison, path: Path) -> None:
             panel.set_xlim(left=0)
         panels[0].invert_yaxis()
         note = f"×: times faster than {base.title}" if len(rows) > 1 else ""
-        drawing.suptitle(f"{found.model}, {found.dtype}, one row, a quick look. {note}", fontsize=9.5)
+        drawing.suptitle(f"{_name(found.model)}, {found.dtype}, one row, a quick look. {note}", fontsize=9.5)

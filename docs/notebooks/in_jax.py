@@ -77,9 +77,9 @@ def score(embeds: jax.Array) -> jax.Array:
 gradient = jax.grad(score)(embeds)[0]
 influence = jnp.linalg.norm(gradient, axis=-1) * jnp.linalg.norm(embeds[0], axis=-1)
 
-figure, panel = plt.subplots(figsize=(11, 2.8))
+figure, panel = plt.subplots(figsize=(8.4, 2.8))
 panel.bar(range(len(words)), influence)
-panel.set_xticks(range(len(words)), words)
+panel.set_xticks(range(len(words)), words, fontsize=8)
 panel.set_ylabel("sensitivity")
 panel.set_title(f"What {tokenizer.decode([best[0].item()])!r} depends on")
 plt.show()
@@ -98,9 +98,9 @@ lens = jnp.stack([jax.nn.softmax(state @ decoder.embed_tokens.embedding[...].T) 
 coming = inputs["input_ids"][0, 1:]
 seen = lens[:, jnp.arange(len(coming)), coming]  # [layers + 1, tokens - 1]
 
-figure, panel = plt.subplots(figsize=(11, 3.2))
+figure, panel = plt.subplots(figsize=(8.4, 3.2))
 image = panel.imshow(seen, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
-panel.set_xticks(range(len(coming)), words[1:])
+panel.set_xticks(range(len(coming)), words[1:], fontsize=8)
 panel.set_yticks(range(len(states)), ["embedding", *(f"after layer {i}" for i in range(len(states) - 1))])
 panel.set_title("The probability of the word that comes, layer by layer")
 panel.grid(visible=False)

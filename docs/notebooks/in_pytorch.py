@@ -15,7 +15,7 @@
 # notebook opens one up. You will see what it predicts, where its attention goes, how a prediction forms layer by
 # layer, and what FlashAttention saves.
 #
-# It runs on `opt-demo`, a 5-million-parameter OPT that comes with the package. Any other works too: set `name` to
+# It runs on `opt-demo`, a small OPT that comes with the package. Any other works too: set `name` to
 # `"facebook/opt-125m"` or to a folder of yours.
 
 # %%
@@ -36,10 +36,10 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {len(model.
 # ## What comes next?
 #
 # Text goes in as tokens: words, or pieces of words with the space before them. Each becomes a number. The first one,
-# `</s>`, starts every text.
+# `</s>`, starts every text. The prompt is half a sentence from the fairy tales that `opt-demo` was trained on.
 
 # %%
-prompt = "The king had a daughter, and the king loved his"
+prompt = "There lived a king whose daughters were all"
 inputs = tokenizer(prompt, return_tensors="pt")
 words = [tokenizer.decode([token]) for token in inputs["input_ids"][0]]
 print(words)
@@ -73,19 +73,19 @@ plt.show()
 # diagonal, because nobody sees the future.
 #
 # Three patterns are worth looking for. A dark first column is a head with nothing to say: it parks its attention on
-# `</s>`. A dark line next to the diagonal looks at the previous token. And since “king” occurs twice, look at the row
-# of the second one: a dark cell on the first “king”, or right after it, is a head that notices repetition.
+# `</s>`. A dark line next to the diagonal looks at the previous token: the pieces of a word find each other so. And a
+# dark cell far from both is a head that fetches one certain word from a distance.
 
 # %%
 attentions = torch.stack(out.attentions)[:, 0]  # [layers, heads, tokens, tokens]
 layer = len(attentions) // 2
-heads = attentions[layer]
+heads = attentions[layer][:4]
 
-figure, panels = plt.subplots(1, len(heads), figsize=(11, 3.4), sharey=True)
+figure, panels = plt.subplots(1, len(heads), figsize=(8.4, 2.9), sharey=True)
 for head, panel in enumerate(panels):
     panel.imshow(heads[head], vmin=0, vmax=1, cmap="Blues")
-    panel.set_xticks(range(len(words)), words, rotation=90, fontsize=7.5)
-    panel.set_yticks(range(len(words)), words, fontsize=7.5)
+    panel.set_xticks(range(len(words)), words, rotation=90, fontsize=6.5)
+    panel.set_yticks(range(len(words)), words, fontsize=6.5)
     panel.set_title(f"layer {layer}, head {head}")
     panel.grid(visible=False)
 plt.show()
@@ -131,14 +131,14 @@ with torch.no_grad():
     lens = torch.stack([model.lm_head(state).softmax(-1) for state in states])  # [layers + 1, tokens, vocabulary]
 surest = lens.max(-1)
 
-figure, panel = plt.subplots(figsize=(11, 3.6))
+figure, panel = plt.subplots(figsize=(8.4, 3.6))
 panel.imshow(surest.values, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
 for y in range(lens.shape[0]):
     for x in range(lens.shape[1]):
         color = "white" if surest.values[y, x] > 0.6 else "black"
         text = tokenizer.decode([surest.indices[y, x]]).strip()
-        panel.text(x, y, text, ha="center", va="center", color=color, fontsize=8.5)
-panel.set_xticks(range(len(words)), words)
+        panel.text(x, y, text, ha="center", va="center", color=color, fontsize=7.5)
+panel.set_xticks(range(len(words)), words, fontsize=8.5)
 panel.set_yticks(range(len(states)), ["embedding", *(f"after layer {i}" for i in range(len(states) - 1))])
 panel.set_title("What each layer would say")
 panel.grid(visible=False)

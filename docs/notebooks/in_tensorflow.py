@@ -69,8 +69,8 @@ print(before)
 
 # %% [markdown]
 # And here is how much each token of the kept verse surprises it. The surprise of a token is minus the logarithm of its
-# probability, in nats: 0 if the model was certain, and about 8 if it had no idea and chose among 4,096 tokens. The mean
-# of these bars is the loss.
+# probability, in nats: 0 if the model was certain, and 8 if it held the token for one in three thousand. The mean of
+# these bars is the loss.
 
 # %%
 verse = tokenizer(kept, return_tensors="tf")["input_ids"]
@@ -87,7 +87,7 @@ at_first = surprise(verse).numpy()
 
 
 def draw(bars: dict[str, np.ndarray]) -> None:
-    figure, panel = plt.subplots(figsize=(11, 3.2))
+    figure, panel = plt.subplots(figsize=(8.4, 3.2))
     for i, (label, heights) in enumerate(bars.items()):
         width = 0.8 / len(bars)
         panel.bar(np.arange(len(heights)) + i * width, heights, width, label=f"{label}: mean {heights.mean():.2f}")

@@ -129,7 +129,7 @@ key, framework = next(iter(frameworks.items()))
 apart = framework.numpy(outputs[key].hidden_states[-1])[0] - exact_states[-1][0]
 scale = np.abs(exact_states[-1]).max()
 
-figure, panel = plt.subplots(figsize=(11, 3))
+figure, panel = plt.subplots(figsize=(8.4, 3))
 most = np.abs(apart / scale).max()
 image = panel.imshow(apart / scale, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
 figure.colorbar(image, ax=panel, label="error / largest magnitude")

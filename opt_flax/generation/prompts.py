@@ -15,14 +15,11 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from opt_common.generation import Prompt, Settings, check_generate, merged, prompt
+from opt_common.generation import Prompt, Settings, check_generate, columns, merged, prompt
 from opt_common.generation.prompts import held_alone, padding, started
 from opt_common.inputs import check_call, check_tokens
 
 from .loop import Given
-
-# Prompts are padded to a multiple of so many columns, so that one program serves all widths between.
-STEP = 32
 
 
 def asked(model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str, Any]) -> Prompt:
@@ -67,7 +64,7 @@ def given(model: Any, prompt: Prompt, room: int, exact: bool) -> Given:
             raise ValueError("past_key_values: found one that is traced, wanted one whose length is known")
         feed = feed[:, prompt.unread(int(cache.length)) :]
         cache = cache.between(0, max(cache.slots, mask.shape[1] + room))
-    front = 0 if exact else -T % STEP
+    front = 0 if exact else columns(T) - T
     if front:
         sides = ((0, 0), (front, 0))
         feed = jnp.pad(feed, (*sides, (0, 0))) if feed.ndim == 3 else np.pad(feed, sides, constant_values=1)

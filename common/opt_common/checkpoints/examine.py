@@ -97,7 +97,7 @@ def rounding_errors(path_or_name: str | Path, source: str | Path, layout: str | 
             raise ValueError(f"{opened.checkpoint.path}: found {found}, wanted {kind}")
     held = {name: few.checkpoint[stored] for name, stored in few.names.items()}
     whole = table(dataclasses.replace(few.config, quantization_config=None), few.architecture)
-    rounded = [(spec, entry) for spec, entry in as_table(held, whole) if f"{spec.path}.weight_packed" in held]
+    rounded = [(spec, entry) for spec, entry in as_table(held, whole) if spec.name not in held]
     errors: dict[str, float] = {}
     with byte_bar("Comparing", sum(entry.nbytes for _, entry in rounded)) as advance:
         for spec, entry in rounded:
