@@ -309,6 +309,13 @@ def of_first(value: Any) -> Any:
     return given[0]
 
 
+def as_first(flags: Tensor) -> Tensor:
+    """The first process's booleans, of a shape that all know."""
+    numbers = flags.int()
+    _met(dist.broadcast, numbers, 0)
+    return numbers.bool()
+
+
 def agreed(seed: int | None) -> int:
     """The seed, or one that the first process draws: all must choose the same tokens."""
     return of_first(int(torch.randint(2**62, ())) if seed is None else seed)

@@ -40,6 +40,8 @@ found["greedy"] = model.generate(ids, mask, max_new_tokens=8, eos_token_id=[]).t
 found["beams"] = model.generate(ids, mask, max_new_tokens=8, num_beams=3).tolist()
 torch.manual_seed(dist.get_rank())
 found["sampled"] = model.generate(ids, mask, max_new_tokens=8, do_sample=True, temperature=3.0, top_k=0).tolist()
+later = lambda ids, scores, **_: ids.shape[1] >= 7 + 4 * dist.get_rank()
+found["stopped"] = model.generate(ids, mask, max_new_tokens=8, stopping_criteria=[later], eos_token_id=[]).tolist()
 if "packed" not in folder:
     model(ids, mask, labels=ids).loss.backward()
     layer = model.model.decoder.layers[0]
@@ -94,6 +96,7 @@ def test_two_processes(case, tmp_path):
         assert each["greedy"] == one.generate(ids, mask, max_new_tokens=8, eos_token_id=[]).tolist()
         assert each["beams"] == one.generate(ids, mask, max_new_tokens=8, num_beams=3).tolist()
     assert found[0]["sampled"] == found[1]["sampled"]
+    assert found[0]["stopped"] == found[1]["stopped"] == [row[:7] for row in found[0]["greedy"]]
     if not packed:
         one(ids, mask, labels=ids).loss.backward()
         layer = one.model.decoder.layers[0]

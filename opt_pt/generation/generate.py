@@ -99,7 +99,7 @@ class Writer:
         self.text = Text(given, model.config.vocab_size, device)
         self.passes = passes(model, given, ids, mask, self.text, inputs)
         self.choose = Chooser(settings, self.text, Guide(model, given, self.text))
-        self.stops = loop.Stops(settings, given.options, self.choose.scores)
+        self.stops = loop.Stops(settings, given.options, self.choose.scores, model.tp_size > 1)
         self.drafter = drafts.drafter(given, ids, mask[:, given.held :], self.text)
 
     def prompts(self) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opt_common.generation import Options, Settings, StopStrings
 
+from ..parallel import as_first
 from .passes import Passes
 from .text import Text
 
@@ -18,7 +19,10 @@ from .text import Text
 class Stops:
     """What ends rows besides tokens: `stop_strings`, `max_time` and `stopping_criteria`."""
 
-    def __init__(self, settings: Settings, options: Options, scores: list[Tensor] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, options: Options, scores: list[Tensor] | None = None, split: bool = False
+    ) -> None:
+        self.split = split  # the model over processes, which must all stop at once: clocks and criteria could differ
         self.scores, self.checks = scores, list[Callable[[Tensor, Any], Any]]()
         if settings.max_time is not None:
             end = time.monotonic() + settings.max_time
@@ -42,7 +46,7 @@ class Stops:
         ended = torch.zeros(len(ids), device=ids.device, dtype=torch.bool)
         for check in self.checks:
             ended = ended | check(ids, None if self.scores is None else tuple(self.scores))
-        return ended
+        return as_first(ended) if self.split and self.checks else ended
 
     def over(self, text: Text) -> bool:
         """Note which rows end here, and say whether all have. Waits for the device."""
