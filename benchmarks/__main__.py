@@ -14,6 +14,7 @@ from benchmarks import (
     load,
     parallel,
     perplexity,
+    picture,
     speedup,
     train,
 )
@@ -28,6 +29,7 @@ app.command()(growth.growth)
 app.command()(load.load)
 app.command("parallel")(parallel.parallel_)
 app.command("perplexity")(perplexity.perplexities)
+app.command()(picture.picture)
 app.command()(train.train)
 app.add_typer(speedup.app, name="speedup")
 

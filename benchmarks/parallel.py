@@ -10,6 +10,11 @@ longer than one with 32. read: bytes of weights a step, of one process. of_copy:
 within its memory, in the same run. first_ms: 512 tokens of prompt and one new token, whole call. sum_us: one sum of a
 row of hidden states over the processes, of many in one CUDA graph, as a step has two a layer.
 
+`load` writes a whole checkpoint of the size in float16, so that it lies in the page cache, and loads it split. GB/s:
+of a process, of its part, all at once; of_copy: of the rate at which all copy as many bytes from the main memory at
+once. peak_MB: what a process took of the main memory meanwhile; limit_MB: the largest file and, on a CPU, its part.
+Linux only. The first process needs room for the whole model on its GPU.
+
 `answers` compares the split model with the whole one on each GPU: relative error of the logits, float16 both, and how
 many of 32 greedy tokens agree before the first that does not.
 """
@@ -18,6 +23,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
@@ -26,7 +32,8 @@ import typer
 from benchmarks import systems
 from benchmarks.bits import copied, drawn, hollow
 from benchmarks.gpu import PROMPT, generator, steady
-from benchmarks.report import Row, console, heading, over, say, show
+from benchmarks.load import memory
+from benchmarks.report import MB, Row, console, heading, over, say, show
 from benchmarks.systems import Setup, forward, wall_ms
 from opt_common.files import write_atomically
 from opt_common.weights import TORCH, table
@@ -45,7 +52,8 @@ def answers(setup: Setup, size: str, rank: int, world: int) -> Row:
     whole, ids = systems.build_ours(setup, size), setup.tokens(size, 1, PROMPT)
     split = build(setup, size, 16, rank, world)
     for spec in table(whole.config):
-        TORCH.parameter(split, spec).data.copy_(parallel.part(spec, TORCH.parameter(whole, spec).data, rank, world))
+        index = parallel.index(spec, rank, world) or ...
+        TORCH.parameter(split, spec).data.copy_(TORCH.parameter(whole, spec).data[index])
     one, several = (forward(model, ids).double() for model in (whole, split))
     texts = [
         m.generate(ids, max_new_tokens=setup.length(32), eos_token_id=[])[0, ids.shape[1] :] for m in (whole, split)
@@ -57,6 +65,30 @@ def answers(setup: Setup, size: str, rank: int, world: int) -> Row:
         "same_tokens": same,
         "of": len(texts[0]),
     }
+
+
+def loading(setup: Setup, size: str, rank: int, world: int) -> Row:
+    with TemporaryDirectory() as temporary:
+        folder = Path(parallel.of_first(temporary))
+        if rank == 0:
+            systems.build_ours(setup, size).save_pretrained(folder)
+            setup.free()
+        parallel.of_first(None)  # all wait until it is written
+        before, models = memory("VmRSS"), []
+        Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
+        how = {"dtype": setup.dtype, "tp_plan": "auto", "device": setup.device}
+        ms = wall_ms(setup, lambda: models.append(OPTForCausalLM.from_pretrained(folder, **how)))
+        peak = memory("VmHWM") - before
+        largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+        own = sum(p.nbytes for p in models.pop().parameters())
+        source = torch.ones(min(own, 1 << 32), dtype=torch.uint8)
+        target = torch.empty_like(source, device=setup.device)
+        parallel.of_first(None)
+        copy = len(source) / min(wall_ms(setup, lambda: target.copy_(source)) for _ in range(3))  # bytes a millisecond
+        parallel.of_first(None)  # before the folder is removed
+    limit = largest + (own if setup.smoke else 0)
+    row: Row = {"size": size, "processes": world, "part_MB": own / MB, "seconds": ms / 1000, "GB/s": own / ms / MB}
+    return row | {"of_copy": own / ms / copy, "peak_MB": peak / MB, "limit_MB": limit / MB}
 
 
 def sum_us(setup: Setup, width: int) -> float | None:
@@ -92,14 +124,22 @@ def measure(setup: Setup, size: str, bits: int, rows: list[int], copy: float | N
 
 def parallel_(
     out: Annotated[Path | None, typer.Option(help="JSON with every number, written after each cell")] = None,
-    cells: Annotated[str, typer.Option(help="SIZE:BITS,... and SIZE:answers")] = "6.7b:answers,30b:16,66b:16,175b:4",
+    cells: Annotated[
+        str, typer.Option(help="SIZE:BITS, SIZE:answers or SIZE:load, with commas")
+    ] = "6.7b:answers,6.7b:load,30b:16,66b:16,175b:4",
     rows: Annotated[str, typer.Option()] = "1,16",
     smoke: Annotated[bool, typer.Option(help="tiny models on the CPU, once: proves the code alone")] = False,
 ) -> None:
     """One model over several GPUs, under torchrun."""
     rank, world = parallel.processes()
     setup, printed = Setup(smoke), console()
-    report: Row = systems.machine(setup) | {"processes": world, "copy": copied(setup), "answers": [], "rows": []}
+    report: Row = systems.machine(setup) | {
+        "processes": world,
+        "copy": copied(setup),
+        "answers": [],
+        "loads": [],
+        "rows": [],
+    }
     if rank == 0:
         printed.print(heading(report), report["dtype"], highlight=False)
     for cell in cells.split(","):
@@ -108,6 +148,8 @@ def parallel_(
             say(f"opt-{size}: {what}")
         if what == "answers":
             report["answers"].append(answers(setup, size, rank, world))
+        elif what == "load":
+            report["loads"].append(loading(setup, size, rank, world))
         else:
             counts = [int(n) for n in rows.split(",")]
             report["rows"] += measure(setup, size, int(what), counts, report["copy"])
@@ -116,4 +158,5 @@ def parallel_(
             write_atomically(out, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if rank == 0:
         show(printed, "Split against whole", report["answers"])
+        show(printed, "Loading a part from the page cache, the first process", report["loads"])
         show(printed, "New tokens per second over all rows", report["rows"])

@@ -1,4 +1,4 @@
-"""The diagrams of the README: the forward pass against batch size, transformers' attentions and our FlashAttention-2.
+"""The diagrams of docs/gpu.md: the forward pass against batch size, transformers' attentions and our FlashAttention-2.
 
     python -m benchmarks speedup measure --out benchmarks/speedup.json    # on a GPU, about a minute
     python -m benchmarks speedup draw benchmarks/speedup.json             # speedup-350m.png, speedup-2.7b.png beside it
@@ -29,7 +29,7 @@ STYLES = {
     FLASH: ("#0072b2", "D", "transformers FlashAttention-2"),
     OURS: ("#009e73", "o", "OPT Zoo FlashAttention-2"),
 }
-app = typer.Typer(help="The diagrams of the README: forward time against batch size, on a GPU.")
+app = typer.Typer(help="The diagrams of docs/gpu.md: forward time against batch size, on a GPU.")
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """OPT in Flax NNX."""
 
+from opt_common import __version__ as __version__
 from opt_common.config import OPTConfig
 from opt_common.tokenizer import AutoTokenizer, GPT2Tokenizer
 
@@ -8,6 +9,7 @@ from .cache import KVCache
 from .heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification
 from .model import FlaxOPTForCausalLM, FlaxOPTModel
 from .pretrained import FlaxOPTPreTrainedModel as FlaxOPTPreTrainedModel
+from .sharding import shardings
 
 # transformers' names for what finds out itself which model it loads: here an OPT, or an error
 AutoConfig = OPTConfig
@@ -30,4 +32,5 @@ __all__ = [
     "GPT2Tokenizer",
     "KVCache",
     "OPTConfig",
+    "shardings",
 ]

@@ -1,8 +1,8 @@
 """The ways to attend, and what each token may see.
 
-q [N·B, T, D]; k, v [N·B, S, D]; mask: what each query may see, a View. Result [B, T, N, D], and the weights
+q [N, B, T, D]; k, v [N, B, S, D]; mask: what each query may see, a View. Result [B, T, N, D], and the weights
 [B, N, T, S] from the one that has them. Heads are outermost, so that what is sharded by heads over several devices
-stays so: an axis that holds rows and heads, rows first, could only be gathered.
+stays so in the cache too, and an axis of their own, so that what is sharded by rows does.
 
 B batch   T new tokens   S slots   N heads   D head width
 """
@@ -38,7 +38,7 @@ class Alignment(NamedTuple):
 
 # A mask [B or 1, 1, T, S], boolean (true: attends) or additive (0: attends); None: all earlier slots and its own
 View = ArrayLike | Alignment | None
-Way = Callable[[Array, Array, Array, View, int, float, Callable[[Array], Array]], tuple[Array, Array | None]]
+Way = Callable[[Array, Array, Array, View, float, Callable[[Array], Array]], tuple[Array, Array | None]]
 
 
 def attend(
@@ -57,39 +57,41 @@ def attend(
         name,
         default_device(),
         q.dtype,
-        q.shape[1],
-        k.shape[1],
         q.shape[2],
+        k.shape[2],
+        q.shape[3],
         masked=not (mask is None or isinstance(mask, Alignment)),
         drops=drops,
         weights=output_attentions,
     )
-    out, weights = way(q, k, v, mask, module.num_heads, module.scaling, lambda w: dropout(w, module.dropout, rngs))
+    out, weights = way(q, k, v, mask, module.scaling, lambda w: dropout(w, module.dropout, rngs))
     return out, weights if output_attentions or name == "eager" else None
 
 
 def eager(
-    q: Array, k: Array, v: Array, mask: View, heads: int, scaling: float, drop: Callable[[Array], Array]
+    q: Array, k: Array, v: Array, mask: View, scaling: float, drop: Callable[[Array], Array]
 ) -> tuple[Array, Array]:
     """The formula written out, which gives the weights [B, N, T, S]. Scores and softmax are float32 in half precision
     too."""
     assert not isinstance(mask, Alignment)
-    N, B, (T, S) = heads, q.shape[0] // heads, (q.shape[1], k.shape[1])
+    (*heads_rows, T, D), S = q.shape, k.shape[2]
     mask = causal(T, S) if mask is None else jnp.asarray(mask)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     # The query is scaled, not the scores, as OPT was trained: in half precision that differs. The factor stays
     # float32: rounded to bfloat16, the 80^-½ of 2.7b is off by 0.2 %, for every query alike.
     q = (q.astype(wide) * scaling).astype(q.dtype)
-    scores = jnp.einsum("xtd,xsd->xts", q, k, preferred_element_type=wide).reshape(N, B, T, S)
+    if S != T:  # k and v come from a cache, which XLA would copy in any shape but its own, [N·B, S, D]
+        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    scores = jnp.einsum("...td,...sd->...ts", q, k, preferred_element_type=wide).reshape(*heads_rows, T, S)
     mask = mask.swapaxes(0, 1)
     scores = jnp.where(mask, scores, jnp.finfo(wide).min) if mask.dtype == bool else scores + mask.astype(wide)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("xts,xsd->xtd", drop(weights).reshape(N * B, T, S), v)
-    return out.reshape(N, B, T, -1).transpose(1, 2, 0, 3), weights.swapaxes(0, 1)
+    out = jnp.einsum("...ts,...sd->...td", drop(weights).reshape(*q.shape[:-1], S), v)
+    return heads_last(out.reshape(*heads_rows, T, D)), weights.swapaxes(0, 1)
 
 
 def cudnn(
-    q: Array, k: Array, v: Array, mask: View, heads: int, scaling: float, drop: Callable[[Array], Array]
+    q: Array, k: Array, v: Array, mask: View, scaling: float, drop: Callable[[Array], Array]
 ) -> tuple[Array, None]:
     """cuDNN's flash attention; it scales the scores while they are still float32, and has no dropout."""
     how: dict[str, Any] = {"is_causal": True}
@@ -98,7 +100,7 @@ def cudnn(
     elif mask is not None:
         mask = jnp.asarray(mask)
         how = {"mask": mask} if mask.dtype == bool else {"bias": mask.astype(q.dtype)}
-    q, k, v = (heads_last(x, heads) for x in (q, k, v))
+    q, k, v = map(heads_last, (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, scale=scaling, implementation="cudnn", **how), None
 
 
@@ -217,14 +219,13 @@ def align(real: Array) -> Alignment:
 
 
 def heads_first(x: Array, heads: int) -> Array:
-    """[B, T, N·D] as [N·B, T, D]."""
-    B, T, _ = x.shape
-    return x.reshape(B, T, heads, -1).transpose(2, 0, 1, 3).reshape(heads * B, T, -1)
+    """[B, T, N·D] as [N, B, T, D]."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(2, 0, 1, 3)
 
 
-def heads_last(x: Array, heads: int) -> Array:
-    """[N·B, T, D] as [B, T, N, D]."""
-    return x.reshape(heads, -1, *x.shape[1:]).transpose(1, 2, 0, 3)
+def heads_last(x: Array) -> Array:
+    """[N, B, T, D] as [B, T, N, D]."""
+    return x.transpose(1, 2, 0, 3)
 
 
 def reorder(x: Array, columns: Array) -> Array:

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from opt_common.config import OPTConfig
 
-from .attention import Alignment, View, reorder
+from .attention import Alignment, View
 
 
 class KVCache(NamedTuple):
@@ -33,6 +33,7 @@ class KVCache(NamedTuple):
 
     @classmethod
     def empty(cls, config: OPTConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
+        """A cache of a fixed size in which no slot is taken."""
         shape = (batch * config.num_attention_heads, slots, config.head_dim)
         k = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
         v = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
@@ -42,10 +43,12 @@ class KVCache(NamedTuple):
 
     @property
     def rows(self) -> int:
+        """The number of rows, B."""
         return self.segments.shape[0]
 
     @property
     def slots(self) -> int:
+        """The number of slots, S, taken or not."""
         return self.segments.shape[1]
 
     @property
@@ -81,17 +84,17 @@ class Writer:
         self.cache = cache
 
     def update(self, k: Array, v: Array, layer_idx: int | None, view: View = None) -> tuple[Array, Array]:
-        """Write the new keys and values [N·B, T, D] of a layer behind the past ones; return all that `view` is about:
-        [N·B, T, D] if there are none in the past, else [N·B, S, D].
+        """Write the new keys and values [N, B, T, D] of a layer behind the past ones; return all that `view` is about:
+        [N, B, T, D] if there are none in the past, else [N, B, S, D].
         `length` moves on once a call, when all layers are done: `advance`."""
         if layer_idx is None:
             raise ValueError("layer_idx: found None, wanted the number of the layer in the cache")
         cache, new = self.cache, (k, v)
         if isinstance(view, Alignment):  # in the cache each token has the slot of its column
-            back = jnp.tile(view.back, (len(k) // len(view.back), 1))
-            new = reorder(k, back), reorder(v, back)
+            back = view.back[None, :, :, None]
+            new = jnp.take_along_axis(k, back, axis=2), jnp.take_along_axis(v, back, axis=2)
         all_k, all_v = (
-            lax.dynamic_update_slice_in_dim(past[layer_idx], x, cache.length, axis=1)
+            lax.dynamic_update_slice_in_dim(past[layer_idx], x.reshape(-1, *x.shape[2:]), cache.length, axis=1)
             for past, x in zip((cache.k, cache.v), new, strict=True)
         )
         self.cache = cache._replace(
@@ -106,8 +109,8 @@ class Writer:
         elif isinstance(cache.length, Tracer):
             raise ValueError("attention_mask: found None and a traced past_key_values, wanted a mask of its slots")
         else:
-            S = int(cache.length) + k.shape[1]
-        return all_k[:, :S], all_v[:, :S]
+            S = int(cache.length) + k.shape[2]
+        return tuple(x[:, :S].reshape(*k.shape[:2], S, -1) for x in (all_k, all_v))  # type: ignore[return-value]
 
     def advance(self, tokens: int, segments: Array | None) -> KVCache:
         """The cache with the new tokens of a call counted as past, and the documents [B, S] of all slots; None: the

@@ -36,8 +36,8 @@ def functional(call: Callable[..., Any]) -> Callable[..., Any]:
     """Give a model's call the arguments of transformers' Flax classes, in their order.
 
     params: the weights of this call, in place of the model's. The model is not changed.
-    train: whether to drop out, with dropout_rng, a key; off by default. deterministic says the opposite. `rngs`, NNX's,
-        turn it on by themselves.
+    train: whether dropout is on, with dropout_rng, a key; off by default. deterministic says the opposite. `rngs`,
+        NNX's, turn it on by themselves.
     """
 
     @wraps(call)
@@ -111,7 +111,7 @@ def _rngs(
 
 
 class FunctionalModel(nnx.Module):
-    """What transformers' Flax models have for weights that are apart from them."""
+    """What transformers' Flax models offer for weights that are kept outside of the model."""
 
     framework = "flax"
 

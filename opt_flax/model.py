@@ -52,9 +52,9 @@ class OPTAttention(nnx.Module):
     ) -> tuple[Array, Array | None]:
         """Return the new hidden states [B, T, H] and, from the eager formula, the attention weights [B, N, T, S]."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (heads_first(f(hidden_states), self.num_heads) for f in projections)  # [N·B, T, D] each
+        q, k, v = (heads_first(f(hidden_states), self.num_heads) for f in projections)  # [N, B, T, D] each
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx, attention_mask)  # [N·B, S, D]
+            k, v = past_key_values.update(k, v, self.layer_idx, attention_mask)  # [N, B, S, D]
         out, weights = attend(self, q, k, v, attention_mask, output_attentions, rngs)
         return self.out_proj(out.reshape(*out.shape[:2], -1)), weights
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
@@ -25,6 +26,7 @@ from .attention import check_implementation
 from .cache import KVCache
 from .functional import FunctionalModel, adopt, read, weighted, without_weights
 from .products import default_device
+from .sharding import Shardings
 
 
 class FlaxOPTPreTrainedModel(FunctionalModel):
@@ -75,11 +77,12 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
                     setattr(self, name, value)
 
     def build(self, **how: Any) -> None:
+        """Make the model's parts with new weights. how: dtype, param_dtype and rngs of each."""
         raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: OPTConfig, **options: Any) -> Self:
-        """A model with new weights; the constructor's options."""
+        """A model with new weights. Takes the constructor's options."""
         return cls(config, **options)
 
     _from_config = from_config
@@ -93,11 +96,11 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
 
     @property
     def name_or_path(self) -> str:
-        """What it was loaded from; empty if made by hand."""
+        """The name or folder it was loaded from; empty for a new one."""
         return self.config.name_or_path
 
     def num_parameters(self) -> int:
-        """How many numbers the weights hold; a tied head counts once."""
+        """The number of parameters; a tied head counts once."""
         return sum(x.size for x in jax.tree.leaves(read(self)))
 
     @property
@@ -160,7 +163,7 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         return KVCache.empty(self.config, batch_size, max_length, self._decoder.embed_positions.dtype)
 
     def set_attn_implementation(self, name: str) -> None:
-        """Attend by "eager", "sdpa" or "cudnn" from now on; see `opt_flax.attention`."""
+        """Switch to "eager", "sdpa" or "cudnn"; see `opt_flax.attention`."""
         check_implementation(name)
         self._configure(_attn_implementation=name)
 
@@ -178,12 +181,12 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
     enable_gradient_checkpointing = gradient_checkpointing_enable  # the name in transformers' Flax classes
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep everything that the backward pass needs, as by default."""
+        """Undo `gradient_checkpointing_enable`."""
         self._decoder.gradient_checkpointing = False
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Whether it has `generate`."""
+        """Whether the model has `generate`."""
         return hasattr(cls, "generate")
 
     # === Loading and saving ===
@@ -206,14 +209,14 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         """Load a checkpoint.
 
         path_or_name: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or not.
-        dtype: a jax dtype, its name, or "auto" for the checkpoint's. param_dtype: that of the weights, if it is to be
-            another than that of the computation.
+        dtype: a jax dtype, its name, or "auto" for the checkpoint's. param_dtype: the dtype of the weights, if it is
+            not that of the computation.
         attn_implementation: "sdpa" (the default), "eager" or "cudnn"; see `opt_flax.attention`.
-        sharding: how the weights lie on several devices: a jax Sharding for all, or a function from a tensor's name in
-            the checkpoint ("model.decoder.layers.0.fc1.weight") to its own, over mesh axes of type Auto, as `Mesh`
-            makes them. A NamedSharding names the axes of the checkpoint's tensor, [out, in]; the kernel is [in, out]
-            and is sharded to match. Default: all on jax's default device.
-        seed, or rngs: what a head is drawn with that the checkpoint does not hold. input_shape has no effect.
+        sharding: how the weights lie on several devices: `opt_flax.shardings(mesh)`, a jax Sharding for all, or a
+            function from a tensor's name in the checkpoint ("model.decoder.layers.0.fc1.weight") to its own, over mesh
+            axes of type Auto, as `Mesh` makes them. A NamedSharding names the axes of the checkpoint's tensor, [out,
+            in]; the kernel is [in, out] and is sharded to match. Default: all on jax's default device.
+        seed, or rngs: for the new weights of a head that the checkpoint lacks. input_shape has no effect.
         _do_init: False returns a model without weights, and its params.
         options: those of `opt_common.checkpoints.pretrained.open_pretrained`: config=, revision, cache_dir, token,
             local_files_only ..., and config overrides: num_labels, id2label, problem_type, dropout ...
@@ -222,10 +225,14 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         The weights go to their devices tensor by tensor as they are read, and no device gets more than its shards.
         Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
         """
+        if options.pop("tp_plan", None) is not None:
+            raise ValueError("tp_plan: found one, wanted sharding=opt_flax.shardings(mesh)")
         name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
         # on a CPU an array may share the memory that was read
         copied = default_device().platform != "cpu"
         opened = open_pretrained(path_or_name, cls.architecture, name, copied=copied, **options)
+        if isinstance(sharding, Shardings):
+            sharding.check(opened.config)
         wanted = jnp.dtype(opened.dtype)
         if jax.dtypes.canonicalize_dtype(wanted) != wanted:
             raise ValueError("dtype: found float64, which jax has only after jax.config.update('jax_enable_x64', True)")
@@ -233,8 +240,7 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         model = _shapes(cls, opened.config, dtype=wanted, param_dtype=stored, attn_implementation=attn_implementation)
 
         def put(spec: Spec, array: np.ndarray) -> None:
-            given = sharding(spec.name) if callable(sharding) else sharding
-            array, placement = FLAX.oriented(spec, array), _oriented(spec, given)
+            array, placement = FLAX.oriented(spec, array), _placement(spec, sharding)
             kind = jnp.dtype(spec.dtype(stored.name))
             # waited for: a transfer holds the host's memory until it is done
             FLAX.parameter(model, spec).set_value(_put(array, kind, placement).block_until_ready())
@@ -264,18 +270,27 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
         safetensors of at most `max_shard_size` bytes a file. If killed, it leaves the old folder or the new one.
 
         params: weights to write in place of the model's. safe_serialization: False writes flax_model.msgpack, which
-        transformers before 5 wrote. token is accepted, and not needed. Raises ValueError for push_to_hub: upload the
+        transformers before 5 wrote. token is accepted and has no effect. Raises ValueError for push_to_hub: upload the
         folder with `huggingface_hub.upload_folder`.
+        Sharded weights are gathered tensor by tensor. Where they are sharded over several processes, all must call
+        this; the first one writes, and all return when the folder is there.
         """
         if push_to_hub:
             raise ValueError("push_to_hub: found True; save, then huggingface_hub.upload_folder")
         model = weighted(self, params)
 
         def get(spec: Spec) -> np.ndarray:
-            array = np.asarray(FLAX.parameter(model, spec)[...]).astype(jnp.dtype(spec.dtype(dtype.name)), copy=False)
+            array = _whole(FLAX.parameter(model, spec)[...]).astype(jnp.dtype(spec.dtype(dtype.name)), copy=False)
             return contiguous(FLAX.oriented(spec, array))
 
-        dtype = FLAX.parameter(model, next(table(self.config, self.architecture))).dtype
+        specs = [spec for spec in table(self.config, self.architecture) if spec.kind != "shape"]
+        dtype = FLAX.parameter(model, specs[0]).dtype
+        shared = not all(_is_here(FLAX.parameter(model, spec)[...]) for spec in specs)
+        if shared and jax.process_index() > 0:
+            for spec in specs:  # its part of each, in the order in which the first process writes
+                get(spec)
+            multihost_utils.sync_global_devices("save_pretrained")
+            return
         layout = "safetensors" if safe_serialization else "flax-msgpack"
         save_pretrained(
             save_directory,
@@ -287,6 +302,8 @@ class FlaxOPTPreTrainedModel(FunctionalModel):
             layout,
             self.generation_config,
         )
+        if shared:
+            multihost_utils.sync_global_devices("save_pretrained")
 
 
 def _shapes(cls: Any, config: OPTConfig, **how: Any) -> Any:
@@ -294,12 +311,26 @@ def _shapes(cls: Any, config: OPTConfig, **how: Any) -> Any:
     return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **how))
 
 
-def _oriented(spec: Spec, sharding: Sharding | None) -> Sharding | None:
+def _placement(spec: Spec, sharding: Sharding | Callable[[str], Sharding] | None) -> Sharding | None:
     """The sharding of a parameter, from that of its tensor in the checkpoint."""
+    if isinstance(sharding, Shardings):
+        sharding = sharding(spec.name, spec.shape)
+    elif callable(sharding):
+        sharding = sharding(spec.name)
     if not FLAX.transposes(spec) or not isinstance(sharding, NamedSharding):
         return sharding
     rows, columns, *_ = (*sharding.spec, None, None)
     return NamedSharding(sharding.mesh, PartitionSpec(columns, rows), memory_kind=sharding.memory_kind)
+
+
+def _is_here(array: Any) -> bool:
+    """Whether no part of an array lies on the devices of another process alone."""
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def _whole(array: Any) -> np.ndarray:
+    """All of an array; where it lies on the devices of several processes, all must call this."""
+    return np.asarray(array) if _is_here(array) else multihost_utils.process_allgather(array, tiled=True)
 
 
 def _put(array: np.ndarray, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:

@@ -1,5 +1,6 @@
 """OPT in PyTorch."""
 
+from opt_common import __version__ as __version__
 from opt_common.config import OPTConfig
 from opt_common.tokenizer import AutoTokenizer, GPT2Tokenizer
 

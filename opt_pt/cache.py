@@ -19,8 +19,8 @@ from .attention import Packing, View
 
 
 class CachedLayer:
-    """What a cache holds of one layer: `keys` and `values`, [B, N, length, D] each; it unpacks as the two. Set both, as
-    long as each other, to put others in their place, such as fewer."""
+    """What a cache holds of one layer: `keys` and `values`, [B, N, length, D] each; it unpacks as the two. Set both, to
+    equal lengths, to replace them, for example by fewer."""
 
     def __init__(self, cache: KVCache, layer_idx: int) -> None:
         self._cache, self._layer_idx = cache, layer_idx
@@ -101,12 +101,12 @@ class KVCache(Kin):
 
     @property
     def rows(self) -> int | None:
-        """B; None as long as nothing says."""
+        """The number of rows, B; None while it is unknown."""
         return self.k[0].shape[0] if self.k and (self.fixed or self.taken[0]) else None
 
     @property
     def slots(self) -> int | None:
-        """S; None if it grows."""
+        """The number of slots, S; None if the cache grows."""
         return self.k[0].shape[2] if self.fixed else None
 
     @property
@@ -162,7 +162,7 @@ class KVCache(Kin):
         return self.taken[layer_idx] if layer_idx < len(self.taken) else 0
 
     def get_max_cache_shape(self) -> int:
-        """S; -1 if it grows."""
+        """The number of slots, S; -1 if the cache grows."""
         return self.slots or -1
 
     def __len__(self) -> int:
@@ -182,7 +182,7 @@ class KVCache(Kin):
         return list(self)
 
     def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` tokens, or all but the last so many if it is negative."""
+        """Keep the first `max_length` tokens; if it is negative, drop that many from the end."""
         length = max_length if max_length >= 0 else max(0, self.length + max_length)
         if length < self.length:
             self.length = length
@@ -193,7 +193,7 @@ class KVCache(Kin):
         self.length, self.segments = 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row i what row beam_idx[i] is."""
+        """Replace row i by row beam_idx[i]."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,40 @@ class PyTorch(Framework):
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device: found {device!r}, which PyTorch refuses: {error}") from error
         return chosen
+
+    def launch(self, command: list[str], processes: int, device: str | None) -> None:
+        import torch
+
+        from .launch import launch
+
+        there = torch.cuda.device_count()
+        if device not in (None, "cuda", "cpu"):
+            raise ValueError(f"--device: found {device!r} beside --devices {processes}, wanted cuda or cpu")
+        if device != "cpu" and processes > there:
+            more = "" if there else "; with --device cpu they are processes on the CPU"
+            raise ValueError(f"--devices: found {processes}, wanted at most the GPUs of this machine, {there}{more}")
+        if device == "cpu":  # or each would take all cores
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        launch(command, processes)
+
+    def meet(self, seen: dict[str, Any], split: bool, device: str | None) -> dict[str, Any]:
+        import torch
+
+        from . import parallel
+
+        parallel.processes(device if split else "cpu")
+        parallel.same("torchrun", seen)
+        if split:
+            return {"tp_plan": "auto"} | ({} if device is None else {"device": device})
+        parallel.leave()  # from here on each works alone
+        if torch.cuda.is_available() and device in (None, "cuda"):
+            parallel.take_gpu()
+        return {}
+
+    def of_first(self, value: Any) -> Any:
+        from .parallel import of_first
+
+        return of_first(value)
 
     def calibrate(
         self, source: str | Path, layout: str | None, rows: np.ndarray, quantization: QuantizationConfig, dtype: str

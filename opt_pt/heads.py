@@ -23,7 +23,7 @@ from .pretrained import OPTPreTrainedModel
 
 
 class OPTForSequenceClassification(OPTPreTrainedModel):
-    """OPT with one or several labels for a whole row: the `score` of its last token."""
+    """OPT for sequence classification: `score` maps the last token of a row to one or more labels."""
 
     architecture = "OPTForSequenceClassification"
 
@@ -83,7 +83,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
 
 
 class OPTForQuestionAnswering(OPTPreTrainedModel):
-    """OPT with two scores a token: that the answer begins there, and that it ends there."""
+    """OPT for question answering: two scores per token, for the start and the end of the answer."""
 
     architecture = "OPTForQuestionAnswering"
 
@@ -109,7 +109,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         """Run the decoder and the head; arguments as in `OPTDecoder.forward`, and:
 
         start_positions, end_positions: [B], the columns of the answer's first and last token. Those outside the row's T
-            columns are left out. (transformers takes negative ones for 0.) The loss is the mean of the two mean
+            columns are left out. (transformers treats negative ones as 0.) The loss is the mean of the two mean
             cross-entropies, in float32.
         """
         kwargs["return_dict"] = True

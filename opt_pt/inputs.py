@@ -87,6 +87,9 @@ def _tensor(model: Any, name: str, x: Any) -> Any:
     if name == "inputs_embeds":
         own = weight.is_floating_point() and not torch.is_autocast_enabled(x.device.type)
         return x.to(weight.dtype) if own else x
+    if name == "input_ids" and x.dtype == torch.uint64 and x.device.type == "cpu":
+        # int64 shows the largest as negative
+        check_tokens(model.config, 0, int(x.numpy().max(initial=0)))
     return x if x.dtype in _AS_THEY_ARE[name] or x.is_complex() else x.long()
 
 

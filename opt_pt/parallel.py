@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_common.config import OPTConfig
-from opt_common.weights import TORCH, Spec, table
+from opt_common.weights import Spec, table
 
 from .quantized import QuantizedLinear
 
@@ -63,7 +64,7 @@ class QuantizedByInputs(ByInputs, QuantizedLinear):
 
 def summed(x: Tensor) -> Tensor:
     """x, summed over the processes in place."""
-    dist.all_reduce(x)
+    _met(dist.all_reduce, x)
     return x
 
 
@@ -135,21 +136,63 @@ class _Met(torch.autograd.Function):
         return grad
 
 
-def processes() -> tuple[int, int]:
-    """This process's number, and how many there are; under torchrun, join the others first.
+def processes(device: Any = None) -> tuple[int, int]:
+    """This process's number, and how many there are; under torchrun, join the others first: over NCCL, a GPU each, or
+    over gloo where there is none, or for a `device` that is the CPU.
 
-    Raises RuntimeError outside of torchrun, if nobody has called `torch.distributed.init_process_group`.
+    Raises RuntimeError outside of torchrun, if nobody has called `torch.distributed.init_process_group`; ValueError for
+    more processes than GPUs.
     """
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             raise RuntimeError("tp_plan: found one process, wanted several: torchrun --nproc-per-node 2 script.py")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available() and torch.device(device or "cuda").type == "cuda":
+            take_gpu()
             dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
         else:
             dist.init_process_group("gloo")
-        atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
+        atexit.register(leave)  # its threads must not outlive the interpreter
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave() -> None:
+    """Undo `processes`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def take_gpu() -> None:
+    """Make a GPU of its own the current one of each of this host's processes. ValueError if they are too many."""
+    local, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if local > there:
+        raise ValueError(f"torchrun: found {local} processes on this host, wanted at most its {there} GPUs")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def same(where: str, seen: Mapping[str, Any]) -> None:
+    """Raise ValueError, in every process, that names the first of the things seen that are not the same in all."""
+    of_all: list[Any] = [None] * dist.get_world_size()
+    _met(dist.all_gather_object, of_all, dict(seen))
+    first = of_all[0]
+    for rank, its in enumerate(of_all):
+        for name in first | its:
+            if its.get(name) != first.get(name):
+                found = f"{name} {its.get(name)!r:.100} in process {rank}"
+                raise ValueError(f"{where}: found {found}, wanted {first.get(name)!r:.100}, as in process 0")
+
+
+def _met(collective: Callable[..., Any], *arguments: Any) -> None:
+    """Call a collective. Raises ConnectionError if another process has ended."""
+    try:
+        collective(*arguments)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in _CLOSED):
+            rank, world = dist.get_rank(), dist.get_world_size()
+            raise ConnectionError(f"process {rank} of {world}: another process has ended; see its message") from error
+        raise
+
+
+_CLOSED = ("Connection closed", "Connection reset", "Broken pipe", "Timed out")  # gloo's words
 
 
 def split(model: Any, rank: int, world: int) -> None:
@@ -195,37 +238,93 @@ def shape(spec: Spec, world: int) -> tuple[int, ...]:
     )
 
 
-def part(spec: Spec, tensor: Tensor, rank: int, world: int) -> Tensor:
-    """What a process has of a tensor of the checkpoint, a view of it."""
-    if spec.kind == "shape":
-        out, into = spec.matrix
-        name = spec.path.rpartition(".")[2]
-        return torch.tensor([out // world if name in BY_OUTPUTS else out, into // world if name in BY_INPUTS else into])
-    for axis, n in enumerate(shape(spec, world)):
-        tensor = tensor.narrow(axis, rank * n if n < tensor.shape[axis] else 0, n)
-    return tensor
+def index(spec: Spec, rank: int, world: int) -> tuple[slice, ...] | None:
+    """The rows and columns that a process has of a tensor of the checkpoint; None for all."""
+    mine = shape(spec, world)
+    if mine == spec.shape:
+        return None
+    firsts = [rank * n if n < of else 0 for n, of in zip(mine, spec.shape, strict=True)]
+    return tuple(slice(first, first + n) for first, n in zip(firsts, mine, strict=True))
 
 
-def whole(model: Any) -> dict[str, Tensor]:
-    """All of a split model's tensors in the main memory, by their names in a checkpoint. Every process must call it;
-    only the first one's result is full."""
-    rank, world = processes()
-    found = {}
-    for spec in table(model.config, model.architecture):
-        mine = TORCH.parameter(model, spec).detach().contiguous()
-        if spec.kind == "shape":
-            mine = torch.tensor(spec.matrix)
-        elif (axis := next((i for i, n in enumerate(mine.shape) if n < spec.shape[i]), None)) is not None:
-            parts = [torch.empty_like(mine) for _ in range(world)]
-            dist.all_gather(parts, mine)
-            mine = torch.cat(parts, dim=axis)
-        if rank == 0:
-            found[spec.name] = mine.cpu()
-    return found
+def shape_of_part(spec: Spec, world: int) -> Tensor:
+    """What a process has of the `weight_shape` of a quantized Linear."""
+    (out, into), name = spec.matrix, spec.path.rpartition(".")[2]
+    return torch.tensor([out // world if name in BY_OUTPUTS else out, into // world if name in BY_INPUTS else into])
+
+
+def spread(tensors: Iterable[Any]) -> bool:
+    """Whether some of the tensors lie in parts in several processes, as FSDP2's do."""
+    if not dist.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor  # half a second of importing
+
+    return any(isinstance(x, DTensor) for x in tensors)
+
+
+def gather(
+    tensors: Mapping[str, Tensor], specs: Iterable[Spec], write: Callable[[Callable[[str], Tensor]], None] | None
+) -> None:
+    """Call `write`, in the first process, with a function from a name to the whole tensor, whose parts are gathered as
+    it is asked for: no process ever holds more than one. Every process of the default group must call this.
+
+    tensors: this process's parts. specs: the shapes of the whole ones. write: None to gather nothing. If it fails, all
+    processes do.
+    """
+    shapes = {spec.name: spec.shape for spec in specs}
+
+    def whole(name: str) -> Tensor:
+        mine = tensors[name].detach()
+        if spread([mine]):
+            return mine.full_tensor()  # type: ignore[attr-defined]
+        shape = shapes.get(name, mine.shape)
+        axis = next((i for i, (n, of) in enumerate(zip(mine.shape, shape, strict=True)) if n < of), None)
+        if axis is None:
+            return mine
+        parts = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, mine.contiguous())
+        return torch.cat(parts, dim=axis)
+
+    if dist.get_rank() == 0:
+        end: Any = None
+        try:
+            if write is not None:
+                write(lambda name: whole(of_first(name)))
+        except BaseException as error:
+            end = RuntimeError(f"save_pretrained: the first process failed: {error}")
+            raise
+        finally:
+            of_first(end)
+        return
+    while isinstance(name := of_first(None), str):
+        whole(name)
+    if name is not None:
+        raise name
+
+
+def of_first(value: Any) -> Any:
+    """What the first process gives."""
+    given = [value]
+    _met(dist.broadcast_object_list, given)
+    return given[0]
 
 
 def agreed(seed: int | None) -> int:
     """The seed, or one that the first process draws: all must choose the same tokens."""
-    given = [int(torch.randint(2**62, ())) if seed is None else seed]
-    dist.broadcast_object_list(given)
-    return given[0]
+    return of_first(int(torch.randint(2**62, ())) if seed is None else seed)
+
+
+def fully_sharded(model: nn.Module) -> bool:
+    """Whether each pass of a model gathers its weights from all processes (FSDP2)."""
+    if not dist.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def anyone(here: bool, device: torch.device) -> bool:
+    """Whether it is so in any process."""
+    given = torch.tensor(int(here), device=device)
+    dist.all_reduce(given, dist.ReduceOp.MAX)
+    return bool(given)

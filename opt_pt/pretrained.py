@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,7 +20,7 @@ from opt_common.checkpoints.tensors import Source
 from opt_common.config import OPTConfig
 from opt_common.generation import GenerationConfig
 from opt_common.kin import Kin
-from opt_common.weights import TORCH, Spec, table
+from opt_common.weights import TORCH, table
 
 from . import parallel
 from .attention import check_implementation
@@ -59,27 +61,27 @@ class OPTPreTrainedModel(Kin, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """That of the first parameter."""
+        """The device of the first parameter."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the first floating-point parameter."""
+        """The dtype of the first floating-point parameter."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     @property
     def name_or_path(self) -> str:
-        """What it was loaded from; empty if made by hand."""
+        """The name or folder it was loaded from; empty for a new one."""
         return self.config.name_or_path
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the parameters hold; a tied head counts once."""
+        """The number of parameters; a tied head counts once."""
         left_out = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else {}
         parameters = (p for p in self.parameters() if id(p) not in left_out)
         return sum(p.numel() for p in parameters if p.requires_grad or not only_trainable)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """The bytes of the parameters, and of the buffers."""
+        """The size in bytes of the parameters and, by default, the buffers."""
         tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
         return sum(tensor.nbytes for tensor in tensors)
 
@@ -168,7 +170,7 @@ class OPTPreTrainedModel(Kin, nn.Module):
         return KVCache(self.config, batch_size, max_length, weight.device, weight.dtype, heads)
 
     def set_attn_implementation(self, name: str) -> None:
-        """Attend by "eager", "sdpa" or "flash_attention_2" from now on; see `opt_pt.attention`."""
+        """Switch to "eager", "sdpa" or "flash_attention_2"; see `opt_pt.attention`."""
         check_implementation(name)
         self.config._attn_implementation = name
 
@@ -185,20 +187,20 @@ class OPTPreTrainedModel(Kin, nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """transformers' later name of `gradient_checkpointing_enable`, for every layer and without offloading."""
+        """transformers' newer name for `gradient_checkpointing_enable`, for every layer and without offloading."""
         if every_n_layers != 1 or offload:
             raise ValueError(f"every_n_layers, offload: found {every_n_layers}, {offload}, wanted 1 and False")
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep everything that the backward pass needs, as by default."""
+        """Undo `gradient_checkpointing_enable`."""
         self._decoder.gradient_checkpointing = False
 
     activation_checkpointing_disable = gradient_checkpointing_disable
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether `gradient_checkpointing_enable` is in force."""
+        """Whether gradient checkpointing is on."""
         return self._decoder.gradient_checkpointing
 
     is_activation_checkpointing = is_gradient_checkpointing
@@ -214,7 +216,7 @@ class OPTPreTrainedModel(Kin, nn.Module):
             hook.remove()
 
     def can_generate(self) -> bool:
-        """Whether it has `generate`."""
+        """Whether the model has `generate`."""
         return hasattr(self, "generate")
 
     pack = pack
@@ -230,7 +232,7 @@ class OPTPreTrainedModel(Kin, nn.Module):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of a call that continues a cache, as peft's language models ask for them: of what is given, the
+        """The arguments of a call that continues a cache, as peft's language models request them: of what is given, the
         last `next_sequence_length` columns, by default those that the cache does not hold. (transformers 5 gives all
         columns by default, which its model cannot take beside the cache.) inputs_embeds replace the ids. A mask wider
         than the ids has columns of the cache in front, of which there are no ids."""
@@ -272,14 +274,14 @@ class OPTPreTrainedModel(Kin, nn.Module):
         init_weights(module, self.config)
 
     def post_init(self) -> None:
-        """transformers' end of a constructor: initialize the modules that a subclass added."""
+        """Initialize the modules that a subclass added, as at the end of a constructor in transformers."""
         known = {id(m) for m in self.base_model.modules()} | {id(self.get_output_embeddings())}
         for module in self.modules():
             if id(module) not in known:
                 self._init_weights(module)
 
     def add_model_tags(self, tags: Iterable[str] | str) -> None:
-        """Name it for the Hub's model card; kept in `model_tags`."""
+        """Add tags for the Hub's model card, kept in `model_tags`."""
         self.model_tags = [*getattr(self, "model_tags", []), *([tags] if isinstance(tags, str) else tags)]
 
     @classmethod
@@ -329,15 +331,15 @@ class OPTPreTrainedModel(Kin, nn.Module):
 
         pretrained_model_name_or_path: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or
             not.
-        dtype: a torch dtype, its name, or "auto" for the checkpoint's; float32 by default. `torch_dtype` is its old
-            spelling.
+        dtype: a torch dtype, its name, or "auto" for the checkpoint's; float32 by default. `torch_dtype` is the
+            older name.
         device: where the weights go, tensor by tensor as they are read; by default PyTorch's default device.
         device_map: the same, or "auto", "balanced", "sequential" or a dictionary from modules to devices, for several;
             with max_memory and offload_folder as in accelerate, which must be installed.
         attn_implementation: "sdpa" (the default), "eager" or "flash_attention_2"; see `opt_pt.attention`.
-        tp_plan: "auto" under torchrun splits each layer over its processes, one a GPU, each of which reads its part.
-            To learn with dropout, give all of them the same seed.
-        output_loading_info: also return which weights were new or not used.
+        tp_plan: "auto" under torchrun splits each layer over its processes, one per GPU; each reads its part of the
+            files. To train with dropout, give all processes the same seed.
+        output_loading_info: also return which weights were newly initialized or unused.
         state_dict: the weights, with None for pretrained_model_name_or_path and config=.
         options: those of `opt_common.checkpoints.pretrained.open_pretrained`: config=, revision, cache_dir, token,
             local_files_only, use_safetensors ..., and config overrides: num_labels, id2label, dropout ...
@@ -365,21 +367,28 @@ class OPTPreTrainedModel(Kin, nn.Module):
             device = torch.get_default_device()
         elsewhere = torch.device(device or "cpu").type != "cpu"
         opened = open_pretrained(
-            pretrained_model_name_or_path, _architecture(cls), name, copied=elsewhere, added=cls._added, **options
-        )
+            pretrained_model_name_or_path, _architecture(cls), name, copied=elsewhere, added=cls._added,
+            part=lambda spec: parallel.index(spec, rank, world), **options,
+        )  # fmt: skip
         wanted = getattr(torch, opened.dtype)
         with torch.device("meta"):  # shapes without memory, and no random numbers
             model = cls(opened.config) if attn_implementation is None else cls(opened.config, attn_implementation)
         model.to(wanted)
         if tp_plan is not None:
+            values = json.loads(opened.config.to_json()) | {"dtype": opened.dtype}
+            parallel.same(str(pretrained_model_name_or_path), values)
             parallel.split(model, rank, world)
         devices = device_of(model, device_map, max_memory, device)
-        state = {}
+        state, seen = {}, hashlib.sha256()
         for spec, array in opened.tensors:
             kind = getattr(torch, spec.dtype(opened.dtype))
-            mine = tensor(array) if world == 1 else parallel.part(spec, tensor(array), rank, world).contiguous()
+            mine = tensor(array) if spec.kind != "shape" else parallel.shape_of_part(spec, world)
+            if world > 1 and mine.shape == spec.shape and "vocab" not in spec.axes:  # what all read: norms, biases ...
+                seen.update(array.tobytes())
             state[spec.name] = mine.to(device=devices(spec.path), dtype=kind)
             del array, mine  # or it would be held while the next is read
+        if world > 1:
+            parallel.same(str(pretrained_model_name_or_path), {"weights of digest": seen.hexdigest()[:16]})
         for spec in opened.new:
             state[spec.name] = torch.zeros(spec.shape, device=devices(spec.path), dtype=wanted)
             if spec.kind == "linear":
@@ -423,33 +432,38 @@ class OPTPreTrainedModel(Kin, nn.Module):
         weights of modules that a subclass adds are written too; only it can load them.
 
         state_dict: weights to write in place of the model's, as from accelerate's `get_state_dict`.
+        A model that lies in parts in several processes is written by the first of them, tensor by tensor, and must be
+        saved by all.
         is_main_process: False writes nothing. safe_serialization: False writes pytorch_model.bin.
-        save_function and token are accepted, and not needed. Raises ValueError for push_to_hub and variant: upload the
-        folder with `huggingface_hub.upload_folder`.
+        save_function and token are accepted and have no effect. Raises ValueError for push_to_hub and variant: upload
+        the folder with `huggingface_hub.upload_folder`.
         """
         if push_to_hub or variant is not None:
             name = "push_to_hub" if push_to_hub else "variant"
             raise ValueError(f"{name}: found {push_to_hub or variant!r}; save, then huggingface_hub.upload_folder")
-        weights = state_dict if state_dict is not None else {}
-        if self.tp_size > 1 and state_dict is None:
-            weights = parallel.whole(self)  # of which the first process writes
-            is_main_process = is_main_process and self.tp_rank == 0
-        if not is_main_process:
-            return
-
-        def get(spec: Spec) -> np.ndarray:
-            return _array((weights[spec.name] if spec.name in weights else TORCH.parameter(self, spec)).detach())
-
+        architecture = _architecture(type(self))
+        weights, specs = state_dict or {}, [*table(self.config, architecture)]
+        # first: it asks for the state dict, for which FSDP2 takes back the weights that a pass has left whole and cast
+        added = _besides_the_table(self, weights)
+        own = {s.name: weights[s.name] if s.name in weights else TORCH.parameter(self, s) for s in specs}
         dtype = str(next(iter(weights.values())).dtype if weights else self.dtype).removeprefix("torch.")
         layout = "safetensors" if safe_serialization else "torch"
-        added = [
-            Source(name, tuple(x.shape), str(x.dtype).removeprefix("torch."), lambda x=x: _array(x))
-            for name, x in _besides_the_table(self, weights).items()
-        ]
-        save_pretrained(
-            save_directory, self.config, _architecture(type(self)), dtype, get, max_shard_size, layout,
-            self.generation_config, added,
-        )  # fmt: skip
+
+        def write(get: Callable[[str], Tensor]) -> None:
+            sources = [
+                Source(name, tuple(x.shape), str(x.dtype).removeprefix("torch."), lambda name=name: _array(get(name)))
+                for name, x in added.items()
+            ]
+            save_pretrained(
+                save_directory, self.config, architecture, dtype, lambda spec: _array(get(spec.name)), max_shard_size,
+                layout, self.generation_config, sources,
+            )  # fmt: skip
+
+        tensors = own | added
+        if parallel.spread(tensors.values()) or (self.tp_size > 1 and state_dict is None):
+            parallel.gather(tensors, specs, write if is_main_process else None)
+        elif is_main_process:
+            write(tensors.__getitem__)
 
 
 def _architecture(cls: type[OPTPreTrainedModel]) -> str:
@@ -492,6 +506,7 @@ def tensor(array: np.ndarray) -> Tensor:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
-        return tensor.cpu().contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.cpu().numpy()
+        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

@@ -13,6 +13,9 @@ from opt_common.weights import table
 
 from .fast import digits
 from .fast.packed import packed
+from .fast.plain import unwatched
+
+_SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class QuantizedLinear(nn.Linear):
@@ -114,6 +117,11 @@ class _Copy(Tensor):
 
 
 def _floats(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    whole_words = packed.shape[1] % scale.shape[1] == 0  # with one scale each
+    if packed.is_cuda and whole_words and scale.dtype in _SCALES and unwatched(packed) and unwatched(scale):
+        from .fast.floats import unpacked  # imports Triton
+
+        return unpacked(packed, scale, bits, dtype)
     numbers = packed.view(torch.uint8)
     if bits == 4:
         numbers = torch.stack([numbers & 15, numbers >> 4], dim=-1).flatten(1)

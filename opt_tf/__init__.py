@@ -13,6 +13,7 @@ if _backend != "tensorflow":
         "environment before anything imports keras"
     )
 
+from opt_common import __version__ as __version__
 from opt_common.config import OPTConfig
 from opt_common.tokenizer import AutoTokenizer, GPT2Tokenizer
 

@@ -48,17 +48,17 @@ class KVCache:
         """A cache that grows, of each layer's keys and values [B, N, S, D], as transformers' TensorFlow has them.
         Raises ValueError for anything else."""
         if any(len(getattr(x, "shape", ())) != 4 for x in tf.nest.flatten(layers)):
-            raise ValueError("past_key_values: found other things, wanted keys and values [B, N, S, D] of each layer")
+            raise ValueError("past_key_values: found something else, wanted keys and values [B, N, S, D] of each layer")
         return cls(*(tuple(ops.convert_to_tensor(layer[i]) for layer in layers) for i in (0, 1)))
 
     @property
     def rows(self) -> int | None:
-        """B; None as long as nothing says."""
+        """The number of rows, B; None while it is unknown."""
         return (self.k[0] if self.segments is None else self.segments).shape[0] if self.k else None
 
     @property
     def slots(self) -> Any:
-        """S, a scalar tensor where it is not known yet; None if it grows."""
+        """The number of slots, S, a scalar tensor where it is not known yet; None if the cache grows."""
         return None if self.length is None else ops.shape(self.segments)[1]
 
     def _replace(self, **fields: Any) -> KVCache:

@@ -23,7 +23,7 @@ from .pretrained import TFOPTPreTrainedModel
 
 
 class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
-    """OPT with one or several labels for a whole row: the `score` of its last token."""
+    """OPT for sequence classification: `score` maps the last token of a row to one or more labels."""
 
     architecture = "OPTForSequenceClassification"
 
@@ -81,7 +81,7 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
 
 
 class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
-    """OPT with two scores a token: that the answer begins there, and that it ends there."""
+    """OPT for question answering: two scores per token, for the start and the end of the answer."""
 
     architecture = "OPTForQuestionAnswering"
     label_names, score_names = ("start_positions", "end_positions"), ("start_logits", "end_logits")
@@ -109,7 +109,7 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
         """Run the decoder and the head; arguments as in `OPTDecoder.call`, and:
 
         start_positions, end_positions: [B], the columns of the answer's first and last token. Those outside the row's T
-            columns are left out. (transformers takes negative ones for 0.) The loss is the mean of the two mean
+            columns are left out. (transformers treats negative ones as 0.) The loss is the mean of the two mean
             cross-entropies, in float32.
         """
         kwargs |= {"use_cache": use_cache, "position_ids": position_ids, "training": training, "return_dict": True}

@@ -151,6 +151,8 @@ def check(
         raise ValueError(f"past_key_values: found {type(cache).__name__}, wanted a KVCache")
     if input_ids is not None:
         check_dtype(config, "input_ids", input_ids.dtype)
+        if input_ids.dtype == "uint64" and tf.executing_eagerly():  # int64 shows the largest as negative
+            check_tokens(config, 0, int(np.max(input_ids, initial=0)))
         input_ids = integers(input_ids)
         if len(input_ids.shape) not in (0, 2) and 0 not in input_ids.shape:
             input_ids = tf.reshape(input_ids, (-1, ops.shape(input_ids)[-1]))

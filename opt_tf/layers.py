@@ -54,6 +54,7 @@ class Block(keras.layers.Layer):
     initializer: Any = None
 
     def build(self, input_shape: Any = None) -> None:
+        """Make the weights of every part. Their shapes come from the config, so no input_shape is needed."""
         build_parts(self)
 
     def __setattr__(self, name: str, value: Any) -> None:

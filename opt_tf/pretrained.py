@@ -101,7 +101,7 @@ class TFOPTPreTrainedModel(Network, keras.Model):
         return self.get_input_embeddings()
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """How many numbers the weights hold; a tied head counts once."""
+        """The number of parameters; a tied head counts once."""
         return sum(math.prod(w.shape) for w in (self.trainable_weights if only_trainable else self.weights))
 
     # === How it runs ===
@@ -116,11 +116,11 @@ class TFOPTPreTrainedModel(Network, keras.Model):
         self._decoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep everything that the backward pass needs, as by default."""
+        """Undo `gradient_checkpointing_enable`."""
         self._decoder.gradient_checkpointing = False
 
     def can_generate(self) -> bool:
-        """Whether it has `generate`."""
+        """Whether the model has `generate`."""
         return hasattr(self, "generate")
 
     @property
@@ -155,13 +155,18 @@ class TFOPTPreTrainedModel(Network, keras.Model):
         path_or_name: a folder, "opt-demo", or a Hub name; safetensors or pytorch_model.bin, sharded or not.
         dtype: a TensorFlow dtype, its name, "auto" for the checkpoint's, or one of Keras's policies, such as
             "mixed_bfloat16"; `keras.config.dtype_policy()` by default, which is float32 unless it is set.
-        output_loading_info: also return which weights were new or not used.
+        output_loading_info: also return which weights were newly initialized or unused.
         options: those of `opt_common.checkpoints.pretrained.open_pretrained`: config=, revision, cache_dir, token,
             local_files_only, use_safetensors ..., and config overrides: num_labels, id2label, output_hidden_states ...
         A head missing from the checkpoint is newly initialized, and one that is not this model's is dropped; a warning
-        names their weights.
+        names their weights. Under the scope of a tf.distribute.MirroredStrategy each of its devices has the weights,
+        and `fit` shares out the rows of a batch.
         Raises FileNotFoundError or ValueError, naming the file and the tensors, before anything is allocated.
         """
+        for name in ("tp_plan", "sharding"):
+            if options.pop(name, None) is not None:
+                why = "Keras on TensorFlow has no tensor parallelism; use tf.distribute to train, or opt_pt or opt_flax"
+                raise ValueError(f"{name}: found one, wanted none: {why}")
         policy: Any = tf.as_dtype(dtype).name if isinstance(dtype, tf.DType) else dtype
         if policy != "auto":
             policy = keras.dtype_policies.get(policy or keras.config.dtype_policy())
@@ -186,7 +191,7 @@ class TFOPTPreTrainedModel(Network, keras.Model):
 
     @property
     def name_or_path(self) -> str:
-        """What it was loaded from; empty if made by hand."""
+        """The name or folder it was loaded from; empty for a new one."""
         return self.config.name_or_path
 
     def save_pretrained(
@@ -290,7 +295,7 @@ class TFOPTPreTrainedModel(Network, keras.Model):
         return super().compute_loss(x, y, scores, of_tokens(sample_weight, scores), training)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The metrics given to `compile` are of the scores."""
+        """Metrics given to `compile` are computed from the scores."""
         return super().compute_metrics(x, y, self.scores(y_pred), *args, **kwargs)
 
     def scores(self, output: Any) -> Any:
@@ -350,7 +355,7 @@ class TFOPTPreTrainedModel(Network, keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any] | OPTConfig, custom_objects: Any = None) -> Any:
-        """A model with new weights, of an OPTConfig, or of what `get_config` returns."""
+        """A model with new weights, from an OPTConfig or from what `get_config` returns."""
         return (
             cls(config) if isinstance(config, OPTConfig) else cls(**config | {"config": OPTConfig(**config["config"])})
         )

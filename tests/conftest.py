@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import gc
 import importlib.util
+import mmap
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach the network unasked
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; and the tests run beside each other
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+if "OPT_ZOO_PROGRAMS" not in os.environ:  # what XLA compiles in one process, the workers and commands of this run reuse
+    programs = os.environ["OPT_ZOO_PROGRAMS"] = tempfile.mkdtemp(prefix="opt-zoo-programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{programs}/jax"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    os.environ["TF_XLA_FLAGS"] = (
+        f"{os.environ.get('TF_XLA_FLAGS', '')} --tf_xla_persistent_cache_directory={programs}/tf"
+    )
 
 import numpy as np
 import pytest
@@ -49,7 +69,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 SEEDS = {"350m": 4}  # one whose greedy text is not a single repeated token
 
-torch.set_num_threads(1)  # tiny tensors; and the tests run beside each other
+torch.set_num_threads(1)
 
 
 def make_reference(seed: int = 0, **changes: Any) -> transformers.OPTForCausalLM:
@@ -93,9 +113,9 @@ def framework(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def load() -> Iterator[Callable[..., Backend]]:
-    """load(framework, folder, **options) -> Backend, each loaded once."""
+    """load(framework, folder, **options) -> Backend, each loaded once in a file of tests."""
     loaded: dict[Any, Backend] = {}
 
     def once(key: str, path: Path, **options: Any) -> Backend:
@@ -105,6 +125,17 @@ def load() -> Iterator[Callable[..., Backend]]:
         return loaded[name]
 
     yield once
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """JAX keeps what it compiled, which the tests of one file share; thousands of programs are gigabytes."""
+    yield
+    memory = Path("/proc/self/statm")
+    if "jax" in sys.modules and memory.exists() and int(memory.read_text().split()[1]) * mmap.PAGESIZE > 4e9:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or the freed memory stays the process's
 
 
 @pytest.fixture

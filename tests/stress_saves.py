@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import multiprocessing
+import multiprocessing.synchronize
 import os
 import random
 import shutil
@@ -36,13 +36,12 @@ from opt_common.weights import table
 MAINS = commit._MAINS
 
 
-def save(folder: Path, layout: str, value: int) -> None:
+def save(folder: Path, layout: str, value: int, shards: int | str = "5GB") -> None:
     """A checkpoint all of whose numbers, and a key of whose config, are `value`."""
     config = tiny_config(layers=1, dtype="float32")
     config = dataclasses.replace(config, unknown={**config.unknown, "value": value})
     arrays = {s.name: np.full(s.shape, value, np.float32) for s in table(config)}
     sources = [Source(name, array.shape, "float32", lambda a=array: a) for name, array in arrays.items()]
-    shards = random.choice((600, 4000, "5GB"))
     save_checkpoint(folder, sources, {"config.json": config.to_json()}, shards, layout=layout, config=config)
 
 
@@ -50,7 +49,7 @@ def write(folder: Path, layout: str, seed: int, done: multiprocessing.synchroniz
     random.seed(seed)
     while not done.is_set():
         try:
-            save(folder, layout, random.randrange(1, 4000))
+            save(folder, layout, random.randrange(1, 4000), random.choice((600, 4000, "5GB")))
         except BlockingIOError:
             time.sleep(0.001)
 
@@ -128,7 +127,7 @@ def killed(call: Callable[[], object], at: int) -> int | None:
 
 
 def kill(folder: Path, layout: str, kills: int, moved: bool) -> None:
-    """Conversions into a new folder and over an old one, which has a file of its own."""
+    """Conversions and saves into a new folder and over an old one, which has a file of its own."""
     made, new, rng = folder / "made", folder / "target" / "new", random.Random(0)
     for i, name in enumerate(("first", "second")):
         random_checkpoint(made / f"given-{name}", tiny_config(layers=1), i)
@@ -137,23 +136,28 @@ def kill(folder: Path, layout: str, kills: int, moved: bool) -> None:
             shutil.rmtree(made / f"given-{name}")
             convert(made / f"hub-{name}", made / f"given-{name}")
         convert(made / f"given-{name}", made / name, layout)
-    whole = {name: contents(made / name) for name in ("first", "second")}
-    again = lambda: convert(made / "given-second", new, layout)  # noqa: E731
+        save(made / f"saved-{name}", layout, i + 1)
+    ways: dict[str, tuple[str, Callable[[], object]]] = {
+        "convert": ("", lambda: convert(made / "given-second", new, layout)),
+        "save": ("saved-", lambda: save(new, layout, 2)),
+    }
     count: Counter[str] = Counter()
     total = {}
-    for turn in range(kills + 2):
+    for turn in range(kills + 4):
         shutil.rmtree(new.parent, ignore_errors=True)
         new.parent.mkdir()
-        old = turn % 2 == 1
+        old, way = turn % 2 == 1, "save" if turn % 4 < 2 else "convert"
+        prefix, again = ways[way]
+        whole = {name: contents(made / (prefix + name)) for name in ("first", "second")}
         if old:
-            shutil.copytree(made / "first", new)
+            shutil.copytree(made / (prefix + "first"), new)
             (new / "README.md").write_text("mine")
-        if turn < 2:
-            total[old] = killed(again, 0)
-            assert total[old]
+        if turn < 4:
+            total[way, old] = killed(again, 0)
+            assert total[way, old]
             continue
-        first = 1 if turn % 4 < 2 else total[old] * 2 // 3  # half of them while the save is committed
-        ended = killed(again, rng.randrange(first, total[old] + 1))
+        first = 1 if turn % 8 < 4 else total[way, old] * 2 // 3  # half of them while the save is committed
+        ended = killed(again, rng.randrange(first, total[way, old] + 1))
         there = {name: data for name, data in contents(new).items() if not name.startswith(".sav")}
         assert not old or there.pop("README.md") == b"mine"
         state = next((name for name, files in whole.items() if files == there), "absent" if not there else "mixed")
@@ -163,7 +167,7 @@ def kill(folder: Path, layout: str, kills: int, moved: bool) -> None:
         assert ended is None or state == "second"
         if state == "first" and rng.random() < 0.2:
             open_checkpoint(new)
-        count[f"{'over' if old else 'new'}: {state}"] += 1
+        count[f"{way}, {'over' if old else 'new'}: {state}"] += 1
         again()
         there = contents(new)
         assert not old or there.pop("README.md") == b"mine"

@@ -1,5 +1,5 @@
 """Every benchmark, as a user starts it, on models so small that no number means anything: that it measures all it says,
-and leaves it where it says."""
+and leaves it where it says. What takes a process of its own for each system is slow."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parents[1]))  # behind what is installed
 
 from benchmarks import compare
+from benchmarks.__main__ import app
 from benchmarks.peers import Job
 from opt_common.config import OPTConfig
 from opt_common.frameworks import registered
@@ -30,6 +32,7 @@ def benchmark(*arguments: object) -> str:
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_cpu(tmp_path):
     """Every system that is here is measured and compared, and one that is not says so."""
     printed = benchmark("cpu", "--smoke", "--out", tmp_path / "cpu.json")
@@ -50,6 +53,7 @@ def test_cpu(tmp_path):
     assert sys.prefix not in json.dumps(report)
 
 
+@pytest.mark.slow
 def test_growth(tmp_path):
     """Every cell of every system; a second run for one system keeps the rows of the others."""
     out = tmp_path / "growth.json"
@@ -72,6 +76,7 @@ def test_growth_is_drawn_from_the_committed_numbers(tmp_path):
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_load(tmp_path):
     """Of eight devices each holds its even share, and nothing whole that could be shared."""
     benchmark("load", "--smoke", "--out", tmp_path / "load.json")
@@ -85,6 +90,7 @@ def test_load(tmp_path):
         assert sharded["even_share_MB"] < report["weights_MB"] / 8 + sharded["copied_to_each_MB"] + 0.001
 
 
+@pytest.mark.slow
 def test_convert(tmp_path):
     """From layout to layout and back, each as planned; a second size keeps the rows of the first."""
     out = tmp_path / "convert.json"
@@ -103,6 +109,7 @@ def test_convert(tmp_path):
     assert os.listdir(tmp_path) == ["convert.json"]
 
 
+@pytest.mark.slow
 def test_gpu(tmp_path):
     """On a CPU, with tiny models. TensorFlow, which nobody has run on a GPU, is not run, and that is all it says."""
     out = tmp_path / "gpu.json"
@@ -115,6 +122,7 @@ def test_gpu(tmp_path):
         assert rows[key]["decode B16"]["median"] > 0
 
 
+@pytest.mark.slow
 def test_train(tmp_path):
     out = tmp_path / "train.json"
     benchmark("train", "--smoke", "--only", ",".join(OURS | {"transformers"}), "--out", out)
@@ -123,12 +131,21 @@ def test_train(tmp_path):
     assert all(row["tokens_s"] > 0 and row["peak_GB"] > 0 and row["x_best"] > 0 for row in rows), rows
 
 
+@pytest.mark.slow
 def test_speedup(tmp_path):
     out = tmp_path / "speedup.json"
     benchmark("speedup", "measure", "--smoke", "--sizes", "350m", "--out", out)
     assert len(json.loads(out.read_text())["rows"]) == 10
     benchmark("speedup", "draw", out)
     assert (tmp_path / "speedup-350m.png").exists()
+
+
+def test_each_is_a_command():
+    """All of them import; none runs a model."""
+    names = ["cpu", "convert", "gpu", "growth", "load", "speedup", "train"]
+    for name in names:
+        ran = CliRunner().invoke(app, [name, "--help"])
+        assert ran.exit_code == 0 and "Usage" in ran.output, name
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,11 @@ def test_there_and_back(first, second, size, dtype, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "size",
+    # these differ by more than their numbers; of the others, layers and heads by the dozen are slow
+    [size if size in ("125m", "350m", "1.3b", "13b") else pytest.param(size, marks=pytest.mark.slow) for size in SIZES],
+)
 def test_every_size_through_every_layout(size, tmp_path):
     """With all its layers and heads, tiny widths; sharded."""
     config = tiny_config(size)

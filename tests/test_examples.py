@@ -18,6 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from safetensors.numpy import load_file
 
 import opt_common
+from checkpoints import random_checkpoint, tiny_config
+from opt_common.frameworks import registered
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -28,44 +30,70 @@ import lm_eval_opt  # noqa: E402
 SAVED = {"tf": "training.keras", "flax": "training/4/_CHECKPOINT_METADATA"}
 
 
-def test_killed_and_started_again(framework, tmp_path):
-    """The weights are those of a run that was never broken off."""
-    example, saved = EXAMPLES / f"finetune_{framework}.py", SAVED.get(framework, f"training.{framework}")
+# The promises that these hold are the frameworks' own tests', too.
+SLOW = {"tf", "flax"}
+QUICK_FIRST = [pytest.param(key, marks=[pytest.mark.slow] * (key in SLOW)) for key in registered()]
+
+
+@pytest.fixture
+def given(tmp_path) -> dict[str, object]:
+    """The options of a short run, from a tiny model with a real tokenizer."""
+    demo = Path(opt_common.__file__).parent / "opt-demo"
+    vocabulary = opt_common.OPTConfig.from_pretrained(demo).vocab_size
+    config = tiny_config(layers=2, vocab_size=vocabulary, max_position_embeddings=64, dtype="float32", dropout=0.1)
+    random_checkpoint(tmp_path / "model", config)
+    opt_common.GPT2Tokenizer.from_pretrained(demo).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The king had a daughter who was beautiful beyond all measure. " * 40)
+    return {"--model": tmp_path / "model", "--save-every": 4, "--rows": 2, "--learning-rate": 1e-2}
+
+
+def command(framework: str, out: Path, **options: object) -> list[str]:
+    example = EXAMPLES / f"finetune_{framework}.py"
     if not example.exists():
         pytest.skip(f"no examples/{example.name}")
-    text = tmp_path / "text.txt"
-    text.write_text("The king had a daughter who was beautiful beyond all measure. " * 40, encoding="utf-8")
+    words = [example, out.parent / "text.txt", out, *(word for pair in options.items() for word in pair)]
+    return [sys.executable, *map(str, words)]
 
-    def command(out: str, steps: int) -> list[str]:
-        given = {"--steps": steps, "--save-every": 4, "--rows": 2}
-        return [
-            sys.executable,
-            str(example),
-            str(text),
-            str(tmp_path / out),
-            *(str(x) for pair in given.items() for x in pair),
-        ]
 
-    process = subprocess.Popen(command("killed", 100_000), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def finished(ran: subprocess.CompletedProcess[str], out: Path) -> int:
+    """The step that a run began at."""
+    assert ran.returncode == 0, ran.stderr
+    found = re.search(r"^step (\d+) of 20$", ran.stdout, re.MULTILINE)
+    assert found, ran.stdout
+    first, last = map(float, re.findall(r"loss ([\d.]+) at first, ([\d.]+) at last", ran.stdout)[0])
+    assert last < first
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    return int(found[1])
+
+
+def test_fine_tuning(framework, tmp_path, given):
+    out = tmp_path / "out"
+    ran = subprocess.run(command(framework, out, **given, **{"--steps": 20}), capture_output=True, text=True)
+    assert finished(ran, out) == 0
+    assert load_file(out / "model.safetensors").keys() == load_file(tmp_path / "model" / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("framework", QUICK_FIRST, indirect=True)
+def test_killed_and_started_again(framework, tmp_path, given):
+    """The weights are those of a run that was never broken off."""
+    saved = tmp_path / "killed" / SAVED.get(framework, f"training.{framework}")
+    endless = command(framework, tmp_path / "killed", **given, **{"--steps": 100_000})
+    process = subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while not (tmp_path / "killed" / saved).exists() and process.poll() is None:
+    while not saved.exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    for out in ("killed", "whole"):
-        ran = subprocess.run(command(out, 20), capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
-        found = re.search(r"^step (\d+) of 20$", ran.stdout, re.MULTILINE)
-        assert found and (0 < int(found[1]) < 20) == (out == "killed"), ran.stdout
-        first, last = map(float, re.findall(r"loss ([\d.]+) at first, ([\d.]+) at last", ran.stdout)[0])
-        assert last < first
-        assert (tmp_path / out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for out in (tmp_path / "killed", tmp_path / "whole"):
+        ran = subprocess.run(command(framework, out, **given, **{"--steps": 20}), capture_output=True, text=True)
+        assert (0 < finished(ran, out) < 20) == (out.name == "killed"), ran.stdout
     weights, wanted = (load_file(tmp_path / out / "model.safetensors") for out in ("killed", "whole"))
     for name, array in wanted.items():
         np.testing.assert_array_equal(weights[name], array, err_msg=name)
 
 
+@pytest.mark.parametrize("framework", QUICK_FIRST, indirect=True)
 def test_lm_evaluation_harness(framework, tmp_path):
     """Likelihoods, perplexity and greedy texts of opt-demo: the scores that the harness gives transformers."""
     lines = [

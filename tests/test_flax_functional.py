@@ -241,8 +241,9 @@ def test_transformations(small, ids):
 
     loss = partial(loss_of, small)
     check(*jax.jit(jax.value_and_grad(loss))(params, ids))
-    check(*jax.value_and_grad(jax.checkpoint(loss))(params, ids))
-    rows = jax.vmap(jax.value_and_grad(lambda p, row: loss(p, row[None])), (None, 0))(params, jnp.asarray(ids))
+    check(*jax.jit(jax.value_and_grad(jax.checkpoint(loss)))(params, ids))
+    vmapped = jax.vmap(jax.value_and_grad(lambda p, row: loss(p, row[None])), (None, 0))
+    rows = jax.jit(vmapped)(params, jnp.asarray(ids))
     check(*jax.tree.map(lambda x: x.mean(0), rows))
 
     def step(total, row):
@@ -252,7 +253,7 @@ def test_transformations(small, ids):
     total, losses = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, params), jnp.asarray(ids))
     check(losses.mean(), total, 0.5)
     small.gradient_checkpointing_enable()
-    check(*jax.value_and_grad(loss)(params, ids))
+    check(*jax.jit(jax.value_and_grad(loss))(params, ids))
 
 
 def test_a_train_state(small, ids):
@@ -414,10 +415,10 @@ def test_a_beam_search_by_hand(model, ids):
 
 @pytest.mark.parametrize("old", ["transformers", "opt_flax"])
 def test_the_migration_page(tiny, tmp_path, monkeypatch, old):
-    """The scripts under "From FlaxOPT": transformers' where its Flax classes are installed, the same with its import
-    line changed, and the one in NNX. All end in the same weights."""
-    page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split("### From FlaxOPT")[1]
-    functional, native, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    """The scripts of docs/coming-from-flaxopt.md: transformers' where its Flax classes are installed, the same with its
+    import line changed, and the one in NNX. All end in the same weights."""
+    page = (Path(__file__).parents[1] / "docs" / "coming-from-flaxopt.md").read_text(encoding="utf-8")
+    functional, native, *_ = re.findall(r"```python[^\n]*\n(.*?)```", page, re.DOTALL)
     name, line = "facebook/opt-125m", "from transformers import FlaxOPTForCausalLM"
     assert functional.count(line) == 1 and functional.count(name) == native.count(name) == 1
     if old == "transformers" and not hasattr(pytest.importorskip("transformers"), "FlaxOPTForCausalLM"):

@@ -276,9 +276,28 @@ def test_a_number_needs_no_other_program(pair):
     assert [after - before for before, after in zip(counts, counts[1:], strict=False)] == [1, 0, 1, 0]
 
 
-def test_programs_are_forgotten_when_there_are_many(pair, monkeypatch):
+@pytest.mark.parametrize("options", [
+    dict(num_beams=2), dict(return_dict_in_generate=True, output_scores=True),
+    dict(prefix_allowed_tokens_fn=lambda row, ids: [*range(3, 60)]), dict(stopping_criteria=lambda ids, scores: False),
+    dict(logits_processor=lambda ids, scores: scores),
+], ids=lambda options: [*options][-1])  # fmt: skip
+def test_other_lengths_compile_nothing(options, pair, caplog):
+    """Not even a slice."""
+    _, model = pair
+    model.generate(IDS, MASK, max_new_tokens=4, **FREE, **options)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for T, new in ((3, 6), (4, 3), (5, 7)):
+            model.generate(IDS[:, -T:], MASK[:, -T:], max_new_tokens=new, **FREE, **options)
+    assert [record.message for record in caplog.records if "ompil" in record.message] == []
+
+
+@pytest.mark.parametrize(
+    "limit", [(loop, "KEPT", 2), (loop, "crowded", lambda: loop._counted >= 1)], ids=["kept", "room"]
+)
+def test_programs_are_forgotten_when_there_are_many(limit, pair, monkeypatch):
     """Or the process would run into Linux's limit of memory maps."""
-    monkeypatch.setattr(loop, "KEPT", 2)
+    monkeypatch.setattr(*limit)
+    loop.forget(())
     for rows in range(1, 4):
         pair[1].generate(np.repeat(IDS[:1], rows, axis=0), max_new_tokens=2)
     assert sum(program._cache_size() for program in loop.PROGRAMS) <= 2

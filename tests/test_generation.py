@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import opt_common.generation
-from opt_common.generation import StopStrings, TextIteratorStreamer, TextStreamer, pieces
+from opt_common.generation import StopStrings, TextIteratorStreamer, TextStreamer, columns, crowded, pieces
 from opt_common.hub import fetch
 from opt_common.tokenizer import GPT2Tokenizer
 
@@ -23,6 +23,20 @@ TEXT = "Übung macht den Meister — ‘naïve’ 日本語 🙂 done.\n\nAnd so
 @pytest.fixture(scope="module")
 def tokenizer():
     return GPT2Tokenizer.from_pretrained("opt-demo")
+
+
+def test_few_widths():
+    widths = [columns(n) for n in range(2049)]
+    assert sorted({*widths}) == [32, *range(64, 513, 64), 640, 768, 896, 1024, 1280, 1536, 1792, 2048]
+    assert all(n <= width for n, width in enumerate(widths))
+
+
+def test_crowded(monkeypatch):
+    assert not crowded()
+    with open("/proc/self/maps") as file:
+        maps = len(list(file))
+    monkeypatch.setattr(Path, "read_text", lambda path: f"{maps}\n")
+    assert crowded()
 
 
 def test_pieces_add_up_to_the_text(tokenizer):
@@ -81,10 +95,10 @@ def test_a_streamer_of_another_thread(tokenizer):
         next(TextIteratorStreamer(tokenizer, timeout=0.01))
 
 
-def test_the_snippet_of_the_readme(capsys):
+def test_the_snippet_of_the_page(capsys):
     """Beams, a stream and a draft, with opt-demo in place of the large models."""
-    section = (Path(__file__).parent.parent / "README.md").read_text().split("## Generating")[1]
-    code = section.split("```python\n")[1].split("```")[0]
+    page = (Path(__file__).parents[1] / "docs" / "generating.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
     for name in ("facebook/opt-6.7b", "facebook/opt-125m"):
         assert name in code
         code = code.replace(name, "opt-demo")

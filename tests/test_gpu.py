@@ -32,7 +32,7 @@ from conftest import CONFIGS, SMALL, make_reference, save_reference
 from learners import Learner
 from opt_common.config import OPTConfig
 from opt_common.hub import DEMO, fetch
-from opt_common.quantization import QuantizationConfig
+from opt_common.quantization import Packing, QuantizationConfig
 from opt_pt import OPTForCausalLM
 from opt_pt.fast.gpu import can_step
 from opt_pt.quantized import QuantizedLinear
@@ -465,6 +465,21 @@ def test_greedy_of_few_bits(bits, group, config, dtype):
     assert can_step(ours, ids)
     for rows in (1, 3, 20, 70):
         greedy(models, ids[:rows], mask[:rows])
+
+
+@gpu
+@pytest.mark.parametrize("scales", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("bits, group", [(8, None), (8, 32), (4, None), (4, 128), (4, 8)])
+def test_floats_of_packed_weights(bits, group, scales):
+    """By one kernel, the bits that PyTorch's operations give on a CPU, over the edges of its blocks."""
+    linear = QuantizedLinear(1152, 301, Packing(bits, group)).to(getattr(torch, scales))
+    linear.reset_parameters()
+    linear.weight_scale.data.uniform_(-1, 1)
+    there = copy.deepcopy(linear).to(DEVICE)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert torch.equal(there.dequantize(dtype).cpu(), linear.dequantize(dtype))
+    there.weight_packed.data[-1, -1] ^= 1
+    assert not torch.equal(there.dequantize().cpu(), linear.dequantize())
 
 
 @gpu

@@ -74,7 +74,7 @@ def test_layers_of_opt_common():
     """What OPT is < checkpoints: containers (bytes) < layouts (names) < what works on whole checkpoints < commands."""
     graph = import_graph(PACKAGES["opt_common"], "opt_common")
     wing = "opt_common.checkpoints"
-    assert importers(graph, wing) <= {"opt_common", "opt_common.cli", "opt_common.parity"}
+    assert importers(graph, wing) <= {"opt_common", "opt_common.bench", "opt_common.cli", "opt_common.parity"}
     below = {name for name in graph if within(name, f"{wing}.containers")}
     assert below and importers(graph, f"{wing}.layouts").isdisjoint(below)
 

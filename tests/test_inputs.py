@@ -191,6 +191,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "input_ids: found token 429496730., wanted 0 to 95 .vocab_size - 1.",
     ),
     "ids-too-large": ({"input_ids": ROWS + 90}, "input_ids: found token 99, wanted 0 to 95 .vocab_size - 1."),
+    "ids-beyond-int64": (
+        {"input_ids": AsItIs(ROWS.astype("uint64") + np.uint64(2**64 - 90))},
+        "input_ids: found token 184467440737095515.., wanted 0 to 95 .vocab_size - 1.",
+    ),
     "ids-negative": ({"input_ids": ROWS - 9}, "input_ids: found token -7, wanted 0 to 95"),
     "ids-ragged": (
         {"input_ids": AsItIs([[2, 5], [2]])},
@@ -325,7 +329,7 @@ def test_generate_in_training_mode():
 
     given: dict[str, Any] = {"input_ids": ROWS, "max_new_tokens": 2}
     with pytest.warns(
-        UserWarning, match="^generate: found a model in training mode, which drops out; wanted model.eval"
+        UserWarning, match="^generate: found a model in training mode, where dropout is on; wanted model.eval"
     ):
         OPTForCausalLM(OPTConfig(**SIZES)).train().generate(**given)
     with warnings.catch_warnings():

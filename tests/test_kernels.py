@@ -14,7 +14,7 @@ import transformers
 import opt_pt.generation.passes
 from conftest import CONFIGS, SMALL, make_reference
 from opt_common.config import OPTConfig
-from opt_common.quantization import QuantizationConfig
+from opt_common.quantization import Packing, QuantizationConfig
 from opt_pt import OPTForCausalLM
 from opt_pt.fast.gpu import Step
 from opt_pt.quantized import QuantizedLinear
@@ -190,6 +190,21 @@ def test_a_product_of_few_bits_is_shared_out(early, splits, monkeypatch):
     monkeypatch.setattr("opt_pt.fast.gpu.tiles_quantized_many", lambda *arguments: (16, 64, 4, 2, early, splits))
     ours, reference = packed_models(4, 32, ffn_dim=160)
     assert excess(ours, reference, 3, 9) < 1.5
+
+
+@pytest.mark.parametrize("bits, group", [(8, None), (8, 4), (4, 32), (4, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_unpacking_gives_the_same_bits(bits, group, dtype):
+    """As PyTorch's operations, which run here: the words are more than one block, and not whole blocks."""
+    from opt_pt.fast.floats import unpacked
+
+    linear = QuantizedLinear(96, 200, Packing(bits, group)).to(HALF)
+    linear.reset_parameters()
+    linear.weight_scale.data.uniform_(-1, 1)
+    found = unpacked(linear.weight_packed, linear.weight_scale, bits, dtype)
+    assert torch.equal(found, linear.dequantize(dtype))
+    linear.weight_packed[7, 3] ^= 1 << 31
+    assert not torch.equal(found, linear.dequantize(dtype))
 
 
 def test_generate(monkeypatch):

@@ -1,4 +1,4 @@
-"""The scripts of the README's section on migration: the new one, and the old one where what it imports is installed."""
+"""The scripts of docs/coming-from-tfopt.md: the new one, and the old one where what it imports is installed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "coming-from-tfopt.md"
 SAVING = "\nimport numpy as np\nnp.savez('found', loss=loss, logits=out.logits, step=step.logits)\n"
 
 
-def scripts(section: str) -> list[str]:
-    """The old and the new script of a section."""
-    (text,) = re.findall(rf"^## {section}\n(.*?)^## ", README.read_text(), re.DOTALL | re.MULTILINE)
-    return re.findall(r"```python\n(.*?)```", text.partition("</table>")[0], re.DOTALL)
+def scripts() -> list[str]:
+    """The old and the new script of the page."""
+    return re.findall(r"```python[^\n]*\n(.*?)```", PAGE.read_text(), re.DOTALL)[:2]
 
 
 def run(script: str, folder: Path, checkpoint: Path) -> dict[str, np.ndarray]:
@@ -53,7 +52,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_the_scripts_differ_in_the_import():
-    old, new = (script.splitlines() for script in scripts("From TFOPT"))
+    old, new = (script.splitlines() for script in scripts())
     assert [b for a, b in zip(old, new, strict=True) if a != b] == [
         "from opt_tf import AutoTokenizer, TFOPTForCausalLM"
     ]
@@ -62,13 +61,13 @@ def test_the_scripts_differ_in_the_import():
 def test_from_tfopt(checkpoint, tmp_path):
     from opt_tf import AutoTokenizer, TFOPTForCausalLM
 
-    found = run(scripts("From TFOPT")[1], tmp_path / "new", checkpoint)
+    found = run(scripts()[1], tmp_path / "new", checkpoint)
     model = TFOPTForCausalLM.from_pretrained(checkpoint)
     ids = AutoTokenizer.from_pretrained(checkpoint)("Hello, my dog", return_tensors="np")["input_ids"]
     np.testing.assert_allclose(found["logits"], model(ids).logits, rtol=0, atol=1e-4)
     token = found["logits"][:, -1:].argmax(-1)
     whole = model(np.concatenate([ids, token], axis=1)).logits[:, -1:]
     np.testing.assert_allclose(found["step"], whole, rtol=0, atol=1e-4)
-    old = run(scripts("From TFOPT")[0], tmp_path / "old", checkpoint)
+    old = run(scripts()[0], tmp_path / "old", checkpoint)
     for name, wanted in old.items():
         np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-4, err_msg=name)

@@ -1,5 +1,5 @@
-"""Programs around a model, run on ours and on transformers' OPT in turn: they must not tell the two apart. README.md's
-table of outside programs lists these tests."""
+"""Programs around a model, run on ours and on transformers' OPT in turn: they must not tell the two apart. The table in
+docs/coming-from-transformers.md lists these tests."""
 
 from __future__ import annotations
 
@@ -299,9 +299,9 @@ def test_galactica(rng):
         close(ours(ids).logits, theirs(ids).logits)
 
 
-def test_the_table_in_the_readme():
+def test_the_table_of_the_programs():
     """Each row names tests that exist."""
-    table = (ROOT / "README.md").read_text().partition("| program |")[2].partition("\n\n")[0]
+    table = (ROOT / "docs" / "coming-from-transformers.md").read_text().partition("| program |")[2].partition("\n\n")[0]
     named = re.findall(r"`(test_\w+)\.(test_\w+)`", table)
     assert len(named) >= table.count("\n") - 2 > 10
     for file, test in named:

@@ -20,7 +20,8 @@ from opt_common.weights import KERAS, table  # noqa: E402
 from opt_tf import TFOPTForCausalLM, TFOPTModel  # noqa: E402
 from opt_tf.attention import choose  # noqa: E402
 from opt_tf.cache import CacheWriter  # noqa: E402
-from opt_tf.generation.generate import _generate, weights  # noqa: E402
+from opt_tf.generation.generate import _generate  # noqa: E402
+from opt_tf.generation.programs import weights  # noqa: E402
 from opt_tf.generation.prompts import call  # noqa: E402
 
 SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
@@ -296,7 +297,7 @@ def test_a_step_does_not_copy_the_cache(tiny, rng, rows):
     settings = checked(model.config, ids, None, {"max_new_tokens": 21}).settings
     made = call(model, ids, tf.ones_like(ids), settings, {})
     start = made.start._replace(text=made.start.text[:, : 32 + 21])
-    text = _generate.experimental_get_compiler_ir(
+    text = _generate[0].experimental_get_compiler_ir(
         made.models, weights(made.models), start, None, made.numbers, plan=made.plan._replace(room=21)
     )(stage="optimized_hlo")
     (loop,) = re.findall(r"^%\S*while_body\S* \(.*?^}", text, re.DOTALL | re.MULTILINE)
@@ -329,16 +330,16 @@ def test_new_weights_and_dropout(ids):
 def test_generate_compiles_once_for_many_calls(tiny, ids):
     folder, _ = tiny("pre-norm-narrow")
     model = TFOPTForCausalLM.from_pretrained(folder)
-    before = _generate.experimental_get_tracing_count()
+    before = _generate[0].experimental_get_tracing_count()
     for n, prompt, settings in ((3, ids, {}), (9, ids[:, :5], {}), (5, ids, {"min_new_tokens": 2, "eos_token_id": 7})):
         model.generate(prompt, max_new_tokens=n, **settings)
-    assert _generate.experimental_get_tracing_count() == before + 1
+    assert _generate[0].experimental_get_tracing_count() == before + 1
     model.generate(np.repeat(ids, 3, axis=1)[:, :33], max_new_tokens=3)
     model.generate(np.repeat(ids, 4, axis=1)[:, :40], max_new_tokens=3)
-    assert _generate.experimental_get_tracing_count() == before + 2
+    assert _generate[0].experimental_get_tracing_count() == before + 2
     for seed in range(3):
         model.generate(ids, max_new_tokens=4, do_sample=True, seed=seed, temperature=1.0 + seed)
-    assert _generate.experimental_get_tracing_count() == before + 3
+    assert _generate[0].experimental_get_tracing_count() == before + 3
 
 
 def test_a_deleted_model_is_freed(tiny, ids):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ from conftest import make_reference, save_reference
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 
+from opt_common.config import OPTConfig  # noqa: E402
 from opt_common.generation import TextStreamer  # noqa: E402
 from opt_common.tokenizer import GPT2Tokenizer  # noqa: E402
 from opt_tf import TFOPTForCausalLM  # noqa: E402
+from opt_tf.generation import programs  # noqa: E402
 from opt_tf.generation.drafts import draft  # noqa: E402
-from opt_tf.generation.generate import _generate, generate  # noqa: E402
+from opt_tf.generation.generate import _generate  # noqa: E402
 from opt_tf.generation.prompts import prepared  # noqa: E402
+from opt_tf.layers import Linear  # noqa: E402
 
 SIZE = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, init_std=0.4)
 
@@ -52,11 +56,11 @@ def wanted(reference, prompts, **options):
 
 def test_another_number_takes_no_other_program(model, prompts):
     def traces(**options) -> int:
-        before = _generate.experimental_get_tracing_count()
+        before = _generate[0].experimental_get_tracing_count()
         texts = [model.generate(*prompts, max_new_tokens=5, **{k: v[i] for k, v in options.items()}).numpy().tolist()
                  for i in range(2)]  # fmt: skip
         assert texts[0] != texts[1], "the numbers did nothing"
-        return _generate.experimental_get_tracing_count() - before
+        return _generate[0].experimental_get_tracing_count() - before
 
     drawn = dict(do_sample=(True, True), temperature=(3.0, 1.0), top_k=(9, 50), top_p=(0.9, 0.5), seed=(1, 2))
     assert traces(**drawn) == 1
@@ -188,14 +192,77 @@ def test_drafts_change_nothing_but_the_passes(model, prompts, tmp_path):
     assert passes(prompt_lookup_num_tokens=4) < 25
 
 
+def by_hand(model, ids, new: int) -> np.ndarray:
+    """Continued by the modules, which nothing has compiled."""
+    for _ in range(new):
+        ids = np.concatenate([ids, np.argmax(model(ids).logits[:, -1:], axis=-1)], axis=1)
+    return ids
+
+
+def drawn(seed: int) -> Any:
+    return TFOPTForCausalLM(
+        OPTConfig(**SIZE, vocab_size=96, eos_token_id=None), keras.initializers.RandomNormal(0, 0.4, seed)
+    )
+
+
+def test_models_of_one_kind_share_their_programs(prompts):
+    ids, counts = prompts[0][:1], []
+    for seed in range(2):
+        model = drawn(seed)
+        np.testing.assert_array_equal(model.generate(ids, max_new_tokens=6), by_hand(model, ids, 6))
+        counts.append(_generate[0].experimental_get_tracing_count())
+    assert counts[0] == counts[1]
+    model.compile("adam")
+    model.generate(ids, max_new_tokens=6)
+    assert counts[0] == _generate[0].experimental_get_tracing_count()
+
+
+class Other(Linear):
+    def call(self, x, training=None):
+        return -9 * super().call(x)
+
+
+def other_class(layer):
+    old, layer.fc2 = layer.fc2, Other(32, 32)
+    layer.fc2.build()
+    layer.fc2.set_weights(old.get_weights())
+
+
+def other_call(layer):
+    usual = layer.fc2.call
+    layer.fc2.call = lambda x, **how: -9 * usual(x, **how)
+
+
+def other_number(layer):
+    layer.self_attn.scaling = 4.0
+
+
+def other_function(layer):
+    layer.activation_fn = tf.nn.sigmoid
+
+
+@pytest.mark.parametrize("change", [other_class, other_call, other_number, other_function])
+def test_a_changed_model_takes_other_programs(change, prompts):
+    """Whether it was changed before its first text or after it; and the next model is not taken for it."""
+    ids = prompts[0][:1]
+    whole, changed, last = (drawn(3) for _ in range(3))
+    before = whole.generate(ids, max_new_tokens=6)
+    np.testing.assert_array_equal(changed.generate(ids, max_new_tokens=6), before)
+    change(changed.model.decoder.layers[0])
+    found = changed.generate(ids, max_new_tokens=6)
+    assert not np.array_equal(found, before), "the change did nothing"
+    np.testing.assert_array_equal(found, by_hand(changed, ids, 6))
+    np.testing.assert_array_equal(last.generate(ids, max_new_tokens=6), before)
+
+
 def test_without_xla_when_there_are_many_programs(model, prompts, monkeypatch):
     """Or the process would run into Linux's limit of memory maps."""
     ids, mask = (np.concatenate([x, x[:1]]) for x in prompts)  # a number of rows that no other test has
     with_xla = model.generate(*prompts, max_new_tokens=6)
-    monkeypatch.setattr(sys.modules[generate.__module__], "MOST", 0)
-    before = _generate.experimental_get_tracing_count()
+    monkeypatch.setattr(programs, "MOST", 0)
+    before = _generate[0].experimental_get_tracing_count()
     np.testing.assert_array_equal(model.generate(ids, mask, max_new_tokens=6)[:2], with_xla)
-    assert _generate.experimental_get_tracing_count() == before
+    assert _generate[0].experimental_get_tracing_count() == before
 
 
 def test_other_inputs(model, reference, prompts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,7 +14,7 @@ import tensorflow as tf
 
 from opt_tf import OPTConfig, TFOPTForCausalLM, TFOPTForSequenceClassification
 
-SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=4, ffn_dim=64,
+SMALL = dict(vocab_size=96, hidden_size=64, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64,
              max_position_embeddings=64)  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def test_a_saved_model_with_a_signature(ids, tmp_path):
 
 def test_tracing_does_not_freeze_the_dice(ids):
     for options in ({"dropout": 0.0, "layerdrop": 0.5}, {"dropout": 0.5}):
-        model = TFOPTForCausalLM(OPTConfig(**SMALL, **options))
+        model = TFOPTForCausalLM(OPTConfig(**SMALL | {"num_hidden_layers": 4} | options))
         for compiled in (False, True):
             run = tf.function(lambda model=model: model(ids, labels=ids, training=True).loss, jit_compile=compiled)
             assert len({float(run()) for _ in range(8)}) > 2
@@ -151,3 +152,41 @@ def test_checkpointing_draws_the_same_masks_again(options, compiled, ids, tmp_pa
         return max(np.linalg.norm(a - b) for a, b in zip(found, wanted, strict=True)) / largest
 
     assert apart(gradients(True)) < 1e-5 < 1e-2 < apart(gradients(False, 1))
+
+
+def test_mirrored_training_of_a_checkpoint(tmp_path):
+    """Loaded, trained by AdamW and saved under the scope of two devices: what one device makes of it."""
+    program = """
+        import sys
+        import numpy as np
+        import tensorflow as tf
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        import keras
+        from opt_tf import TFOPTForCausalLM
+
+        ids, weights = np.random.default_rng(0).integers(3, 96, (4, 6)), []
+        data = tf.data.Dataset.from_tensor_slices({"input_ids": ids, "labels": ids}).batch(4)
+        for devices in (1, 2):
+            with tf.distribute.MirroredStrategy([f"/cpu:{i}" for i in range(devices)]).scope():
+                model = TFOPTForCausalLM.from_pretrained(sys.argv[1])
+                # a large epsilon: or steps along gradients that are rounding alone would be as large as any
+                model.compile(keras.optimizers.AdamW(1e-2, epsilon=1e-3))
+            losses = model.fit(data, epochs=2, verbose=0).history["loss"]
+            model.save_pretrained(f"{sys.argv[1]}/{devices}")
+            weights.append([losses, *TFOPTForCausalLM.from_pretrained(f"{sys.argv[1]}/{devices}").get_weights()])
+        assert losses[1] < losses[0] - 0.2
+        for one, two in zip(*weights, strict=True):
+            np.testing.assert_allclose(one, two, rtol=0, atol=2e-6)
+    """
+    config = SMALL | {"num_hidden_layers": 1, "init_std": 0.3, "dropout": 0.0}
+    TFOPTForCausalLM(OPTConfig(**config)).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ["tp_plan", "sharding"])
+def test_tensor_parallelism_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"^{name}: found one, wanted none: Keras on TensorFlow has no tensor paral"):
+        TFOPTForCausalLM.from_pretrained(tmp_path, **dict[str, Any]({name: "auto"}))

@@ -930,11 +930,11 @@ def test_tokenizer_json_alone(copy: Path, tmp_path: Path, bos: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "something else than a byte-level BPE"),
-        ({"pre_tokenizer": None}, "something else than a byte-level BPE"),
-        ({"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}}, "something else than a byte-level BPE"),
-        ({"pre_tokenizer": BYTES | {"use_regex": False}}, "something else than GPT-2's byte-level BPE"),
-        ({"normalizer": {"type": "NFC"}}, "something else than GPT-2's byte-level BPE"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "something other than a byte-level BPE"),
+        ({"pre_tokenizer": None}, "something other than a byte-level BPE"),
+        ({"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}}, "something other than a byte-level BPE"),
+        ({"pre_tokenizer": BYTES | {"use_regex": False}}, "something other than GPT-2's byte-level BPE"),
+        ({"normalizer": {"type": "NFC"}}, "something other than GPT-2's byte-level BPE"),
         ({"model": {}}, "tokenizer.json is none of the tokenizers library"),
         ({"post_processor": {"type": "RobertaProcessing"}}, "tokenizer.json is none of the tokenizers library"),
     ],
@@ -1104,7 +1104,7 @@ def test_added_tokens_before_transformers_4_34(copy: Path) -> None:
     assert ours.encode("<new>dogword<sep><mask>") == [2, size, size + 1, size + 2, size - 1]
     assert ours.decode([size, size + 2, size - 1], skip_special_tokens=True) == "<new>"
     write(copy, "added_tokens.json", {"<new>": size + 5})
-    with pytest.raises(ValueError, match=f"'<new>' is to be {size + 5}, but the files make it {size}"):
+    with pytest.raises(ValueError, match=f"'<new>' should be {size + 5}, but the files make it {size}"):
         GPT2Tokenizer.from_pretrained(copy)
 
 

@@ -10,6 +10,8 @@ from .outputs import BaseModelOutput, CausalLMOutput
 from .tokenizer import GPT2Tokenizer
 from .weights import byte_count, parameter_count, table
 
+__version__ = "0.1.0"  # the distribution's, and each package's
+
 __all__ = [
     "SIZES",
     "BaseModelOutput",

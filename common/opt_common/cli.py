@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +22,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import __version__
 from .checkpoints.convert import Plan
 from .checkpoints.layouts import LAYOUTS, WRITABLE
 from .checkpoints.shards import MAX_SHARD_SIZE
-from .continuations import Journal, Row, check_text, continue_all, read_prompts, texts
+from .continuations import Journal, Row, check_text, continue_all, read_prompts, share, texts
 from .files import json_text, naming, plain, read_bytes
-from .frameworks import registered
+from .frameworks import LAUNCHED, registered
 from .hub import DEMO
 from .progress import counter
 from .quantization import QuantizationConfig
@@ -38,11 +40,12 @@ console = Console()
 Model = Annotated[str, typer.Option(help='a folder, a Hub name, or "opt-demo"')]
 From = Annotated[str | None, typer.Option("--from", help=f"which layout to read of several: {', '.join(LAYOUTS)}")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Plot = Annotated[Path | None, typer.Option(help="draw it there: a .png, .svg or .pdf")]
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"opt-zoo {version('opt-zoo')}")
+        print(f"opt-zoo {__version__}")
         raise typer.Exit
 
 
@@ -59,26 +62,34 @@ def parity(
     prompt: Annotated[str, typer.Option(help="the text to continue")] = "Once upon a time",
     new_tokens: Annotated[int, typer.Option(help="how many tokens to add", min=1)] = 200,
     framework: Annotated[list[str] | None, typer.Option(help=f"{KEYS}; may be repeated; default: all")] = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Run all frameworks on one text and show how far each is from a float64 run.
 
-    Fails if greedy tokens differ, or if an error relative to the largest magnitude exceeds 2e-5.
+    Fails if greedy tokens differ, or if an error relative to the largest magnitude exceeds 2e-5. --plot draws the
+    errors layer by layer, with those of transformers where it is installed.
     """
     from .parity import TOLERANCE
     from .parity import parity as run
+    from .plots import check_plot, draw_parity
     from .tokenizer import GPT2Tokenizer
 
+    if plot is not None:
+        check_plot(plot)
     keys = [_framework(key) for key in framework or registered()]
     given: Row = {"prompt": prompt}
     check_text(given, "prompt")
     ids = GPT2Tokenizer.from_pretrained(model)(prompt)["input_ids"]
     _check_early(model, None, [ids], [given], {"max_new_tokens": new_tokens})
     with Console(stderr=True).status("Running " + ", ".join(registered()[key].title for key in keys)):
-        report = run(model, prompt, new_tokens, keys)
+        report = run(model, prompt, new_tokens, keys, beside=plot is not None)
+    if plot is not None:
+        draw_parity(report, TOLERANCE, plot)
     if as_json:
         rows = [{**dataclasses.asdict(row), "passed": row.passed} for row in report.rows]
-        _print_json({"model": model, "prompt": prompt, "text": report.text, "passed": report.passed, "rows": rows})
+        shown = {"model": model, "prompt": prompt, "text": report.text, "passed": report.passed, "rows": rows}
+        _print_json(shown | ({} if plot is None else {"beside": report.beside}))
         raise typer.Exit(0 if report.passed else 1)
 
     title = f"{model}, {new_tokens} greedy tokens after {prompt!r}, float32 against float64"
@@ -122,11 +133,65 @@ def parity(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help='a folder, a Hub name, or "opt-demo"')] = DEMO,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="how often each is timed")] = 5,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the speed of what is installed here: the frameworks, and transformers where it is. A quick look.
+
+    Each loads the model in a process of its own, on a GPU if it sees one, and is timed in turns.
+    """
+    from .bench import bench as run
+    from .plots import check_plot, draw_bench
+
+    if plot is not None:
+        check_plot(plot)
+    if dtype not in (wanted := ("float32", "float16", "bfloat16")):
+        raise ValueError(f"--dtype: found {dtype!r}, wanted one of {', '.join(wanted)}")
+    found = run(model, dtype, rounds)
+    if plot is not None and found.ran:
+        draw_bench(found, plot)
+    if as_json:
+        _print_json(found.as_json())
+        raise typer.Exit(0 if found.ran else 1)
+
+    title = f"{model}, {dtype}, one row: the first token after {found.long}, and {found.new} tokens after {found.short}"
+    table = Table(title=title, box=box.SIMPLE)
+    table.add_column("", no_wrap=True)
+    faster = f"x {found.base.title.partition(' ')[0]}" if found.ran else "x"
+    for name in ("on", "first, ms", faster, "tok/s", faster, "text"):
+        table.add_column(name, justify="left" if name in ("on", "text") else "right", no_wrap=True)
+    for row in found.rows:
+        if row.problem:
+            table.add_row(row.title, "-", *["-"] * 4, "[yellow]not run[/]")
+            continue
+        first, rate, base = found.first_ms(row), found.rate(row), found.base
+        ratios = (found.first_ms(base) / first, rate / found.rate(base))
+        same = "same" if row.tokens == base.tokens else "[yellow]another[/]"
+        table.add_row(
+            row.title, row.device, f"{first:.1f}", f"{ratios[0]:.2f}", f"{rate:.0f}", f"{ratios[1]:.2f}", same
+        )
+    console.print(table)
+    for row in found.rows:
+        if row.problem:
+            console.print(f"{row.title}: {row.problem}", markup=False, soft_wrap=True)
+    widest = max((max(s) / min(s) for row in found.ran for s in (row.first, row.whole)), default=1)
+    console.print(
+        f"Medians of {rounds}; the slowest of a cell took up to {widest:.1f} times the fastest. A quick look: "
+        "for numbers to quote, python -m benchmarks --help", soft_wrap=True, highlight=False
+    )  # fmt: skip
+    raise typer.Exit(0 if found.ran else 1)
+
+
+@app.command()
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="the texts to continue")] = None,
     file: Annotated[str | None, typer.Option(help='prompts as JSON lines, or "-" for standard input')] = None,
     output: Annotated[
-        Path | None, typer.Option(help="write JSON lines there; a killed job goes on where it was")
+        Path | None, typer.Option(help="write JSON lines there; a killed job continues where it stopped")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="how many prompts at once")] = 8,
     model: Model = DEMO,
@@ -134,20 +199,26 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto for the checkpoint's")] = "float32",
     device: Annotated[str | None, typer.Option(help="such as cpu or cuda:1; default: a GPU if there is one")] = None,
     attn: Annotated[str | None, typer.Option(help="attention: sdpa, eager, flash_attention_2 or cudnn")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="how many tokens to add at most")] = 100,
     sample: Annotated[bool, typer.Option("--sample", help="draw tokens instead of taking the likeliest")] = False,
-    temperature: Annotated[float, typer.Option()] = 1.0,
-    top_k: Annotated[int, typer.Option()] = 50,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    seed: Annotated[int | None, typer.Option()] = None,
+    temperature: Annotated[float, typer.Option(help="with --sample: divides the logits")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="with --sample: keep the k likeliest tokens; 0 for all")] = 50,
+    top_p: Annotated[float, typer.Option(help="with --sample: keep the likeliest tokens that add up to p")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="with --sample: makes the text repeatable")] = None,
     beams: Annotated[int, typer.Option(min=1, help="beam search")] = 1,
-    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1 penalizes tokens already there")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="a string that ends a text; may be repeated")] = None,
     draft: Annotated[str | None, typer.Option(help="a smaller model that drafts tokens: the same text, faster")] = None,
+    devices: Annotated[
+        int, typer.Option(min=1, help="split the model over so many GPUs; with --device cpu, over processes")
+    ] = 1,
     option: Annotated[list[str] | None, typer.Option(help="any other of generate's, as NAME=JSON; repeatable")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue texts. One is shown as it is written; those of a file are written to a file."""
+    """Continue texts. One is shown as it is written; those of a file are written to a file.
+
+    Under torchrun several processes share the prompts of --file, and with --devices the model.
+    """
     from .tokenizer import GPT2Tokenizer
 
     chosen = registered()[_framework(framework)]
@@ -157,32 +228,45 @@ def generate(
         max_new_tokens=max_new_tokens, do_sample=sample, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         num_beams=beams, repetition_penalty=repetition_penalty, stop_strings=stop or None,
     ) | _named(option or [])  # fmt: skip
+    rank, processes = _among(devices, file, output)
     rows = _rows(prompts, file)
     job = {"model": model, "framework": framework, "dtype": dtype, "attn": attn, "draft": draft, "options": options,
            "prompts": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}  # fmt: skip
-    journal = None if output is None else Journal(output, job)
-
     tokenizer = GPT2Tokenizer.from_pretrained(model, padding_side="left")
-    options["tokenizer"] = tokenizer
+    options = options | {"tokenizer": tokenizer}  # not in the job
     ids = [tokenizer(row["prompt"])["input_ids"] for row in rows]
     _check_early(model, draft, ids, rows, options)
+    split = devices > 1
+    if split and processes == 1:
+        chosen.launch(["-m", f"{__package__}.cli", *sys.argv[1:]], devices, device)
+        return
+    share_of = 0 if split else rank
+    journal = None if output is None or (split and rank) else Journal(output, job, share_of)
     settings = {"dtype": dtype} | ({} if attn is None else {"attn_implementation": attn})
+    if processes > 1:
+        settings |= chosen.meet(job | {"output": output and str(output)}, split, device)
+    lengths = [*map(len, ids)]
+    mine = share(lengths, batch_size, share_of, 1 if split else processes)
+    streams = len(rows) == 1 and output is None and not as_json and console.is_terminal and beams == 1
     load = functools.partial(chosen.model_class().from_pretrained, **settings)
     with chosen.on(device):
         with Console(stderr=True).status(f"Loading {chosen.title}"):
             network = load(model)
             options["assistant_model"] = None if draft is None else load(draft)
-        if len(rows) == 1 and journal is None and not as_json and console.is_terminal and beams == 1:
-            print(rows[0]["prompt"], end="", flush=True)
+        if split:  # all make the same passes
+            done = {} if journal is None else journal.done
+            mine, streams = chosen.of_first(([i for i in mine if i not in done], streams))
+        show = functools.partial(print, end="", flush=True) if rank == 0 else lambda text: None
+        if streams:
+            show(rows[0]["prompt"])
             for piece in network.stream(**chosen.inputs(tokenizer, [rows[0]["prompt"]]), **options):
-                print(piece, end="", flush=True)
-            print()
+                show(piece)
+            show("\n")
             return
         write = functools.partial(texts, chosen, network, tokenizer, options)
-        lengths = [*map(len, ids)]
-        with counter(f"Generating with {chosen.title}", len(rows)) as progress:
-            found = continue_all(rows, lengths, write, batch_size, journal, progress)
-    for row in found if journal is None else []:
+        with counter(f"Generating with {chosen.title}", len(mine)) as progress:
+            found = continue_all(rows, lengths, write, batch_size, journal, progress, mine)
+    for row in found if output is None and rank == 0 else []:
         if file is not None:
             print(json.dumps(row, ensure_ascii=False))
         elif as_json:
@@ -192,6 +276,25 @@ def generate(
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def _among(devices: int, file: str | None, output: Path | None) -> tuple[int, int]:
+    """Which process this is of how many that run the command."""
+    rank, processes = (int(os.environ.get(name, one)) for name, one in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if devices > 1 and "RANK" in os.environ and devices != processes:
+        raise ValueError(f"--devices: found {devices} under torchrun, wanted its {processes} processes, or none")
+    if (devices > 1 or processes > 1) and file == "-":
+        raise ValueError("--file: found -, wanted a file, which all processes read")
+    if devices == 1 and processes > 1:
+        if output is None:
+            raise ValueError("--output: found none under torchrun, wanted a file, to which its processes write")
+
+        def stop(*_: Any) -> None:
+            who, how = f"process {rank} of {processes}", "start the command again, and it goes on where it was"
+            raise InterruptedError(f"{who} was stopped, as all are when one has ended: {how}")
+
+        signal.signal(signal.SIGTERM, stop)
+    return rank, processes
+
+
 def _check_early(model: str, draft: str | None, ids: list[list[int]], rows: list[Row], options: dict[str, Any]) -> None:
     """What can be said of a call before its models are loaded, which takes the most of its time. ids: of each row."""
     from .checkpoints.open import find_checkpoint
@@ -199,7 +302,7 @@ def _check_early(model: str, draft: str | None, ids: list[list[int]], rows: list
     from .generation.prompts import prompt
 
     if not all(row["prompt"] for row in rows):
-        warnings.warn("prompt: found an empty one, which is continued as any text's beginning", stacklevel=1)
+        warnings.warn("prompt: found an empty one; the text starts from nothing", stacklevel=1)
     if draft is not None:
         find_checkpoint(draft, prefer=True)
     checkpoint, config = find_checkpoint(model, prefer=True)
@@ -341,18 +444,27 @@ def inspect(
     source: Annotated[
         str | None, typer.Option(help="the floats that 8 or 4 bits were rounded from: show the largest relative error")
     ] = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint holds, and what does not fit its config. Reads weights only for --sha256, --check and
-    --source."""
+    """Show what a checkpoint holds, and what does not fit its config. --plot draws sizes and ranges of values by layer.
+
+    Reads weights only for --sha256, --check, --source and --plot.
+    """
     from .checkpoints.examine import examine
     from .checkpoints.fit import SHOWN
+    from .plots import check_plot, draw_ranges
 
-    facts = examine(model, layout, sha256, check, source)
+    if plot is not None:
+        check_plot(plot)
+    facts = examine(model, layout, sha256, check, plot is not None, source)
+    if plot is not None:
+        draw_ranges(model, facts, plot)
     if as_json:
         _print_json(facts)
         return
     digests, not_finite, shards = facts.pop("sha256", {}), facts.pop("not_finite", None), facts.pop("shards")
+    facts.pop("ranges", None)
     misfits, dtypes = facts.pop("misfits"), facts.pop("dtypes")
     facts["dtype"] = ", ".join(f"{name} ({count})" if len(dtypes) > 1 else name for name, count in dtypes.items())
     facts["beside"] = ", ".join(facts["beside"]) or None
@@ -426,7 +538,11 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        say("[red]error:[/]", error)
+        launched = os.environ.get("TORCHELASTIC_RUN_ID") == LAUNCHED
+        if launched and not isinstance(error, ConnectionError):  # the command that started this process says one
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": str(error)}))
+        if not launched:
+            say("[red]error:[/]", error)
         sys.exit(1)
 
 

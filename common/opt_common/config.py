@@ -66,17 +66,17 @@ def _name(dtype: Any) -> Any:
 
 @dataclass(init=False, unsafe_hash=True)  # hashed by value: Flax keeps it as the static part of a model
 class OPTConfig(Kin):
-    """What an OPT is made of, and how its calls answer by default. Takes the keys of a `config.json` as keywords.
+    """The hyper-parameters of an OPT and the defaults of its calls. Takes the keys of a `config.json` as keywords.
 
     Attributes can be set, and are validated when set; models read them when they run. The defaults are opt-125m's.
     `word_embed_proj_dim` defaults to `hidden_size`; `dtype` is the name of the checkpoint's ("float16", "bfloat16",
     "float32", "float64") or None if it does not say. `use_cache`, `output_attentions`, `output_hidden_states` and
     `return_dict` are the defaults of a call's arguments of those names. `num_labels`, `id2label`, `label2id` and
     `problem_type` are OPTForSequenceClassification's: see its `labels`; as in transformers, a file gives num_labels as
-    the length of `id2label`. `quantization_config` says which Linears have few bits. `unknown` holds keys that OPT has
+    the length of `id2label`. `quantization_config` says which Linears are quantized. `unknown` holds keys that OPT has
     no use for (`prefix`, one of your own ...): they read as attributes, and saving writes them back.
 
-    Raises ValueError, naming the field, for a value that cannot be an OPT or a feature that is not implemented.
+    Raises ValueError, naming the field, for a value that no OPT can have, or a feature that is not implemented.
     """
 
     model_type: ClassVar[str] = "opt"
@@ -124,7 +124,7 @@ class OPTConfig(Kin):
         for key, harmless in _REFUSED.items():
             if key in unknown and unknown[key] not in harmless:
                 found = f"{key}: found {reprlib.repr(unknown[key])}"
-                raise ValueError(f"{found}; OPT Zoo cannot do this and will not ignore it")
+                raise ValueError(f"{found}; OPT Zoo does not support this and will not ignore it")
         # transformers before 4.56 writes torch_dtype, later releases dtype
         torch_dtype = values.pop("torch_dtype", None)
         dtype = values.pop("dtype", None) or torch_dtype
@@ -212,6 +212,7 @@ class OPTConfig(Kin):
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
@@ -233,7 +234,7 @@ class OPTConfig(Kin):
 
     @property
     def id2label(self) -> dict[int, str]:
-        """What each label is called: LABEL_0, LABEL_1 ... if the config does not say."""
+        """The name of each label; LABEL_0, LABEL_1 ... by default."""
         given = self.unknown.get("id2label") or {}
         named = {i: given.get(str(i), given.get(i)) for i in range(self.num_labels)}
         return {i: f"LABEL_{i}" if name is None else str(name) for i, name in named.items()}
@@ -257,7 +258,7 @@ class OPTConfig(Kin):
 
     @property
     def name_or_path(self) -> str:
-        """What it was loaded from; empty if made by hand."""
+        """The name or folder it was loaded from; empty for a new one."""
         return self.__dict__.get("_loaded_from", self.unknown.get("_name_or_path", ""))
 
     @name_or_path.setter
@@ -268,7 +269,7 @@ class OPTConfig(Kin):
 
     @property
     def torch_dtype(self) -> Any:
-        """`dtype`, as PyTorch's own where PyTorch is loaded."""
+        """`dtype`, as a torch.dtype if PyTorch is imported."""
         torch = sys.modules.get("torch")
         return self.dtype if self.dtype is None or torch is None else getattr(torch, self.dtype)
 
@@ -278,7 +279,7 @@ class OPTConfig(Kin):
 
     @property
     def use_return_dict(self) -> bool:
-        """transformers' other name of `return_dict`."""
+        """transformers' other name for `return_dict`."""
         return self.return_dict
 
     @property
@@ -287,7 +288,7 @@ class OPTConfig(Kin):
         return [self] * self.num_hidden_layers
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> OPTConfig:
-        """Itself: OPT is text alone. For code that also handles models of several kinds."""
+        """The config itself: OPT has only text. For code that also handles multimodal models."""
         return self
 
     def update(self, values: Mapping[str, Any]) -> None:
@@ -392,7 +393,7 @@ class OPTConfig(Kin):
         return self.to_dict()
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """transformers' name of `to_json`."""
+        """transformers' name for `to_json`."""
         return self.to_json()
 
     def to_json_file(self, path: str | Path, use_diff: bool = True) -> None:

@@ -24,6 +24,7 @@ from .quantization import QuantizationConfig
 from .weights import Naming
 
 GROUP = "opt_zoo.frameworks"
+LAUNCHED = "opt-zoo"  # torchrun's name of the job, in processes that the command itself has started
 
 
 class Framework:
@@ -92,6 +93,20 @@ class Framework:
         what the model makes of `rows`, token ids [n, T], changes least: with these numbers and one layer in memory at
         a time. ValueError where the framework does not offer it."""
         raise ValueError(f"--calibrate: {self.title} does not offer it")
+
+    def launch(self, command: list[str], processes: int, device: str | None) -> None:
+        """Run `python COMMAND` as so many processes that split a model, each on a device of its own. ValueError where
+        the framework or the machine does not offer it; OSError if one of them fails."""
+        raise ValueError(f"--devices: found {processes}, wanted 1: {self.title} does not offer it")
+
+    def meet(self, seen: dict[str, Any], split: bool, device: str | None) -> dict[str, Any]:
+        """In one of several processes of a command: wait for the others. Returns what `from_pretrained` takes for a
+        model that they `split`. ValueError where they see different things, or the framework does not offer it."""
+        raise ValueError(f"torchrun: found several processes, wanted one: {self.title} does not offer them")
+
+    def of_first(self, value: Any) -> Any:
+        """In processes that split a model: the first one's value."""
+        return value
 
     def inputs(self, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
         """`input_ids` and `attention_mask` of some texts, as tensors of the framework."""

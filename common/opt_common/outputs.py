@@ -12,7 +12,7 @@ from .kin import Kin
 
 
 class ModelOutput(Kin, OrderedDict[str, Any]):
-    """The base of all outputs. A field that is not there reads as None by attribute, and is no key.
+    """The base of all outputs. A missing field is None as an attribute, and absent as a key.
 
     Each framework registers the subclasses with its own functions over nested structures.
     """

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import multiprocessing
 import time
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from .checkpoints.pretrained import open_pretrained
+from .checkpoints.pretrained import Pretrained, open_pretrained
 from .frameworks import Framework, registered
+from .quantization import dequantize
 from .reference import forward
 from .tokenizer import GPT2Tokenizer
 
@@ -40,12 +45,14 @@ class Row:
 
 @dataclass
 class Report:
-    """The rows, the prompt, and the text that continues it."""
+    """The rows, the prompt, and the text that continues it. `beside`: the errors of the hidden states and the logits of
+    other libraries on that text, for comparison."""
 
     model: str
     prompt: str
     text: str
     rows: list[Row]
+    beside: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -61,15 +68,18 @@ def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found.astype(np.float64) - wanted).max() / np.abs(wanted).max())
 
 
-def parity(model: str, prompt: str, new_tokens: int, frameworks: Iterable[str] | None = None) -> Report:
+def parity(
+    model: str, prompt: str, new_tokens: int, frameworks: Iterable[str] | None = None, beside: bool = False
+) -> Report:
     """Load `model` in each framework (default: all) in float32, continue `prompt` greedily by `new_tokens`, and compare
     with the float64 run: each token with its likeliest, and the logits and hidden states over the whole text.
 
-    No text ends early, so there are always `new_tokens`. The speed is that of the second of two runs.
+    No text ends early, so there are always `new_tokens`. The speed is that of the second of two runs. `beside`: compare
+    transformers too, in float32, if it and PyTorch are installed.
     """
     tokenizer = GPT2Tokenizer.from_pretrained(model)
     opened = open_pretrained(model, "OPTForCausalLM", "float64")
-    weights = {spec.name: array for spec, array in opened.tensors}
+    weights = _floats(opened)
     judged: dict[tuple[int, ...], tuple[np.ndarray, list[np.ndarray]]] = {}
     rows, text = [], ""
     for key in registered() if frameworks is None else frameworks:
@@ -89,7 +99,45 @@ def parity(model: str, prompt: str, new_tokens: int, frameworks: Iterable[str] |
         row.logits = relative_error(framework.numpy(out.logits), logits)
         row.layers = [relative_error(framework.numpy(f), w) for f, w in zip(out.hidden_states, hidden, strict=True)]
         text = text or tokenizer.decode(row.tokens, skip_special_tokens=True)
-    return Report(model, prompt, text, rows)
+    others: dict[str, list[float]] = {}
+    if beside and judged and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+        tokens, (logits, hidden) = next(iter(judged.items()))
+        # in a process of its own: it imports Triton, whose LLVM ends a process that has TensorFlow's
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            found = apart.submit(_transformers, model, np.array([tokens])).result()
+        errors = [relative_error(f, w) for f, w in zip(found, [*hidden, logits], strict=True)]
+        others[f"transformers {version('transformers')}"] = errors
+    return Report(model, prompt, text, rows, others)
+
+
+def _floats(opened: Pretrained) -> dict[str, np.ndarray]:
+    """The weights by their names; of a quantized Linear the float64 weight that it stands for."""
+    weights: dict[str, np.ndarray] = {}
+    for spec, array in opened.tensors:
+        if spec.kind == "shape":  # the last of a Linear's three
+            packed, scale = (weights.pop(f"{spec.path}.weight_{part}") for part in ("packed", "scale"))
+            assert spec.packing is not None
+            weights[f"{spec.path}.weight"] = dequantize(packed, scale.astype(np.float64), spec.packing.bits)
+        else:
+            weights[spec.name] = array
+    return weights
+
+
+def _transformers(model: str, ids: np.ndarray) -> list[np.ndarray]:
+    """The hidden states and the logits of its PyTorch OPT in float32, with these weights, from whatever file."""
+    import torch
+    import transformers
+
+    opened = open_pretrained(model, "OPTForCausalLM", "float32")
+    with torch.device("meta"):
+        config = opened.config.changed(quantization_config=None).to_dict()
+        theirs = transformers.OPTForCausalLM(transformers.OPTConfig(**config)).eval()
+    weights = {name: torch.from_numpy(array.astype(np.float32)) for name, array in _floats(opened).items()}
+    theirs.load_state_dict(weights, strict=False, assign=True)  # a tied head is not among them
+    theirs.tie_weights()
+    with torch.inference_mode():
+        out = theirs(torch.from_numpy(ids), output_hidden_states=True)
+    return [tensor.numpy() for tensor in (*out.hidden_states, out.logits)]
 
 
 def _run(

@@ -168,7 +168,7 @@ class _Reader:
 
     def error(self, key: str, wanted: str) -> ValueError:
         found = f"found {reprlib.repr(self.values.get(key))}, wanted {wanted}"
-        return ValueError(f"{self.path}: {key}: {found}; OPT Zoo cannot do this and will not ignore it")
+        return ValueError(f"{self.path}: {key}: {found}; OPT Zoo does not support this and will not ignore it")
 
     def get(self, key: str) -> Any:
         return self.values.get(key)

@@ -169,12 +169,12 @@ def _matrix(config: OPTConfig, spec: Spec) -> Iterator[Spec]:
 
 
 def parameter_count(config: OPTConfig) -> int:
-    """How many numbers an OPTForCausalLM of this config holds; a tied head counts once."""
+    """The number of parameters of an OPTForCausalLM with this config; a tied head counts once."""
     return sum(spec.size for spec in table(config.changed(quantization_config=None)))
 
 
 def byte_count(config: OPTConfig, dtype: str = "float16") -> int:
-    """The bytes of its weights in `dtype`."""
+    """The size in bytes of its weights in `dtype`."""
     sizes = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
     return sum(spec.size * sizes[spec.dtype(dtype)] for spec in table(config))
 

@@ -13,18 +13,15 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from opt_common.generation import Options, Settings, pieces
+from opt_common.generation import Options, Settings, columns, pieces
 from opt_common.outputs import GenerateOutput
 
 from . import drafts
 from .callbacks import Callbacks, callbacks, traceable
 from .choosing import Numbers, Plan, chosen, values
-from .loop import PROGRAMS, Given, Reading, State, forget, run, steps
+from .loop import PROGRAMS, Given, Reading, State, forget, from_slot, run, steps
 from .prompts import asked, given, key
 from .results import of_passes, texts
-
-# New tokens are counted up to a multiple of so many columns, so that one program serves all lengths between.
-NEW_STEP = 64
 
 
 def generate(
@@ -40,15 +37,16 @@ def generate(
     B · num_return_sequences; or a GenerateOutput, with `return_dict_in_generate`. The array has itself as its attribute
     `sequences`, for scripts that expect transformers' output.
 
-    attention_mask: [B, T], 0 for padding on either side. Default: everything that is not the config's `pad_token_id`.
+    attention_mask: [B, T], 0 for padding on either side. Default: everything but the config's `pad_token_id`.
     prng_key: what sampling draws with, in place of `seed`.
     trace: has no effect, the loop is always one compiled program; transformers' Flax models take False for debugging.
     options: see `opt_common.generation.Options`. A `logits_processor` of (ids, scores, cur_len) is traced, with ids
         [R, T + max_new_tokens] of which `cur_len` columns are there; one of (ids, scores) is called at each step.
     Under jit and pmap ids and mask may be traced, and the result has all T + max_new_tokens columns.
-    A program is compiled for each kind of settings, number of rows and width, in steps of 32 columns and 64 new tokens;
-    64 of them are kept, then all are forgotten. `jax.clear_caches` forgets them sooner.
-    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
+    A program is compiled for each kind of settings, number of rows, width of the prompts and of the new tokens; widths
+    are rounded up to 32, multiples of 64, and from 512 on four to each power of two. At 256 programs, or where the
+    process has no room for more, all are forgotten; `jax.clear_caches` forgets them sooner.
+    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is invalid.
     """
     call = Call.of(self, input_ids, attention_mask, prng_key, options)
     readings: list[Reading] = []
@@ -81,7 +79,7 @@ def stream(
     prng_key: Array | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """The text of one row, piece by piece as it is written; arguments as of `generate`. Raises ValueError, before any
+    """Like `generate` for one row, but yields the new text in pieces, as it is written. Raises ValueError, before any
     work, for several rows or beams too."""
     call = Call.of(self, input_ids, attention_mask, prng_key, {**options, "tokenizer": tokenizer})
     call.check_one("stream")
@@ -114,6 +112,7 @@ class Call:
         arrays = [options.get(name) for name in ("inputs_embeds", "past_key_values", "negative_prompt_ids")]
         leaves = jax.tree.leaves((model, prng_key, prompt.ids, prompt.mask, arrays))
         traced = any(isinstance(x, Tracer) for x in leaves)
+        spread = not traced and any(isinstance(x, Array) and not x.is_fully_addressable for x in leaves)
         for name in ("prefix_allowed_tokens_fn", "stop_strings", "max_time", "streamer"):
             if traced and options.get(name) is not None:
                 raise ValueError(f"{name}: found one under jit, where no token is known; wanted a call outside of it")
@@ -122,7 +121,7 @@ class Call:
         shown = settings.output_attentions or settings.output_hidden_states
         # what is traced is as wide as it has to be, and so is what the caller sees; a cache has the prompt's columns
         exact = traced or bool(functions) or shown or options.get("past_key_values") is not None
-        room = settings.max_new_tokens if exact else -(-settings.max_new_tokens // NEW_STEP) * NEW_STEP
+        room = settings.max_new_tokens if exact else columns(settings.max_new_tokens)
         found = given(model, prompt, room, exact)
         plan = Plan(
             names=tuple(settings.processors),
@@ -143,7 +142,7 @@ class Call:
             pad or ends[0] if plan.beams and ends else pad,  # as in transformers, no 0 behind a beam
             settings.max_new_tokens,
             settings.length_penalty,
-            key(settings, prng_key, traced),
+            key(settings, prng_key, traced, spread),
         )
         functions = callbacks(settings, options)
         streamer, assistant = options.get("streamer"), options.get("assistant_model") if settings.assisted else None
@@ -187,22 +186,22 @@ class Call:
 
     def token(self, state: State, step: int) -> np.ndarray:
         """The new token [R] of a step, from 0."""
-        return np.asarray(state.texts[:, self.given.ids.shape[1] + step])
+        return np.asarray(state.texts)[:, self.given.ids.shape[1] + step]
 
     def result(self, state: State, readings: list[Reading], scores: list[Array]) -> Any:
         """What `generate` returns, from the state at the end and what the steps had."""
         settings, plan, T = self.settings, self.plan, self.given.ids.shape[1]
         fields: dict[str, Any] = {}
-        xp: Any = jnp if self.traced else np  # numpy: for jax every length would be one more program
+        xp: Any = jnp if self.traced else np  # numpy and device_put: for jnp every length would be one more program
         ids, count = state.texts, state.step
         if plan.beams:
             n = settings.num_return_sequences
             best = (xp.asarray(x) for x in (state.best, state.best_sources))
             ids, sources = (x[:, :n].reshape(-1, x.shape[2]) for x in best)
             count = (sources >= 0).sum(axis=1).max()
-            fields["beam_indices"] = jnp.asarray(sources[:, : self._columns(count)])
+            fields["beam_indices"] = jax.device_put(sources[:, : self._columns(count)])
             if settings.output_scores:
-                fields["sequences_scores"] = jnp.asarray(xp.asarray(state.best_scores)[:, :n].reshape(-1))
+                fields["sequences_scores"] = jax.device_put(xp.asarray(state.best_scores)[:, :n].reshape(-1))
         prompts = xp.repeat(xp.asarray(self.ids, np.int32), settings.num_return_sequences, axis=0)
         sequences = xp.concatenate([prompts, xp.asarray(ids)[:, T : T + self._columns(count)]], axis=1)
         if not settings.return_dict_in_generate:
@@ -213,9 +212,9 @@ class Call:
             fields["logits"] = tuple(reading.logits for reading in readings)
         cache = state.cache
         if cache is not None and self.given.front:
-            cache = cache.between(self.given.front, cache.slots)
+            cache = from_slot(cache, self.given.front)
         fields |= of_passes(readings, self.given, plan)
-        return GenerateOutput(sequences=jnp.asarray(sequences), past_key_values=cache, **fields)
+        return GenerateOutput(sequences=jax.device_put(sequences), past_key_values=cache, **fields)
 
     def _columns(self, count: Array) -> int:
         """How many columns of new tokens are returned: all where the longest text is not known."""

@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
+
+from opt_common.generation import crowded
 
 from ..cache import KVCache
 from ..products import for_one_token, head
@@ -225,18 +229,23 @@ def steps(
     reading, state = _begin(model, given, numbers, plan=plan)
     for step in range(1, numbers.limit + 1):
         if callbacks.processors:
-            there = state.texts[:, start : end + step - 1]
-            scores = _by_name(there, callbacks, reading, given, state, numbers, plan)
+            there = slice(start, end + step - 1)
+            scores = _by_name(cut(state.texts, there), callbacks, reading, given, state, numbers, plan)
         else:
             scores = _scored(reading, given, state, numbers, plan=plan)
         proposal, ended = _propose(scores, state, numbers, plan=plan)
         for criterion in callbacks.criteria:
-            ended = ended | jnp.asarray(criterion(proposal.ids[:, start : end + step], scores))
+            ended = ended | jnp.asarray(criterion(cut(proposal.ids, slice(start, end + step)), scores))
         state = _settle(state, proposal, ended, numbers, plan)
         yield reading, scores, state
         if step == numbers.limit or not (traced or state.unfinished(plan)):
             return
         reading, state = _read(model, given, state, plan=plan)
+
+
+def cut(x: Array, columns: slice) -> Array:
+    """Those columns; by numpy, as for jnp each place would be one more program."""
+    return x[:, columns] if isinstance(x, Tracer) else jax.device_put(np.asarray(x)[:, columns])
 
 
 def _by_name(
@@ -254,15 +263,27 @@ def _by_name(
 
 # === Compiled programs ===
 
-# On a CPU XLA maps 250 to 550 pieces of memory a program, and Linux lets a process have 65,530: with more it crashes.
-KEPT = 64
+KEPT = 256  # each holds some 10 MB
+_counted = 0  # when `forget` last looked
 
 
 def forget(programs: Sequence[Any]) -> None:
-    """Drop all compiled programs if there are KEPT; those that are called again are compiled again."""
-    if sum(program._cache_size() for program in programs) >= KEPT:
+    """Drop all compiled programs if there are KEPT, or new ones and no room for more; those that are called again are
+    compiled again."""
+    global _counted
+    count = sum(program._cache_size() for program in programs)
+    if count >= KEPT or (count > _counted and crowded()):
+        count = 0
         for program in programs:
             program.clear_cache()
+    _counted = count
+
+
+@jax.jit
+def from_slot(cache: KVCache, slot: Any) -> KVCache:
+    """The cache without the slots before that one, of padding, which are then free ones behind the others."""
+    k, v, _, segments = jax.tree.map(lambda x: jnp.roll(x, -slot, axis=1) if jnp.ndim(x) else x, cache)
+    return KVCache(k, v, cache.length - slot, segments)
 
 
 _begin = jax.jit(begin, static_argnames="plan")
@@ -271,4 +292,4 @@ _scored = jax.jit(scored, static_argnames="plan")
 _process = jax.jit(process, static_argnames="plan")
 _propose = jax.jit(propose, static_argnames="plan")
 _settle = jax.jit(lambda state, *rest: state.settle(*rest), static_argnums=4)
-PROGRAMS = (run, _begin, _read, _scored, _process, _propose, _settle)
+PROGRAMS = (run, _begin, _read, _scored, _process, _propose, _settle, from_slot)

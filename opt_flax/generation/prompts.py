@@ -15,14 +15,11 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from opt_common.generation import Prompt, Settings, check_generate, merged, prompt
+from opt_common.generation import Prompt, Settings, check_generate, columns, merged, prompt
 from opt_common.generation.prompts import held_alone, padding, started
 from opt_common.inputs import check_call, check_tokens
 
 from .loop import Given
-
-# Prompts are padded to a multiple of so many columns, so that one program serves all widths between.
-STEP = 32
 
 
 def asked(model: Any, input_ids: Any, attention_mask: Any, options: Mapping[str, Any]) -> Prompt:
@@ -67,7 +64,7 @@ def given(model: Any, prompt: Prompt, room: int, exact: bool) -> Given:
             raise ValueError("past_key_values: found one that is traced, wanted one whose length is known")
         feed = feed[:, prompt.unread(int(cache.length)) :]
         cache = cache.between(0, max(cache.slots, mask.shape[1] + room))
-    front = 0 if exact else -T % STEP
+    front = 0 if exact else columns(T) - T
     if front:
         sides = ((0, 0), (front, 0))
         feed = jnp.pad(feed, (*sides, (0, 0))) if feed.ndim == 3 else np.pad(feed, sides, constant_values=1)
@@ -98,12 +95,16 @@ def _other(model: Any, prompt: Prompt, moved: Any) -> tuple[Any, Any] | None:
     return ids.astype(np.int32), mask
 
 
-def key(settings: Settings, prng_key: Any, traced: bool) -> Array | None:
-    """What is drawn with: `prng_key`, or one of `seed`, or else of the system's random numbers."""
+def key(settings: Settings, prng_key: Any, traced: bool, spread: bool) -> Array | None:
+    """What is drawn with: `prng_key`, or one of `seed`, or else of the system's random numbers.
+    spread: whether the model lies on the devices of several processes."""
     if not settings.do_sample or prng_key is not None:
         return prng_key if settings.do_sample else None
     if settings.seed is None and traced:
         raise ValueError("prng_key: found None under jit, which would draw the same text at each call; wanted a key")
+    if settings.seed is None and spread:
+        found = "found None with a model over several processes"
+        raise ValueError(f"seed: {found}, each of which would draw another text; wanted a number")
     seed, *parts = (settings.seed,) if isinstance(settings.seed, int) else settings.seed or (secrets.randbits(31),)
     found = jax.random.key(seed)
     for part in parts:

@@ -24,8 +24,9 @@ def texts(array: ArrayLike) -> Any:
     """The texts, an array, with an attribute `sequences`, the same, for scripts that expect transformers' output."""
     if isinstance(array, Tracer):
         return Traced(array)
-    array = jnp.asarray(array)
-    array.sequences = jnp.array(array)  # pyright: ignore[reportAttributeAccessIssue]; itself would keep it for ever
+    copy = jnp.array(array) if isinstance(array, jax.Array) else jax.device_put(array)
+    array = jax.device_put(array)
+    array.sequences = copy  # pyright: ignore[reportAttributeAccessIssue]; itself would keep it for ever
     return array
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opt_common.generation import Prompt, Settings
 
+from ..parallel import fully_sharded
 from . import loop
 from .choosing import Chooser
 from .passes import Passes, passes
@@ -67,6 +68,8 @@ class Assistant:
     """Guesses what a smaller model writes."""
 
     def __init__(self, model: Any, given: Prompt, ids: Tensor, mask: Tensor) -> None:
+        if fully_sharded(model):  # the others' passes could be those of the large model
+            raise ValueError("assistant_model: found weights spread over the processes, wanted all of them in each")
         settings, device = given.settings, ids.device
         self.most = settings.draft
         self.text = Text(given, model.config.vocab_size, device)

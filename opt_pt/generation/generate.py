@@ -30,12 +30,12 @@ def generate(
     """Continue each row of `input_ids` [B, T]; returns [R, T + new] int64, the prompts included, where R is B, or B ·
     num_return_sequences. With `return_dict_in_generate`, a GenerateOutput.
 
-    attention_mask: [B, T], 0 for padding on either side. Default: everything that is not padding by `pad_token_id`.
+    attention_mask: [B, T], 0 for padding on either side. Default: everything but `pad_token_id`.
     options: see `opt_common.generation.Options`, or further arguments of the model's call.
     A model in half precision on a GPU takes each step as one replay of a CUDA graph (`opt_pt.fast.gpu`), one on a CPU
     without its modules' overhead (`opt_pt.fast.cpu`), if its modules are as they were made; otherwise it is called.
-    A model in training mode drops out here too, as in transformers, with a warning.
-    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
+    In training mode dropout stays on, as in transformers, and a warning says so.
+    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is invalid.
     """
     writer = Writer(self, input_ids, attention_mask, options)
     streamer = writer.given.options.get("streamer")
@@ -60,7 +60,7 @@ def stream(
     tokenizer: Any,
     **options: Any,
 ) -> Iterator[str]:
-    """As `generate` for one row: its new text, piece by piece as it is written. tokenizer: what decodes it."""
+    """Like `generate` for one row, but yields the new text in pieces, as it is written. tokenizer: decodes it."""
     writer = Writer(self, input_ids, attention_mask, {**options, "tokenizer": tokenizer})
     if (rows := len(writer.text.ids)) != 1:
         raise ValueError(f"stream: found {rows} rows or beams, wanted one")
@@ -80,7 +80,7 @@ class Writer:
         config = model.config
         if model.training and (config.dropout or config.attention_dropout or config.layerdrop):
             warnings.warn(
-                "generate: found a model in training mode, which drops out; wanted model.eval()", stacklevel=3
+                "generate: found a model in training mode, where dropout is on; wanted model.eval()", stacklevel=3
             )
         settings, sources = given.settings, (input_ids, options.get("inputs"), options.get("inputs_embeds"))
         self.home = next((x.device for x in sources if isinstance(x, Tensor)), model.device)  # where the result goes
@@ -114,10 +114,13 @@ class Writer:
             yield from loop.write(self.text, self.passes, self.choose, self.stops.over, watched)
         else:
             yield from drafts.write(self.text, self.passes, self.choose, self.stops, self.drafter)
+        self.passes.finish()
 
     def search(self) -> tuple[Tensor, Tensor, Tensor]:
         """See `beams.search`."""
-        return beams.search(self.given.settings, self.text, self.passes, self.choose, self.stops)
+        found = beams.search(self.given.settings, self.text, self.passes, self.choose, self.stops)
+        self.passes.finish()
+        return found
 
     def result(self, new: Tensor, **of_beams: Tensor) -> Any:
         """What `generate` returns, of the new tokens [R, new]."""

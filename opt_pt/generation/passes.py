@@ -19,6 +19,7 @@ from opt_common.generation import Prompt
 from ..cache import KVCache
 from ..fast import cpu, gpu
 from ..inputs import can_cache
+from ..parallel import anyone, fully_sharded
 from .choosing import Chooser
 from .text import Text
 
@@ -45,7 +46,7 @@ class Passes:
         self, model: Any, given: Prompt, ids: Tensor, mask: Tensor, text: Text, inputs: dict[str, Any]
     ) -> None:
         settings, n = given.settings, text.copies
-        self.model, self.text = model, text
+        self.model, self.text, self.in_step = model, text, fully_sharded(model)
         self.ids, self.mask = ids.repeat_interleave(n, dim=0), mask.repeat_interleave(n, dim=0)
         self.inputs = {k: v.repeat_interleave(n, dim=0) if _of_rows(v, ids) else v for k, v in inputs.items()}
         self.cache = self.inputs.pop("past_key_values", None)
@@ -85,11 +86,18 @@ class Passes:
         inputs = self.model.prepare_inputs_for_generation(
             self.ids, past_key_values=self.cache, attention_mask=self.mask, use_cache=self.use_cache, **self.inputs
         )
+        if self.in_step:
+            anyone(True, self.ids.device)
         out = self.model(**inputs, **keep, return_dict=True)
         self.cache = out.past_key_values
         self.attentions.append(out.attentions)
         self.hidden_states.append(out.hidden_states)
         return out.logits.to(self.text.ids.device)
+
+    def finish(self) -> None:
+        """Of a model whose weights are gathered for each pass: take part in those that others still make."""
+        while self.in_step and anyone(False, self.ids.device):
+            self.model(self.ids[:1, :1], use_cache=False)
 
     def reorder(self, rows: Tensor) -> None:
         """Make row i what row rows[i] is."""

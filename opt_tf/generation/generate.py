@@ -3,10 +3,9 @@ but for what only the host can do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Unpack
 
-import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
@@ -19,6 +18,7 @@ from .callbacks import Stops, stops
 from .choosing import Numbers, Plan
 from .drafts import draft
 from .loop import Pass, Result, Rows, Start, first, further
+from .programs import called, compiled, weights
 from .prompts import Call, prepared, traced
 from .results import output
 
@@ -33,12 +33,13 @@ def generate(
     """Continue each row of `input_ids` [B, T]; returns [B, T + new], the prompts included, or a GenerateOutput.
 
     input_ids: the prompts, or a dictionary of the arguments. Default: one that is `bos_token_id`.
-    attention_mask: [B, T], 0 for padding on either side. Default: everything that is not `pad_token_id`.
+    attention_mask: [B, T], 0 for padding on either side. Default: everything but `pad_token_id`.
     options: see `opt_common.generation.Options`.
     In a tf.function the result is always max_new_tokens wide, with padding behind the ends.
-    XLA compiles a program for each kind of settings, number of rows and width, in steps of 64 columns and new tokens;
-    100 in a process at most, as TensorFlow never drops one. Further ones run slower, without XLA.
-    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is off.
+    XLA compiles a program for each kind of model and settings, number of rows, width of the prompts and of the new
+    tokens; widths are rounded up to 32, multiples of 64, and from 512 on four to each power of two. TensorFlow never
+    drops one: once there are 256, or the process has no room for more, further ones run slower, without XLA.
+    Raises ValueError, before any work, if the result would run past max_position_embeddings or an argument is invalid.
     """
     if not tf.executing_eagerly():
         call = traced(self, input_ids, attention_mask, options)
@@ -48,7 +49,7 @@ def generate(
     if not call.hosted:
         models = call.models
         return output(
-            call, _called(_generate, models, weights(models), call.start, call.ahead, call.numbers, plan=call.plan)
+            call, called(_generate, models, weights(models), call.start, call.ahead, call.numbers, plan=call.plan)
         )
     if streamer is not None:
         streamer.put(np.asarray(call.prompts))
@@ -99,50 +100,7 @@ def _run(model: Any, assistant: Any, start: Start, ahead: Start | None, numbers:
     return way.result(state)
 
 
-def _compiled(function: Callable[..., Any], jit: bool = True) -> Any:
-    """The program of a function of some models and tensors; it takes the models, then their weights, then the rest.
-
-    TensorFlow keeps every program for good, and one that took the weights from the models would keep them as well, long
-    after the models are gone."""
-
-    def run(models: tuple[Any, ...], weights: list[Tensor], *args: Any, **kwargs: Any) -> Any:
-        with keras.StatelessScope(state_mapping=list(zip(_variables(models), weights, strict=True))):
-            return function(*models, *args, **kwargs)
-
-    return tf.function(run, jit_compile=jit, autograph=False)
-
-
-def _variables(models: tuple[Any, ...]) -> list[Any]:
-    return [variable for model in models if model is not None for variable in model.weights]
-
-
-def weights(models: tuple[Any, ...]) -> list[Tensor]:
-    return [tf.convert_to_tensor(variable.value) for variable in _variables(models)]
-
-
-_generate, _first, _further = map(_compiled, (_run, first, further))
-_plain = {
-    program: _compiled(function, False)
-    for program, function in zip((_generate, _first, _further), (_run, first, further), strict=True)
-}
-
-# On a CPU XLA maps 300 to 500 pieces of memory a program, and Linux lets a process have 65,530: with more it crashes.
-# So it compiles so many at most.
-MOST = 100
-_forms: set[Any] = set()  # what it has compiled
-
-
-def _called(program: Any, models: tuple[Any, ...], weights: list[Tensor], *args: Any, **kwargs: Any) -> Any:
-    """What a program returns, of XLA or, if it would be one too many, without it."""
-    form = (program, *map(_form, (*models, *tf.nest.flatten((args, kwargs)))))
-    if form not in _forms and len(_forms) < MOST:
-        _forms.add(form)
-    return (program if form in _forms else _plain[program])(models, weights, *args, **kwargs)
-
-
-def _form(x: Any) -> Any:
-    """What a program depends on of an argument."""
-    return (x.shape, x.dtype) if tf.is_tensor(x) else x if isinstance(x, (int, float, str)) else id(x)
+_generate, _first, _further = map(compiled, (_run, first, further))
 
 
 def _steps(call: Call) -> Iterator[tuple[Pass, Any]]:
@@ -152,7 +110,7 @@ def _steps(call: Call) -> Iterator[tuple[Pass, Any]]:
     ends = stops(settings, call.options)
     models, way = call.models[:1], _way(start, call.numbers, plan, ends)
     tensors = weights(models)
-    out = _called(_first, models, tensors, start, plan.room, plan.copies, plan.use_cache, **wanted)
+    out = called(_first, models, tensors, start, plan.room, plan.copies, plan.use_cache, **wanted)
     state: Any = way.begin(out)
     end = int(start.width)
     while True:
@@ -161,7 +119,7 @@ def _steps(call: Call) -> Iterator[tuple[Pass, Any]]:
             return
         end += 1
         caches = state.cache, state.guide_cache
-        out = _called(_further, models, tensors, state.text, way.padding, tf.constant(end), *caches, **wanted)
+        out = called(_further, models, tensors, state.text, way.padding, tf.constant(end), *caches, **wanted)
         state = way.write(out, state)
 
 

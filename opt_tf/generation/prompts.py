@@ -11,16 +11,12 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_common.generation import Options, Settings, check_generate, merged, prompt
+from opt_common.generation import Options, Settings, check_generate, columns, merged, prompt
 from opt_common.generation.prompts import padding, started
 
 from ..cache import KVCache
 from .choosing import Numbers, Plan
 from .loop import Start
-
-# Prompts and new tokens are padded to a multiple of so many columns, or half of it: one program serves the lengths
-# between.
-STEP = 64
 
 # What the host does after each step
 HOST = ("prefix_allowed_tokens_fn", "stop_strings", "stopping_criteria", "streamer", "max_time")
@@ -108,7 +104,7 @@ def call(model: Any, prompts: Tensor, mask: Tensor, settings: Settings, options:
     length = 0 if _hosted(settings, options) or options.get("inputs_embeds") is not None else settings.draft
     assistant = options.get("assistant_model") if length and settings.assisted else None
     room = settings.max_new_tokens + (length + 1 if length else 0)  # the last draft may reach so far beyond the end
-    room = _columns(room) if tf.executing_eagerly() else room
+    room = columns(room) if tf.executing_eagerly() else room
     plan = Plan.of(settings, room, model.config.vocab_size, length)
     if options.get("inputs_embeds") is not None:
         plan = plan._replace(use_cache=True)  # they cannot be had again from the text
@@ -136,9 +132,9 @@ def _start(prompts: Tensor, mask: Tensor, numbers: Numbers, options: Options, pl
         inputs, seen, past = _rest(ids, real, past, plan.room)
     elif eager and not plan.keep_cache:
         longest = int(tf.reduce_max(tf.reduce_sum(real, axis=1)))
-        extra = _columns(longest) - longest
+        extra = columns(longest) - longest
         inputs, seen = (_left(x[:, x.shape[1] - longest :], extra) for x in (inputs, seen))
-    behind = plan.room + (_columns(int(W)) - int(W) if eager else 0)
+    behind = plan.room + (columns(int(W)) - int(W) if eager else 0)
     text = tf.pad(text, ((0, 0), (0, behind)), constant_values=numbers.pad_token_id)
     ids, embeds = (inputs, None) if embeds is None else (None, inputs)
     return Start(text, padding, W, ids, embeds, seen, past, away, away_mask)
@@ -165,10 +161,6 @@ def _rest(ids: Tensor, real: Tensor, past: KVCache, room: int) -> tuple[Tensor, 
 
 def _left(x: Tensor, n: int) -> Tensor:
     return tf.pad(x, ((0, 0), (n, 0)) + ((0, 0),) * (len(x.shape) - 2))
-
-
-def _columns(n: int) -> int:
-    return STEP // 2 if n <= STEP // 2 else n + -n % STEP
 
 
 def _seed(settings: Settings) -> Tensor:

@@ -17,7 +17,7 @@ from ..config import DTYPES
 from ..files import abridged, read_json
 from .commit import SAVED
 from .layouts import LAYOUTS, layout_named
-from .tensors import CAN_HOLD, Entry, holding, numpy_dtype
+from .tensors import CAN_HOLD, Entry, Index, holding, numpy_dtype
 
 # The files that a folder can be opened by.
 FILES = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.main))
@@ -28,10 +28,10 @@ T = TypeVar("T")
 class Checkpoint(Mapping[str, Entry]):
     """The tensors of a checkpoint by name. Opening reads headers only.
 
-    `path` is a folder or a weight file. `layout` is one of `LAYOUTS`, or None for the one that is there; if there are
+    `path` is a folder or a weight file. `layout` is one of `LAYOUTS`, or None for the one found; if there are
     several, `prefer` takes the first. `main` is the file that the checkpoint was opened by, `files` the weight files.
-    What is read is of one save, also if others take its place: the files stay open, save for those of layouts of very
-    many, whose tensors raise OSError when they have been replaced.
+    All that is read comes from one save, even if another replaces it meanwhile: the files stay open. Layouts of very
+    many files are the exception; their tensors raise OSError once they have been replaced.
     Raises FileNotFoundError if there are no weights, ValueError if there are weights of several layouts and neither
     `layout` nor `prefer` chooses, and ValueError, naming the file, if one is damaged.
     """
@@ -71,7 +71,11 @@ class Checkpoint(Mapping[str, Entry]):
                         return array
             raise OSError(f"{self.main}: another save took its place while it was read; open it again")
 
-        return Entry(entry.shape, entry.dtype, entry.file, lambda: checked(entry.read), lambda: checked(entry.map))
+        def cut(index: Index, copied: bool) -> np.ndarray:
+            return checked(lambda: entry.part(index, copied))
+
+        whole = (lambda: checked(entry.read)), (lambda: checked(entry.map))
+        return Entry(entry.shape, entry.dtype, entry.file, *whole, cut if entry.cut else None)
 
     def _is_there(self) -> bool:
         """Whether the files are open, or still those that were opened. `main` is the first that a save removes, and its
@@ -103,14 +107,14 @@ class Checkpoint(Mapping[str, Entry]):
 
     @property
     def dtype(self) -> str:
-        """The floating-point dtype that most of its bytes have."""
+        """The floating-point dtype of most of its bytes."""
         sizes: dict[str, int] = {}
         for entry in self.values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
         return max(sizes, key=lambda name: (name in DTYPES, sizes[name]))
 
     def rearrange(self, change: Callable[[Mapping[str, Entry]], dict[str, Entry]]) -> None:
-        """Take other tensors, which are read from these."""
+        """Replace the tensors by others, which are read from them."""
         self._entries = change(self._entries)
 
 

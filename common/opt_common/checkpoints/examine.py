@@ -14,13 +14,15 @@ import numpy as np
 
 from ..config import DTYPES, SIZES, OPTConfig
 from ..progress import byte_bar
-from ..weights import table
+from ..weights import Spec, table
 from .checkpoint import Checkpoint, recognize
-from .fit import compare, stored_architecture
+from .fit import compare, layer_number, stored_architecture
 from .open import Opened, find_checkpoint, open_checkpoint
 from .quantized import as_table
 from .tensors import Entry, contiguous
 
+# What `examine` sorts tensors into. "embeddings": those of tokens and positions, their projections, and heads.
+PARTS = ("embeddings", "attention", "feed-forward", "biases", "norms")
 # Fields that do not change what a model computes.
 _OF_TRAINING = ("dtype", "unknown", "dropout", "attention_dropout", "layerdrop", "init_std", "use_cache")
 
@@ -30,6 +32,7 @@ def examine(
     layout: str | None = None,
     sha256: bool = False,
     check: bool = False,
+    ranges: bool = False,
     source: str | Path | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds, from its headers, as a dictionary of plain values.
@@ -37,13 +40,16 @@ def examine(
     `misfits` lists what does not fit the config; an empty list is a checkpoint that loads. Of several layouts the
     preferred is read, and `beside` names the others. `sha256` adds a digest for each tensor of its numbers in the
     order [out, in], equal in every layout; `check` adds `not_finite`: how many numbers of a tensor are NaN or infinite,
-    for those that have any. `source`, the floats that a checkpoint of few bits was rounded from, adds `errors`: of each
-    weight, ‖rounded - w‖ / ‖w‖. All three read all weights. Raises as `open_checkpoint`, save for what does not fit,
-    and for a source that is not that.
+    for those that have any; `ranges` adds a row for each tensor that fits: its `name` in the table of weights, `layer`,
+    None outside of the layers, and `part`, one of PARTS, its `bytes` as stored, how many `numbers` of it are finite,
+    their `smallest`, `largest`, `mean` and standard deviation `std`, and how many are `not_finite`. A quantized
+    Linear's are those of the weight that it stands for. `source`, the floats that a checkpoint of few bits was rounded
+    from, adds `errors`: of each weight, ‖rounded - w‖ / ‖w‖. All four read all weights, one tensor at a time. Raises as
+    `open_checkpoint`, save for what does not fit, and for a source that is not that.
     """
     errors = None if source is None else rounding_errors(path_or_name, source, layout)
     checkpoint, config = find_checkpoint(path_or_name, layout, prefer=True)
-    _, tied, misfits = compare(checkpoint, config)
+    names, tied, misfits = compare(checkpoint, config)
     dtypes: dict[str, int] = {}
     for entry in checkpoint.values():
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + 1
@@ -75,6 +81,9 @@ def examine(
     }
     if sha256 or check:
         facts |= _read_all(checkpoint, sha256, check)
+    if ranges:
+        held = {name: checkpoint[stored] for name, stored in names.items()}
+        facts["ranges"] = _ranges(checkpoint, config.changed(tie_word_embeddings=tied), held)
     return facts if errors is None else facts | {"errors": errors}
 
 
@@ -120,6 +129,37 @@ def _read_all(checkpoint: Checkpoint, sha256: bool, check: bool) -> dict[str, An
             advance(entry.nbytes)
             del array
     return ({"sha256": digests} if sha256 else {}) | ({"not_finite": not_finite} if check else {})
+
+
+def _ranges(checkpoint: Checkpoint, config: OPTConfig, held: dict[str, Entry]) -> list[dict[str, Any]]:
+    floats = table(config.changed(quantization_config=None), stored_architecture(checkpoint))
+    rows = []
+    with byte_bar(f"Reading {checkpoint.path.name}", sum(entry.nbytes for entry in held.values())) as advance:
+        for spec, entry in as_table(held, floats):
+            quantized = [f"{spec.path}.{name}" for name in ("weight_packed", "weight_scale", "weight_shape")]
+            stored = sum(held[name].nbytes for name in ([spec.name] if spec.name in held else quantized))
+            array = entry.read()
+            count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
+            for piece, _ in _pieces(array, array):
+                numbers = piece[np.isfinite(piece)].astype(np.float64)
+                count, total, squares = count + numbers.size, total + numbers.sum(), squares + np.square(numbers).sum()
+                low, high = numbers.min(initial=low), numbers.max(initial=high)
+            number = layer_number(spec.name)
+            row: dict[str, Any] = {"name": spec.name, "layer": None if number < 0 else number, "part": _part(spec)}
+            row |= {"bytes": stored, "numbers": count}
+            if count:
+                mean, std = total / count, math.sqrt(max(0.0, squares / count - (total / count) ** 2))
+                row |= {"smallest": float(low), "largest": float(high), "mean": float(mean), "std": std}
+            rows.append(row | {"not_finite": array.size - count})
+            advance(stored)
+            del array
+    return rows
+
+
+def _part(spec: Spec) -> str:
+    if spec.kind != "linear":
+        return {"embedding": "embeddings", "norm": "norms"}.get(spec.kind, "biases")
+    return "attention" if ".self_attn." in spec.path else "feed-forward" if ".fc" in spec.path else "embeddings"
 
 
 def _numbers(checkpoint: Checkpoint, config: OPTConfig) -> int:

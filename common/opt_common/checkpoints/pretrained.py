@@ -23,7 +23,7 @@ from .open import Opened, open_checkpoint
 from .quantized import as_table
 from .save import save_checkpoint
 from .shards import MAX_SHARD_SIZE
-from .tensors import Source, contiguous
+from .tensors import Index, Source, contiguous
 
 # the config overrides that `from_pretrained` takes
 _FIELDS = {field.name for field in dataclasses.fields(OPTConfig)}
@@ -70,6 +70,7 @@ def open_pretrained(
     ignore_mismatched_sizes: bool = False,
     key_mapping: Mapping[str, str] | None = None,
     added: Callable[[OPTConfig], Collection[str]] = lambda config: (),
+    part: Callable[[Spec], Index | None] = lambda spec: None,
     **options: Any,
 ) -> Pretrained:
     """Find, open and check a checkpoint; no tensor is read yet.
@@ -78,10 +79,11 @@ def open_pretrained(
     copies each array elsewhere and drops it, so it may be a map of the file. `layout`: which to read of several, as on
     the Hub; the preferred one by default (`open_checkpoint`). `config`: replaces the checkpoint's; an OPTConfig, or a
     folder or Hub name. `ignore_mismatched_sizes`: a head of another shape is newly initialized. `key_mapping`: as in
-    `open_checkpoint`. `added`: the names of tensors that a model of this config has besides the table's. `options`:
-    config overrides (`num_labels`, `dropout` ...; fewer `num_hidden_layers` drop the last layers), what
-    `opt_common.hub.fetch` takes, and transformers' use_safetensors, from_tf, from_flax, load_in_8bit and load_in_4bit,
-    which round the layers' Linears as they are read, and others that cannot change what is loaded.
+    `open_checkpoint`. `added`: the names of tensors that a model of this config has besides the table's. `part`: of
+    a tensor, the rows and columns to read; None for all. `options`: config overrides (`num_labels`, `dropout` ...;
+    fewer `num_hidden_layers` drop the last layers), what `opt_common.hub.fetch` takes, and transformers'
+    use_safetensors, from_tf, from_flax, load_in_8bit and load_in_4bit, which round the layers' Linears as they are
+    read, and others that cannot change what is loaded.
     Warns, in one line, of weights that are not used, and of those that the checkpoint does not hold. Raises before
     anything is allocated: TypeError for an unknown option, ValueError for one that is not offered.
     """
@@ -91,7 +93,7 @@ def open_pretrained(
         raise ValueError("use_auth_token: give it as token")
     for name in [name for name in options if name in _ONLY_OFF]:
         if options.pop(name):
-            raise ValueError(f"{name}: OPT Zoo does not offer this and will not ignore it")
+            raise ValueError(f"{name}: OPT Zoo does not support this and will not ignore it")
     for name in [name for name in options if name in _NO_EFFECT]:
         del options[name]
     for name in ("use_safetensors", "from_tf", "from_flax"):
@@ -142,7 +144,10 @@ def open_pretrained(
     def tensors() -> Iterator[tuple[Spec, np.ndarray]]:
         with byte_bar(f"Loading {path.name}", sum(entry.nbytes for _, entry in entries)) as advance:
             for spec, entry in entries:
-                yield spec, contiguous(entry.map() if copied else entry.read())
+                if (index := part(spec)) is not None:
+                    yield spec, contiguous(entry.part(index, copied))
+                else:
+                    yield spec, contiguous(entry.map() if copied else entry.read())
                 advance(entry.nbytes)
 
     return Pretrained(config, dtype, tensors(), new, unused, generation, more)

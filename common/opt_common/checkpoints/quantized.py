@@ -144,7 +144,8 @@ class _Gptq:
             return lambda: self.ordered() or self.symmetric() or get()
 
         packed = Entry(qweight.shape, "int32", qweight.file, checked(qweight.read), checked(qweight.map))
-        shape = Entry((2,), "int64", qweight.file, *[lambda: np.array([self.out, self.width], np.int64)] * 2)
+        numbers = lambda: np.array([self.out, self.width], np.int64)  # noqa: E731
+        shape = Entry((2,), "int64", qweight.file, numbers, numbers)
         parts = {"packed": packed, "scale": transposed(self.scales), "shape": shape}
         return {f"{self.path}.weight_{part}": entry for part, entry in parts.items()}
 

@@ -29,6 +29,9 @@ _MADV_POPULATE_READ = 22
 _AXES, _NUMBERS = 32, 2**59  # of any tensor: HDF5's limit; numpy's, for complex numbers
 
 
+Index = tuple[slice, ...]  # a start and a stop for each axis of a tensor
+
+
 def numpy_dtype(name: str) -> np.dtype:
     """The numpy dtype called `name`, bfloat16 included."""
     return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype(name)
@@ -38,13 +41,19 @@ def numpy_dtype(name: str) -> np.dtype:
 class Entry:
     """One stored tensor: its shape, the name of its dtype, its file, and how to read it. `read` gives a new array;
     `map` is zero-copy and perhaps not aligned, so copy its array and drop it. Either may be a transposed view of what
-    is stored; see `contiguous`."""
+    is stored; see `contiguous`. `cut`, where the file stores the numbers in order, reads a part alone; see
+    `read_part`."""
 
     shape: tuple[int, ...]
     dtype: str
     file: Path
     read: Callable[[], np.ndarray]
     map: Callable[[], np.ndarray]
+    cut: Callable[[Index, bool], np.ndarray] | None = None
+
+    def part(self, index: Index, copied: bool) -> np.ndarray:
+        """Some of its rows and columns. `copied`: the caller copies the array and drops it, as one of `map`."""
+        return self.map()[index] if self.cut is None else self.cut(index, copied)
 
     def __post_init__(self) -> None:
         # Sizes beside a 0 need no bytes, so that a file can claim any; numpy cannot hold them.
@@ -177,16 +186,38 @@ def fill(path: Path, start: int, out: np.ndarray) -> None:
     cannot be read, or if it ends before."""
     # a plain read: the pages of a memory map count as the process's memory while it is open
     with naming(path), _opened(path) as file:
-        view, at = memoryview(out.reshape(-1).view(np.uint8)), start  # pyright: ignore[reportArgumentType]
-        while view.nbytes:
-            if CAN_HOLD:
-                got = os.preadv(file.fileno(), [view], at)
-            else:
-                file.seek(at)
-                got = file.readinto(view)
-            if not got:
-                raise ValueError(f"{path}: ends at {at} bytes, wanted {start + out.nbytes}")
-            view, at = view[got:], at + got
+        _fill(file, path, start, memoryview(out.reshape(-1).view(np.uint8)))  # pyright: ignore[reportArgumentType]
+
+
+def _fill(file: FileIO, path: Path, start: int, view: memoryview) -> None:
+    at, end = start, start + view.nbytes
+    while view.nbytes:
+        if CAN_HOLD:
+            got = os.preadv(file.fileno(), [view], at)
+        else:
+            file.seek(at)
+            got = file.readinto(view)
+        if not got:
+            raise ValueError(f"{path}: ends at {at} bytes, wanted {end}")
+        view, at = view[got:], at + got
+
+
+def read_part(path: Path, start: int, shape: tuple[int, ...], dtype: str, index: Index, copied: bool) -> np.ndarray:
+    """Some rows, or some columns of some rows, of a tensor that a file stores in order from `start` on. Others are not
+    read. `copied`: as in `Entry.part`."""
+    kind, (rows, *others) = numpy_dtype(dtype), index
+    row, n = math.prod(shape[1:]) * kind.itemsize, rows.stop - rows.start
+    at = start + rows.start * row
+    if all(cut == slice(0, size) for cut, size in zip(others, shape[1:], strict=True)):
+        return (map_bytes if copied else read_bytes)(path, at, n * row).view(kind).reshape(n, *shape[1:])
+    (columns,) = others
+    at, width = at + columns.start * kind.itemsize, (columns.stop - columns.start) * kind.itemsize
+    out = np.empty(n * width, np.uint8)
+    with naming(path), _opened(path) as file:
+        view = memoryview(out)  # pyright: ignore[reportArgumentType]
+        for i in range(n):
+            _fill(file, path, at + i * row, view[i * width : (i + 1) * width])
+    return out.view(kind).reshape(n, -1)
 
 
 def map_bytes(path: Path, start: int, size: int) -> np.ndarray:

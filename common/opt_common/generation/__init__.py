@@ -3,6 +3,8 @@
 from .config import GenerationConfig as GenerationConfig
 from .options import Options as Options
 from .prefixes import allowed as allowed
+from .programs import columns as columns
+from .programs import crowded as crowded
 from .prompts import Prompt as Prompt
 from .prompts import prompt as prompt
 from .settings import Sequences as Sequences

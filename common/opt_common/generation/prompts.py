@@ -39,7 +39,7 @@ class Prompt:
             hint = f"; or with new ids alone, an attention_mask of all {past + T} columns"
             raise ValueError(f"past_key_values: found {past} tokens, wanted fewer than the prompt's {T}{hint}")
         if isinstance(self.mask, np.ndarray) and not self.mask[:, past:].any(axis=1).all():
-            raise ValueError(f"attention_mask: found a row without tokens behind the {past} of past_key_values")
+            raise ValueError(f"attention_mask: found a row without tokens after the {past} of past_key_values")
         return past - self.held
 
 

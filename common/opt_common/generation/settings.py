@@ -110,7 +110,7 @@ def check_generate(
     get: Callable[..., Any] = options.get
     new, length = get("max_new_tokens"), get("max_length")
     if new is not None and length is not None:
-        warnings.warn(f"generate: found max_length={length} and max_new_tokens={new}; the latter counts", stacklevel=3)
+        warnings.warn(f"generate: found max_length={length} and max_new_tokens={new}; the latter applies", stacklevel=3)
     elif length is not None:
         _check(length > width, "max_length", length, f"more than the prompt's {width}, or max_new_tokens")
         new = length - width
@@ -188,7 +188,7 @@ def _draft(config: OPTConfig, options: Options, texts: int | None) -> tuple[int,
         return 0, False
     name = "prompt_lookup_num_tokens" if lookup else "assistant_model"
     if (beams := get("num_beams", 1)) > 1:
-        warnings.warn(f"{name}: found with num_beams={beams}, which goes on without it", stacklevel=3)
+        warnings.warn(f"{name}: found with num_beams={beams}, which ignores it", stacklevel=3)
         return 0, False
     if texts not in (None, 1):
         raise ValueError(f"{name}: found {texts} texts, wanted one")

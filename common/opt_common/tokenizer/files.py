@@ -111,11 +111,11 @@ def _whole(text: str, saved: Mapping[str, Any], settings: dict[str, Any]) -> dic
     splits = saved["tokenizer.json"].get("pre_tokenizer") or {}
     steps = {step.get("type") for step in splits.get("pretokenizers", [splits])}
     if not isinstance(backend.model, BPE) or "ByteLevel" not in steps:
-        raise ValueError("tokenizer.json holds something else than a byte-level BPE")
+        raise ValueError("tokenizer.json holds something other than a byte-level BPE")
     if kind not in _ANY_BPE and not is_gpt2(backend):
         # transformers' GPT2Tokenizer takes the vocabulary alone from such a file, and so gives other ids than the file
         raise ValueError(
-            f"tokenizer.json holds something else than GPT-2's byte-level BPE, and tokenizer_class: found {kind!r},"
+            f"tokenizer.json holds something other than GPT-2's byte-level BPE, and tokenizer_class: found {kind!r},"
             f" wanted one of {', '.join(_ANY_BPE)}"
         )
     settings.pop("add_bos_token", None)  # the post-processor of tokenizer.json says it

@@ -187,7 +187,7 @@ class GPT2Tokenizer(Kin):
             tokenizer = cls(**settings, name_or_path=str(pretrained_model_name_or_path))
             for text, index in ids.items():
                 if (found := tokenizer._tokenizer.token_to_id(text)) != index:
-                    raise ValueError(f"{text!r} is to be {index}, but the files make it {found}")
+                    raise ValueError(f"{text!r} should be {index}, but the files make it {found}")
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             names = ", ".join(name for name in TOKENIZER_FILES if (folder / name).is_file())
             raise ValueError(f"{folder}: no tokenizer in {names}: {error}") from error
@@ -276,7 +276,7 @@ class GPT2Tokenizer(Kin):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in the vocabulary, without those added to it, which `len(tokenizer)` counts too."""
+        """The number of tokens in the vocabulary, without added ones; `len(tokenizer)` counts those too."""
         return self._tokenizer.get_vocab_size(with_added_tokens=False)
 
     def get_vocab(self) -> dict[str, int]:
@@ -290,7 +290,7 @@ class GPT2Tokenizer(Kin):
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """The added and special tokens by their ids, which ascend."""
+        """The added and special tokens by their ids, in ascending order."""
         return dict(sorted(self._tokenizer.get_added_tokens_decoder().items()))
 
     @property
@@ -307,7 +307,7 @@ class GPT2Tokenizer(Kin):
     ) -> int:
         """Add one token or several, which no text is split within; return how many were new.
 
-        `special_tokens` makes them such that `decode` can skip. The model's embedding then needs
+        `special_tokens=True` lets `decode` skip them. The model's embedding then needs
         `resize_token_embeddings(len(tokenizer))`.
         """
         tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
@@ -339,7 +339,7 @@ class GPT2Tokenizer(Kin):
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """The special tokens that have names, by these."""
+        """The special tokens that have names, by name."""
         return {name: token for name, token in self._named.items() if token is not None}
 
     @property
@@ -381,12 +381,12 @@ class GPT2Tokenizer(Kin):
 
     @property
     def max_len_single_sentence(self) -> int:
-        """The tokens of a text for which `model_max_length` has room."""
+        """How many tokens of a text fit into `model_max_length`."""
         return self.model_max_length - self.num_special_tokens_to_add()
 
     @property
     def max_len_sentences_pair(self) -> int:
-        """The tokens of a text and its pair for which `model_max_length` has room."""
+        """How many tokens of a text and its pair fit into `model_max_length`."""
         return self.model_max_length - self.num_special_tokens_to_add(pair=True)
 
     def get_special_tokens_mask(
@@ -674,7 +674,7 @@ class GPT2Tokenizer(Kin):
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> Any:
-        """The ids of a conversation (a list of messages with `role` and `content`) or of a list of these.
+        """The ids of a conversation (a list of messages with `role` and `content`) or of several.
 
         `chat_template` is a Jinja template, or the name of one of this tokenizer's, in place of its default. The
         template sees `messages`, `tools`, `documents`, `add_generation_prompt`, the special tokens and `variables`.

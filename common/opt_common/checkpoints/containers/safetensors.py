@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ...files import naming, parse_json
-from ..tensors import Entry, Source, map_bytes, numpy_dtype, read_bytes
+from ..tensors import Entry, Source, map_bytes, numpy_dtype, read_bytes, read_part
 
 # The names the safetensors format gives to dtypes.
 _CODES = {
@@ -64,7 +65,8 @@ def _entry(path: Path, name: str, tensor: dict[str, Any], begin: int) -> Entry:
     def array(get: Callable[[Path, int, int], np.ndarray]) -> np.ndarray:
         return get(path, start, size).view(numpy_dtype(dtype)).reshape(shape)
 
-    return Entry(shape, dtype, path, lambda: array(read_bytes), lambda: array(map_bytes))
+    cut = partial(read_part, path, start, shape, dtype)
+    return Entry(shape, dtype, path, lambda: array(read_bytes), lambda: array(map_bytes), cut)
 
 
 def write(path: Path, tensors: Sequence[Source], advance: Callable[[int], None], style: str) -> None:

@@ -14,13 +14,14 @@ import pickletools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from ...files import naming
-from ..tensors import Entry, fill, map_bytes, numpy_dtype
+from ..tensors import Entry, fill, map_bytes, numpy_dtype, read_part
 from .zips import Records, shown
 
 # A pickle holds names and shapes: that of OPT-175b in one file is 300 kB and 50 thousand steps.
@@ -152,7 +153,8 @@ class Tensor:
         return np.lib.stride_tricks.as_strided(flat, self.shape, [s * dtype.itemsize for s in self.stride])
 
     def entry(self) -> Entry:
-        return Entry(self.shape, self.dtype, self.path, self.read, self.map)
+        cut = partial(read_part, self.path, self._start, self.shape, self.dtype) if self.contiguous else None
+        return Entry(self.shape, self.dtype, self.path, self.read, self.map, cut)
 
     @property
     def _start(self) -> int:
