@@ -3,7 +3,8 @@
     python -m benchmarks convert --size 2.7b --out benchmarks/convert.json    # the rows of other sizes stay
 
 Real widths and random weights in float16; of the layers only as many as make three gigabytes, unless --layers says
-otherwise. Each conversion reads what the one before wrote, and the last file must be the first to the bit.
+otherwise. Each conversion reads what the one before wrote, and the last file must be the first to the bit. 8 and 4 bits
+are rounded from that first one.
 
 A conversion is a process of its own, timed without its imports; `cp`, started in another such, copies the files of its
 source. Both end when all is on disk (fsync). Before each, what the last one wrote is removed, all else is on disk, the
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,9 +40,11 @@ from opt_common.checkpoints.convert import plan
 from opt_common.config import OPTConfig
 from opt_common.files import read_json, write_atomically
 from opt_common.hub import DEMO, fetch
+from opt_common.quantization import QuantizationConfig
 from opt_common.weights import table
 
 CHAIN = ("torch", "metaseq", "tf-h5", "flax-msgpack", "state-dict", "safetensors")
+BITS = {"8 bits": 8, "4 bits": 4}
 BYTES = 3_000_000_000
 REPEATS = 3
 
@@ -49,7 +52,7 @@ REPEATS = 3
 def measure(to: str, source: str, target: str, copied: str) -> Row:
     """Convert once in this process, or `cp` if `to` is that: seconds, and bytes above the level after the imports."""
     with tempfile.TemporaryDirectory() as temporary:
-        run(DEMO, temporary, "safetensors" if to == "cp" else to)
+        run(DEMO, temporary, **({} if to == "cp" else how(to)))
     files = Checkpoint(source).files
     prepare(files, [target, copied])
     before = memory("VmRSS")
@@ -58,8 +61,13 @@ def measure(to: str, source: str, target: str, copied: str) -> Row:
     if to == "cp":
         copy(files, Path(copied))
     else:
-        run(source, target, to)
+        run(source, target, **how(to))
     return {"seconds": time.perf_counter() - start, "peak": memory("VmHWM") - before}
+
+
+def how(to: str) -> dict[str, Any]:
+    """The options of a conversion."""
+    return {"quantization": QuantizationConfig.rounding(BITS[to])} if to in BITS else {"to": to}
 
 
 def copy(files: list[Path], target: Path) -> None:
@@ -91,7 +99,7 @@ def step(source: Path, target: Path, to: str, repeats: int, largest: int) -> Row
     checkpoint = Checkpoint(source)
     nbytes = sum(file.stat().st_size for file in checkpoint.files)
     row: Row = {"from": checkpoint.layout, "to": to, "MB": nbytes / MB}
-    foreseen, rates, peak = plan(source, target, to), {"cp": [], to: []}, 0
+    foreseen, rates, peak = plan(source, target, **how(to)), {"cp": [], to: []}, 0
     for turn in range(repeats):
         for what in ("cp", to) if (repeats - turn) % 2 else (to, "cp"):  # the conversion is the last
             arguments = [what, *map(str, (source, target, target.with_name("copy")))]
@@ -147,6 +155,9 @@ def convert(
             if last != given:
                 shutil.rmtree(last)
             last = root / to
+        for bits in BITS:
+            say(f"to {bits}")
+            rows.append(step(given, root / bits.replace(" ", "-"), bits, repeats, largest))
         first = Checkpoint(given).files
         same = last.name == CHAIN[-1] and all(filecmp.cmp(file, last / file.name, shallow=False) for file in first)
         found["same_in_the_end"] = same

@@ -77,13 +77,13 @@ def calibrate(
 def streamed(cls: type[Any], source: str | Path, layout: str | None = None) -> tuple[Any, Iterator[nn.Module]]:
     """An OPTForCausalLM, `cls`, in float32 with the weights before its layers alone, and the layers, each with its
     weights until the next is asked for."""
-    opened = open_pretrained(source, "OPTForCausalLM", "float32", copied=True, layout=layout)
+    opened = open_pretrained(source, "OPTForCausalLM", "float32", layout=layout)
     with torch.device("meta"):
         model = cls(opened.config).eval()
 
     def load(tensors: Iterable[tuple[Spec, np.ndarray]]) -> None:
         device = torch.get_default_device()
-        state = {spec.name: tensor(array).to(device, torch.float32, copy=True) for spec, array in tensors}
+        state = {spec.name: tensor(array).to(device, torch.float32) for spec, array in tensors}
         model.load_state_dict(state, strict=False, assign=True)
 
     groups = groupby(opened.tensors, key=lambda found: layer_number(found[0].name))

@@ -100,8 +100,9 @@ def test_convert(tmp_path):
     sizes = json.loads(out.read_text())["sizes"]
     assert list(sizes) == ["opt-6.7b", "opt-demo"]
     rows = sizes["opt-demo"]["rows"]
-    assert [row["to"] for row in rows] == ["torch", "metaseq", "tf-h5", "flax-msgpack", "state-dict", "safetensors"]
-    assert [row["from"] for row in rows] == ["safetensors", *(row["to"] for row in rows[:-1])]
+    chain = ["torch", "metaseq", "tf-h5", "flax-msgpack", "state-dict", "safetensors"]
+    assert [row["to"] for row in rows] == [*chain, "8 bits", "4 bits"]
+    assert [row["from"] for row in rows] == ["safetensors", *chain, "safetensors"]
     for row in rows:
         assert row["as_planned"] and row["peak_MB"] <= row["limit_MB"]
         assert all(row[name]["low"] > 0 for name in ("ours_MB_s", "cp_MB_s"))
