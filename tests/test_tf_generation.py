@@ -205,10 +205,12 @@ def drawn(seed: int) -> Any:
     )
 
 
-def test_models_of_one_kind_share_their_programs(prompts):
+def test_models_of_one_kind_share_their_programs(prompts, tmp_path):
     ids, counts = prompts[0][:1], []
-    for seed in range(2):
-        model = drawn(seed)
+    drawn(0).save_pretrained(tmp_path / "0")
+    drawn(1).save_pretrained(tmp_path / "1")
+    for name in "01":
+        model = TFOPTForCausalLM.from_pretrained(tmp_path / name)
         np.testing.assert_array_equal(model.generate(ids, max_new_tokens=6), by_hand(model, ids, 6))
         counts.append(_generate[0].experimental_get_tracing_count())
     assert counts[0] == counts[1]

@@ -92,9 +92,9 @@ class _Unknown(Exception):
     """Something of which it is not known what a program takes from it, as a user's layer may hold."""
 
 
-# What Keras itself keeps in a layer or model; of that only the policy takes part in a call.
+# What takes no part in a call: what Keras itself keeps in a layer or model, but for the policy, and what the plan says.
 _TRAINING = ("optimizer", "_compile_config", "_compiled_trainable_state", "stop_training")
-_KERAS = frozenset((*vars(keras.layers.Layer()), *vars(keras.Model()), *_TRAINING))
+_OUTSIDE = frozenset((*vars(keras.layers.Layer()), *vars(keras.Model()), *_TRAINING, "generation_config"))
 _PLAIN = frozenset((type(None), bool, int, float, str, type, FunctionType))
 
 
@@ -112,7 +112,7 @@ def built(model: Any) -> Any:
 def _layer(layer: Any, places: dict[int, int]) -> Any:
     attributes, policy = vars(layer), layer.dtype_policy
     held = [type(layer), policy.name, policy.compute_dtype, policy.variable_dtype]
-    for name in sorted(attributes.keys() - _KERAS):
+    for name in sorted(attributes.keys() - _OUTSIDE):
         if name == "seed_generator" and type(layer) in (Dropout, LayerDrop):  # nothing is dropped in a text
             continue
         if not name.startswith("_self_"):
