@@ -27,8 +27,9 @@ def launch(command: list[str], processes: int) -> None:
         logs = DefaultLogsSpecs(folder, redirects={rank: Std.ALL for rank in range(1, processes)})
         config = LaunchConfig(
             1, 1, processes, logs_specs=logs, run_id=LAUNCHED, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-            max_restarts=0, shutdown_timeout=5,
+            max_restarts=0,
         )  # fmt: skip
+        config.shutdown_timeout = 5  # seconds; an older PyTorch does not know it, and waits for longer
         try:
             elastic_launch(config, sys.executable)(*command)
         except SignalException as end:
