@@ -251,7 +251,7 @@ def test_int8_of_torchao(tiny, ids):
 
 def test_likelihoods_of_lm_eval():
     """lm-evaluation-harness's own HFLM around our model and our tokenizer."""
-    requests = [("Once upon", " a time"), ("The king", " said to the queen")]
+    requests = [("The dog", " sat by the door"), ("The king", " said to the queen")]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(requests)]
     scores = []
     for package, model in zip((transformers, opt_pt), both(DEMO), strict=True):

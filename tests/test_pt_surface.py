@@ -106,7 +106,7 @@ def test_loading_options(tiny):
         OPTForCausalLM(config)
     load(folder, low_cpu_mem_usage=True, trust_remote_code=True, use_safetensors=True, variant=None, load_in_8bit=False)
     for option in ("variant", "gguf_file", "quantization_config"):
-        with pytest.raises(ValueError, match=f"{option}: OPT Zoo does not offer this"):
+        with pytest.raises(ValueError, match=f"{option}: OPT Zoo does not support this"):
             load(folder, **{option: "x"})
     with pytest.raises(TypeError, match="found argument 'num_lables'"):
         load(folder, num_lables=3)

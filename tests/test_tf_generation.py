@@ -25,6 +25,7 @@ from opt_tf.generation.drafts import draft  # noqa: E402
 from opt_tf.generation.generate import _generate  # noqa: E402
 from opt_tf.generation.prompts import prepared  # noqa: E402
 from opt_tf.layers import Linear  # noqa: E402
+from opt_tf.model import OPTDecoderLayer  # noqa: E402
 
 SIZE = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, init_std=0.4)
 
@@ -255,6 +256,17 @@ def test_a_changed_model_takes_other_programs(change, prompts):
     assert not np.array_equal(found, before), "the change did nothing"
     np.testing.assert_array_equal(found, by_hand(changed, ids, 6))
     np.testing.assert_array_equal(last.generate(ids, max_new_tokens=6), before)
+
+
+def test_a_changed_class_takes_other_programs(prompts, monkeypatch):
+    ids, model = prompts[0][:1], drawn(3)
+    before = model.generate(ids, max_new_tokens=6)
+    whole = OPTDecoderLayer.call
+    monkeypatch.setattr(OPTDecoderLayer, "call", lambda self, x, *args, **kwargs: whole(self, -x, *args, **kwargs))
+    for each in (model, drawn(3)):
+        found = each.generate(ids, max_new_tokens=6)
+        assert not np.array_equal(found, before), "the change did nothing"
+        np.testing.assert_array_equal(found, by_hand(each, ids, 6))
 
 
 def test_without_xla_when_there_are_many_programs(model, prompts, monkeypatch):

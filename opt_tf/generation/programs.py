@@ -111,13 +111,19 @@ def built(model: Any) -> Any:
 
 def _layer(layer: Any, places: dict[int, int]) -> Any:
     attributes, policy = vars(layer), layer.dtype_policy
-    held = [type(layer), policy.name, policy.compute_dtype, policy.variable_dtype]
+    held = [*_code(type(layer)), policy.name, policy.compute_dtype, policy.variable_dtype]
     for name in sorted(attributes.keys() - _OUTSIDE):
         if name == "seed_generator" and type(layer) in (Dropout, LayerDrop):  # nothing is dropped in a text
             continue
         if not name.startswith("_self_"):
             held += [name, _value(attributes[name], places)]
     return tuple(held)
+
+
+def _code(kind: type) -> tuple[Any, ...]:
+    """A class and its functions, as a class can be patched too; Keras's own are taken to stay."""
+    ours = (c for c in kind.__mro__ if c.__module__.partition(".")[0] not in ("keras", "tensorflow", "builtins"))
+    return kind, *(x for c in ours for x in vars(c).values() if type(x) is FunctionType)
 
 
 def _value(x: Any, places: dict[int, int]) -> Any:

@@ -1,5 +1,6 @@
 """OPT in NumPy: the float64 reference as a fourth framework. Shows that adding one takes no edit elsewhere."""
 
+from opt_common import __version__ as __version__
 from opt_common.config import OPTConfig
 from opt_common.tokenizer import GPT2Tokenizer
 
