@@ -71,14 +71,14 @@ def test_another_keras_backend_is_refused(tmp_path):
 AUTO = {"AutoConfig", "AutoTokenizer"}
 AUTO |= {name.replace("OPTFor", "AutoModelFor").replace("OPTModel", "AutoModel") for name in HEADS}
 NAMES = {"GPT2Tokenizer", "KVCache", "OPTConfig", *HEADS, *AUTO}
-OWN = {"flax": {"shardings"}}
+EXTRA = {"flax": {"shardings"}}
 
 
 def test_the_same_names_in_all(framework):
     described = registered()[framework]
     package = described.module()
     names = {name.removeprefix(described.prefix) for name in package.__all__}
-    assert names == NAMES | OWN.get(framework, set()) if framework in COMPLETE else names < NAMES
+    assert names == NAMES | EXTRA.get(framework, set()) if framework in COMPLETE else names < NAMES
     assert all(hasattr(package, name) for name in package.__all__)
 
 
