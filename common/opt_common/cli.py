@@ -288,9 +288,10 @@ def _among(devices: int, file: str | None, output: Path | None) -> tuple[int, in
         if output is None:
             raise ValueError("--output: found none under torchrun, wanted a file, to which its processes write")
 
-        def stop(*_: Any) -> None:
+        def stop(*_: Any) -> None:  # at once: an exception may come where it is ignored, and what is written stays
             who, how = f"process {rank} of {processes}", "start the command again, and it goes on where it was"
-            raise InterruptedError(f"{who} was stopped, as all are when one has ended: {how}")
+            os.write(2, f"error: {who} was stopped, as all are when one has ended: {how}\n".encode())
+            os._exit(1)
 
         signal.signal(signal.SIGTERM, stop)
     return rank, processes
