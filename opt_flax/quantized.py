@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from opt_common.quantization import LEAST, MOST, ONES, WIDEST, Packing
+from opt_common.quantization import LEAST, MOST, ONES, PLACES, WIDEST, Packing
 from opt_common.weights import table
 
 from .products import default_device, product, rows
@@ -84,7 +84,7 @@ def _counted(x: Array, packed: Array, scale: Array) -> Array:
     digits = jnp.moveaxis(lax.bitcast_convert_type((whole + ONES) ^ ONES, jnp.int8), -1, 0)  # the lowest first
     numbers = lax.bitcast_convert_type(packed ^ ONES, jnp.int8).reshape(len(packed), -1)  # [out, in], less 128
     y = lax.dot_general(numbers, digits, (((1,), (x.ndim,)), ((), ())), preferred_element_type=jnp.int32)
-    places = jnp.array([2.0**0, 2.0**8, 2.0**16, 2.0**24], jnp.float32) / MOST
+    places = jnp.array(PLACES, jnp.float32) / MOST
     y = jnp.einsum("od...,d->...o", y.astype(jnp.float32), places, precision="highest")
     finite = jnp.isfinite(x).all(-1, keepdims=True)  # XLA's maximum may pass over NaN
     return jnp.where(finite, y * largest * scale[:, 0], jnp.nan)

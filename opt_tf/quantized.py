@@ -12,7 +12,7 @@ from keras import ops
 from tensorflow import Tensor
 from tensorflow.python.ops import control_flow_util
 
-from opt_common.quantization import LEAST, MOST, ONES, WIDEST, Packing
+from opt_common.quantization import LEAST, MOST, ONES, PLACES, WIDEST, Packing
 from opt_common.weights import table
 
 
@@ -90,7 +90,7 @@ def _counted(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     digits = tf.reshape(tf.transpose(digits, (2, 0, 1)), (-1, width))
     numbers = tf.reshape(tf.bitcast(tf.bitwise.bitwise_xor(packed, ONES), tf.int8), (out, width))  # less 128
     y = tf.matmul(numbers, digits, transpose_b=True, output_type=tf.int32)
-    places = tf.constant([2.0**0, 2.0**8, 2.0**16, 2.0**24]) / MOST
+    places = tf.constant(PLACES) / MOST
     y = tf.reduce_sum(tf.reshape(tf.cast(y, tf.float32), (out, 4, -1)) * places[:, None], axis=1)
     finite = tf.reduce_all(tf.math.is_finite(x), axis=-1, keepdims=True)  # XLA's maximum may pass over NaN
     return tf.where(finite, tf.transpose(y) * largest * scale[:, 0], np.nan)

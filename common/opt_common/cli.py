@@ -40,7 +40,17 @@ console = Console()
 Model = Annotated[str, typer.Option(help='a folder, a Hub name, or "opt-demo"')]
 From = Annotated[str | None, typer.Option("--from", help=f"which layout to read of several: {', '.join(LAYOUTS)}")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-Plot = Annotated[Path | None, typer.Option(help="draw it there: a .png, .svg or .pdf")]
+
+
+def _drawable(plot: Path | None) -> Path | None:
+    if plot is not None:
+        from .plots import check_plot
+
+        check_plot(plot)
+    return plot
+
+
+Plot = Annotated[Path | None, typer.Option(callback=_drawable, help="draw it there: a .png, .svg or .pdf")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -72,11 +82,9 @@ def parity(
     """
     from .parity import TOLERANCE
     from .parity import parity as run
-    from .plots import check_plot, draw_parity
+    from .plots import draw_parity
     from .tokenizer import GPT2Tokenizer
 
-    if plot is not None:
-        check_plot(plot)
     keys = [_framework(key) for key in framework or registered()]
     given: Row = {"prompt": prompt}
     check_text(given, "prompt")
@@ -145,10 +153,8 @@ def bench(
     Each loads the model in a process of its own, on a GPU if it sees one, and is timed in turns.
     """
     from .bench import bench as run
-    from .plots import check_plot, draw_bench
+    from .plots import draw_bench
 
-    if plot is not None:
-        check_plot(plot)
     if dtype not in (wanted := ("float32", "float16", "bfloat16")):
         raise ValueError(f"--dtype: found {dtype!r}, wanted one of {', '.join(wanted)}")
     found = run(model, dtype, rounds)
@@ -455,10 +461,8 @@ def inspect(
     """
     from .checkpoints.examine import examine
     from .checkpoints.fit import SHOWN
-    from .plots import check_plot, draw_ranges
+    from .plots import draw_ranges
 
-    if plot is not None:
-        check_plot(plot)
     facts = examine(model, layout, sha256, check, plot is not None, source)
     if plot is not None:
         draw_ranges(model, facts, plot)

@@ -33,6 +33,7 @@ BITS = (4, 8)
 # Of digits
 MOST = 0x7F000000  # four of -128 to 127 reach 0x7F7F7F7F; the rest is for rounding
 ONES = 0x80808080 - 2**32  # added, it makes each digit 0 to 255; then the highest bits flip back
+PLACES = (2.0**0, 2.0**8, 2.0**16, 2.0**24)  # what a digit counts, the lowest first
 LEAST = 2.0**-95  # of a row's largest number; with less, float32 loses no less: its own least is 2^-126
 WIDEST = 2**16  # columns: the sum of more could overflow
 # Of a model quantized here: the Linears of the decoder's layers.

@@ -145,18 +145,21 @@ def _linear(x: Tensor, weights: Weights, after: str = "none", residual: Tensor |
     return torch.ops.mkldnn._linear_pointwise.default(x, w, b, after, [], "")
 
 
+def _copied(module: nn.Module, x: Tensor) -> Weights | None:
+    copy = packed(module, x)
+    return None if copy is None else Weights(copy.weight, copy.bias, copy.scale)
+
+
 def _weights(f: Any, x: Tensor) -> Any:
     """Of a Linear: `Weights`; None if it is quantized and there is no packed copy that takes x."""
-    copy = packed(f, x)
-    if copy is not None:
-        return Weights(copy.weight, copy.bias, copy.scale)
+    if (copy := _copied(f, x)) is not None:
+        return copy
     return None if type(f) is QuantizedLinear else Weights(f.weight.contiguous(), f.bias)
 
 
 def _qkv(a: Any, x: Tensor) -> list[Any]:
-    copy = packed(a, x)
-    if copy is not None:
-        return [Weights(copy.weight, copy.bias, copy.scale)]
+    if (copy := _copied(a, x)) is not None:
+        return [copy]
     return [_weights(f, x) for f in (a.q_proj, a.k_proj, a.v_proj)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opt_common.quantization import LEAST, MOST, ONES, WIDEST
+from opt_common.quantization import LEAST, MOST, ONES, PLACES, WIDEST
 
 from .plain import unwatched
 
@@ -45,7 +45,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     else:
         y = torch._int_mm(digits, weight.t()) * scales  # pyright: ignore[reportPrivateImportUsage]
     y = y.view(4, len(rows), -1).movedim(0, 1)  # [B, 4, out]
-    places = largest * torch.tensor([2.0**0, 2.0**8, 2.0**16, 2.0**24]).div_(MOST)  # [B, 4]
+    places = largest * torch.tensor(PLACES).div_(MOST)  # [B, 4]
     added = y.new_zeros(1) if bias is None else bias.float()
     y = torch.baddbmm(added.expand(len(rows), 1, y.shape[-1]), places[:, None], y)
     return y.view(*x.shape[:-1], -1).to(x.dtype)

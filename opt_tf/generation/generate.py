@@ -18,7 +18,7 @@ from .callbacks import Stops, stops
 from .choosing import Numbers, Plan
 from .drafts import draft
 from .loop import Pass, Result, Rows, Start, first, further
-from .programs import called, compiled, weights
+from .programs import Kind, called, compiled, weights
 from .prompts import Call, prepared, traced
 from .results import output
 
@@ -49,7 +49,7 @@ def generate(
     if not call.hosted:
         models = call.models
         return output(
-            call, called(_generate, models, weights(models), call.start, call.ahead, call.numbers, plan=call.plan)
+            call, called(_generate, Kind(models), weights(models), call.start, call.ahead, call.numbers, plan=call.plan)
         )
     if streamer is not None:
         streamer.put(np.asarray(call.prompts))
@@ -109,8 +109,8 @@ def _steps(call: Call) -> Iterator[tuple[Pass, Any]]:
     wanted = {name: getattr(settings, name) for name in ("output_attentions", "output_hidden_states")}
     ends = stops(settings, call.options)
     models, way = call.models[:1], _way(start, call.numbers, plan, ends)
-    tensors = weights(models)
-    out = called(_first, models, tensors, start, plan.room, plan.copies, plan.use_cache, **wanted)
+    kind, tensors = Kind(models), weights(models)
+    out = called(_first, kind, tensors, start, plan.room, plan.copies, plan.use_cache, **wanted)
     state: Any = way.begin(out)
     end = int(start.width)
     while True:
@@ -119,7 +119,7 @@ def _steps(call: Call) -> Iterator[tuple[Pass, Any]]:
             return
         end += 1
         caches = state.cache, state.guide_cache
-        out = called(_further, models, tensors, state.text, way.padding, tf.constant(end), *caches, **wanted)
+        out = called(_further, kind, tensors, state.text, way.padding, tf.constant(end), *caches, **wanted)
         state = way.write(out, state)
 
 

@@ -38,9 +38,8 @@ def weights(models: tuple[Any, ...]) -> list[Tensor]:
     return [tf.convert_to_tensor(variable.value) for variable in _variables(models)]
 
 
-def called(programs: tuple[Any, Any], models: tuple[Any, ...], tensors: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+def called(programs: tuple[Any, Any], kind: Kind, tensors: list[Tensor], *args: Any, **kwargs: Any) -> Any:
     """What the program of XLA returns or, if it would be one too many, that without it."""
-    kind = Kind(models)
     form = (programs[0], kind, *map(_form, tf.nest.flatten((args, kwargs))))
     if form not in _forms and len(_forms) < MOST and not crowded():
         _forms.add(form)
