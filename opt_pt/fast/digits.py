@@ -37,15 +37,20 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     """x [..., in] · wᵀ + bias, in x's dtype. weight: `numbers`, or `reordered`; scale: [out, 1]."""
     rows, scales = x.reshape(-1, x.shape[-1]).float(), scale.flatten().float()
     largest = rows.abs().amax(-1, keepdim=True).clamp_(min=LEAST)
-    whole = (rows * (MOST / largest)).round_().to(torch.int32).add_(ONES).bitwise_xor_(ONES)
-    digits = whole.view(torch.int8).view(*whole.shape, 4).movedim(-1, 0).contiguous().flatten(0, 1)  # the lowest first
-    if weight.is_mkldnn:
+    whole = (rows * (MOST / largest)).round_().to(torch.int32).add_(ONES)  # its bytes are digits and 128
+    if weight.is_mkldnn:  # 128 as the zero point: oneDNN's products of int8 by int8 are slow where there is no AMX
         how = (scales, torch.zeros(1, dtype=torch.int64), None, 1.0, 0, torch.float32, "none", [], "")
-        y = torch.ops.onednn.qlinear_pointwise(digits, 1.0, 0, weight, *how)
+        y = torch.ops.onednn.qlinear_pointwise(_apart(whole, torch.uint8), 1.0, 128, weight, *how)
     else:
+        digits = _apart(whole.bitwise_xor_(ONES), torch.int8)
         y = torch._int_mm(digits, weight.t()) * scales  # pyright: ignore[reportPrivateImportUsage]
     y = y.view(4, len(rows), -1).movedim(0, 1)  # [B, 4, out]
     places = largest * torch.tensor(PLACES).div_(MOST)  # [B, 4]
     added = y.new_zeros(1) if bias is None else bias.float()
     y = torch.baddbmm(added.expand(len(rows), 1, y.shape[-1]), places[:, None], y)
     return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _apart(whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of int32 [B, in] as [4·B, in], the lowest of all rows first."""
+    return whole.view(dtype).view(*whole.shape, 4).movedim(-1, 0).contiguous().flatten(0, 1)

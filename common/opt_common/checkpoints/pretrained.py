@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from .open import Opened, open_checkpoint
 from .quantized import as_table
 from .save import save_checkpoint
 from .shards import MAX_SHARD_SIZE
-from .tensors import Index, Source, contiguous
+from .tensors import Entry, Index, Source, ahead, contiguous
 
 # the config overrides that `from_pretrained` takes
 _FIELDS = {field.name for field in dataclasses.fields(OPTConfig)}
@@ -141,13 +142,18 @@ def open_pretrained(
         if named:
             warnings.warn(f"{path}: {what}: {', '.join(named)}", stacklevel=3)
 
+    def read_of(spec: Spec, entry: Entry) -> tuple[int, Callable[[], np.ndarray]]:
+        if (index := part(spec)) is not None:
+            size = entry.nbytes * math.prod(cut.stop - cut.start for cut in index) // math.prod(entry.shape)
+            return size, lambda: contiguous(entry.part(index, copied))
+        return entry.nbytes, lambda: contiguous(entry.map() if copied else entry.read())
+
     def tensors() -> Iterator[tuple[Spec, np.ndarray]]:
+        reads = (read_of(spec, entry) for spec, entry in entries)
+        arrays = ahead(reads) if copied else (read() for _, read in reads)
         with byte_bar(f"Loading {path.name}", sum(entry.nbytes for _, entry in entries)) as advance:
             for spec, entry in entries:
-                if (index := part(spec)) is not None:
-                    yield spec, contiguous(entry.part(index, copied))
-                else:
-                    yield spec, contiguous(entry.map() if copied else entry.read())
+                yield spec, next(arrays)  # not held here: the caller may drop it
                 advance(entry.nbytes)
 
     return Pretrained(config, dtype, tensors(), new, unused, generation, more)

@@ -10,8 +10,9 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ..files import naming
 
 PIECE = 2**19  # bytes to write at once
 _BLOCK = 2**23  # bytes: stays in the processor's cache between transposing and writing
+_AHEAD = 2**28  # bytes to read before they are asked for
 _MADV_POPULATE_READ = 22
 _AXES, _NUMBERS = 32, 2**59  # of any tensor: HDF5's limit; numpy's, for complex numbers
 
@@ -151,6 +153,24 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return out.view(array.dtype)
 
 
+def ahead(reads: Iterable[tuple[int, Callable[[], np.ndarray]]]) -> Iterator[np.ndarray]:
+    """What each of (bytes, how to read them) gives, in order. While one is in use the next are read, as many as fit in
+    `_AHEAD` bytes beside it. An error is raised in its turn."""
+    waiting: deque[tuple[int, Future[np.ndarray]]] = deque()
+    pool, held = ThreadPoolExecutor(1), 0  # more readers are slower: they wait for each other in the kernel
+    try:
+        for size, read in reads:
+            while waiting and held + size > _AHEAD:
+                held -= waiting[0][0]
+                yield waiting.popleft()[1].result()
+            waiting.append((size, pool.submit(read)))
+            held += size
+        while waiting:
+            yield waiting.popleft()[1].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 # Whether an open file can be replaced, and read at an offset: not on Windows.
 CAN_HOLD = hasattr(os, "preadv")
 _HELD: ContextVar[Mapping[Path, FileIO]] = ContextVar("held")
@@ -203,21 +223,21 @@ def _fill(file: FileIO, path: Path, start: int, view: memoryview) -> None:
 
 
 def read_part(path: Path, start: int, shape: tuple[int, ...], dtype: str, index: Index, copied: bool) -> np.ndarray:
-    """Some rows, or some columns of some rows, of a tensor that a file stores in order from `start` on. Others are not
-    read. `copied`: as in `Entry.part`."""
+    """Some rows, or some columns of some rows, of a tensor that a file stores in order from `start` on. Other rows are
+    not read; other columns are only mapped, which costs less than a read for each row, and the system would read ahead
+    over them. `copied`: as in `Entry.part`."""
     kind, (rows, *others) = numpy_dtype(dtype), index
     row, n = math.prod(shape[1:]) * kind.itemsize, rows.stop - rows.start
     at = start + rows.start * row
     if all(cut == slice(0, size) for cut, size in zip(others, shape[1:], strict=True)):
         return (map_bytes if copied else read_bytes)(path, at, n * row).view(kind).reshape(n, *shape[1:])
     (columns,) = others
-    at, width = at + columns.start * kind.itemsize, (columns.stop - columns.start) * kind.itemsize
-    out = np.empty(n * width, np.uint8)
-    with naming(path), _opened(path) as file:
-        view = memoryview(out)  # pyright: ignore[reportArgumentType]
-        for i in range(n):
-            _fill(file, path, at + i * row, view[i * width : (i + 1) * width])
-    return out.view(kind).reshape(n, -1)
+    first, last = columns.start * kind.itemsize, columns.stop * kind.itemsize
+    out, step = np.empty((n, last - first), np.uint8), max(1, _BLOCK // row)
+    for i in range(0, n, step):
+        block = out[i : i + step]
+        block[...] = map_bytes(path, at + i * row, len(block) * row).reshape(-1, row)[:, first:last]
+    return out.view(kind)
 
 
 def map_bytes(path: Path, start: int, size: int) -> np.ndarray:
