@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial, reduce
 from typing import Any
 
@@ -11,7 +12,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from opt_common.quantization import LEAST, MOST, ONES, PLACES, WIDEST, Packing
+from opt_common.quantization import LEAST, MANY, MOST, ONES, PLACES, WIDEST, Packing
 from opt_common.weights import table
 
 from .products import default_device, product, rows
@@ -72,8 +73,8 @@ def _by_floats(x: Array, packed: Array, scale: Array, bits: int) -> Array:
 
 def can_count(x: Array, bits: int, scale: Array) -> bool:
     """Whether x [..., in] times a weight of `bits` bits with scales [out, groups] is a product of whole numbers."""
-    wide = x.dtype == jnp.float32 and x.shape[-1] <= WIDEST
-    return default_device().platform == "cpu" and bits == 8 and scale.shape[1] == 1 and wide
+    fits = x.dtype == jnp.float32 and x.shape[-1] <= WIDEST and math.prod(x.shape[:-1]) < MANY
+    return default_device().platform == "cpu" and bits == 8 and scale.shape[1] == 1 and fits
 
 
 @jax.custom_jvp

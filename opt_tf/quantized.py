@@ -12,7 +12,7 @@ from keras import ops
 from tensorflow import Tensor
 from tensorflow.python.ops import control_flow_util
 
-from opt_common.quantization import LEAST, MOST, ONES, PLACES, WIDEST, Packing
+from opt_common.quantization import LEAST, MANY, MOST, ONES, PLACES, WIDEST, Packing
 from opt_common.weights import table
 
 
@@ -77,8 +77,8 @@ def can_count(x: Tensor, bits: int, scale: Tensor) -> bool:
     """Whether x [T, in] times a weight of `bits` bits with scales [out, groups] is a product of whole numbers. Only XLA
     has a fast one."""
     compiled = control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
-    wide = x.dtype == tf.float32 and x.shape[-1] <= WIDEST
-    return compiled and not tf.config.get_visible_devices("GPU") and bits == 8 and scale.shape[1] == 1 and wide
+    fits = x.dtype == tf.float32 and x.shape[-1] <= WIDEST and (x.shape[0] or 1) < MANY
+    return compiled and not tf.config.get_visible_devices("GPU") and bits == 8 and scale.shape[1] == 1 and fits
 
 
 def _counted(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
 from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.shards import parse_size
+from opt_common.checkpoints import tensors
 from opt_common.checkpoints.tensors import Source, map_bytes
 from opt_common.config import OPTConfig
 from opt_common.frameworks import registered
@@ -288,6 +291,33 @@ def test_a_map_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(mmap, "mmap", Cut)
     with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
         map_bytes(path, 4099, 90_001)
+
+
+def test_reading_ahead(monkeypatch):
+    """The next arrays are read while one is in use, as many as there is room for; errors come in their turn; who stops
+    early waits for no more than what is being read."""
+    monkeypatch.setattr(tensors, "_AHEAD", 3)
+    started, go = [], threading.Event()
+
+    def read(i):
+        started.append(i)
+        assert go.wait(10)
+        if i == 5:
+            raise ValueError("the fifth")
+        return np.array(i)
+
+    arrays = tensors.ahead((1, partial(read, i)) for i in range(9))
+    go.set()
+    assert [int(next(arrays)) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="the fifth"):
+        next(arrays)
+    assert max(started) <= 7  # the one in its turn, and room for two more
+
+    started.clear()
+    arrays = tensors.ahead((1, partial(read, i)) for i in range(9))
+    assert int(next(arrays)) == 0
+    arrays.close()
+    assert len(started) <= 4
 
 
 def test_transposed_views_are_written_in_order(tmp_path, rng):

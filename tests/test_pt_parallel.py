@@ -171,7 +171,7 @@ def test_each_process_reads_its_part(tmp_path):
     random_checkpoint(tmp_path / "out.other", tiny_config(), seed=1)
     size = (tmp_path / "checkpoint" / "model.safetensors").stat().st_size
     for rank, found in enumerate(run(LOADING, tmp_path / "checkpoint", tmp_path)):
-        assert found["read"] < 0.51 * size
+        assert found["read"] < 0.51 * size  # rows; Linux does not count columns, which are mapped
         assert found["peak"] < found["own"] + 25_000_000  # half a matrix, read and turned into float32, is 12 MB
         assert re.search(r"found \w+ \d+ in process 1, wanted \d+, as in process 0", found["config"]), rank
         assert "found weights of digest" in found["weights"] and "in process 1" in found["weights"]

@@ -12,6 +12,7 @@ Numbers are symmetric: there is no zero point besides the 2^(bits-1).
 On a CPU, x times a weight of 8 bits with a scale a row is computed in whole numbers: x, over the largest number of its
 row, becomes a whole number of 32 bits, which is four digits of 8. The product of a digit and the weight is a sum of
 whole numbers, exact in int32, and the CPU reads a byte a weight. What is lost of x is less than float32's own rounding.
+With many rows, bound by arithmetic, XLA makes floats of the weight instead.
 A row with a number that is not finite becomes NaN.
 """
 
@@ -24,10 +25,18 @@ import reprlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
+
+
+
+def _says(file: str, word: str) -> bool:
+    """Whether a file of Linux's, where there is one, has a word."""
+    return Path(file).exists() and word in Path(file).read_text().split()
+
 
 BITS = (4, 8)
 # Of digits
@@ -36,6 +45,8 @@ ONES = 0x80808080 - 2**32  # added, it makes each digit 0 to 255; then the highe
 PLACES = (2.0**0, 2.0**8, 2.0**16, 2.0**24)  # what a digit counts, the lowest first
 LEAST = 2.0**-95  # of a row's largest number; with less, float32 loses no less: its own least is 2^-126
 WIDEST = 2**16  # columns: the sum of more could overflow
+# Rows of x from which on XLA is quicker with floats made of the weight, unless the CPU multiplies matrices of bytes (AMX)
+MANY = math.inf if _says("/proc/cpuinfo", "amx_int8") else 64
 # Of a model quantized here: the Linears of the decoder's layers.
 _TARGETS = ("Linear",)
 _IGNORE = ("lm_head", "score", "qa_outputs", "re:.*project_in$", "re:.*project_out$")

@@ -40,10 +40,10 @@ def can_step(model: Any, token: Tensor) -> bool:
         return False
     if not (onednn(*dtypes) and unwatched(token)):
         return False
-    if standard(model):
+    if standard(model) is not None:
         return True
     one = model.get_input_embeddings().weight[:1]
-    return standard(model, (QuantizedLinear, QuantizedLinear)) and all(
+    return standard(model, (QuantizedLinear, QuantizedLinear)) is not None and all(
         None not in (*_qkv(layer.self_attn, one), *(_weights(f, one) for f in _others(layer)))
         for layer in model.model.decoder.layers
     )

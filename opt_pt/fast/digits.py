@@ -13,6 +13,8 @@ from .plain import unwatched
 EXACT = torch.backends.mkldnn.is_available() and getattr(torch.cpu, "_is_vnni_supported", bool)()
 # Half precision has fast products of its own; of few tokens, a product's time is that of reading the weight
 _FEW = 64
+_PLACES = torch.tensor(PLACES, dtype=torch.float32, device="cpu").div_(MOST)  # of a row's largest
+_NO_POINT = torch.zeros(1, dtype=torch.int64, device="cpu")
 
 
 def can_count(x: Tensor, bits: int, scale: Tensor) -> bool:
@@ -39,15 +41,19 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     largest = rows.abs().amax(-1, keepdim=True).clamp_(min=LEAST)
     whole = (rows * (MOST / largest)).round_().to(torch.int32).add_(ONES)  # its bytes are digits and 128
     if weight.is_mkldnn:  # 128 as the zero point: oneDNN's products of int8 by int8 are slow where there is no AMX
-        how = (scales, torch.zeros(1, dtype=torch.int64), None, 1.0, 0, torch.float32, "none", [], "")
+        how = (scales, _NO_POINT, None, 1.0, 0, torch.float32, "none", [], "")
         y = torch.ops.onednn.qlinear_pointwise(_apart(whole, torch.uint8), 1.0, 128, weight, *how)
     else:
         digits = _apart(whole.bitwise_xor_(ONES), torch.int8)
         y = torch._int_mm(digits, weight.t()) * scales  # pyright: ignore[reportPrivateImportUsage]
-    y = y.view(4, len(rows), -1).movedim(0, 1)  # [B, 4, out]
-    places = largest * torch.tensor(PLACES).div_(MOST)  # [B, 4]
-    added = y.new_zeros(1) if bias is None else bias.float()
-    y = torch.baddbmm(added.expand(len(rows), 1, y.shape[-1]), places[:, None], y)
+    places = largest * _PLACES  # [B, 4]
+    bias = None if bias is None else bias.float()
+    if len(rows) == 1:  # a step's, where 10 us count
+        y = places @ y if bias is None else torch.addmm(bias, places, y)
+    else:
+        added = y.new_zeros(1) if bias is None else bias
+        y = y.view(4, len(rows), -1).movedim(0, 1)  # [B, 4, out]
+        y = torch.baddbmm(added.expand(len(rows), 1, y.shape[-1]), places[:, None], y)
     return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 

@@ -35,20 +35,23 @@ def can_step(model: Any, token: Tensor) -> bool:
     device = token.device
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    if not (usual(model, device) and unwatched(token)):
+    if not unwatched(token):
         return False
-    return standard(model, _linears(model), lambda spec: parallel.shape(spec, model.tp_size))
+    modules = standard(model, _linears(model), lambda spec: parallel.shape(spec, model.tp_size))
+    return modules is not None and usual(model, modules, device)
 
 
-def usual(model: Any, device: torch.device) -> bool:
+def usual(model: Any, modules: list[nn.Module], device: torch.device) -> bool:
     """Whether all parameters are on the device, in one half precision and perhaps packed, contiguous, and the
     activation has a kernel."""
-    parameters, decoder = list(model.parameters()), model.model.decoder
-    packed = [f for f in model.modules() if isinstance(f, QuantizedLinear)]
+    parameters, decoder = [p for m in modules for p in m._parameters.values() if p is not None], model.model.decoder
+    activations = {_activation(layer.activation_fn) for layer in decoder.layers}
+    packed: list[Any] = [m for m in modules if isinstance(m, QuantizedLinear)]
     return (
         {p.dtype for p in parameters} - {torch.int32} in ({torch.float16}, {torch.bfloat16})
         and all(p.device == device and p.is_contiguous() for p in parameters)
-        and len({_activation(layer.activation_fn) for layer in decoder.layers} - {None}) == 1
+        and len(activations) == 1
+        and None not in activations
         and len({f.packing for f in packed}) <= 1
         and not any(f in (decoder.project_in, decoder.project_out) for f in packed)
         and all(block_quantized(f) for f in packed)

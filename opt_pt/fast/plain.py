@@ -7,6 +7,7 @@ are plain tensors in memory, while nothing watches or rewrites PyTorch's calls.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -84,52 +85,100 @@ Linears = tuple[type[nn.Module], type[nn.Module]]  # the class of q, k, v and fc
 LINEARS: Linears = (nn.Linear, nn.Linear)
 
 
+# A layer's modules, as `modules_of` returns them
+_PARTS = (
+    "", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+    "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm", "activation_fn",
+)  # fmt: skip
+
+
 def plain_layer(layer: nn.Module, linears: Linears = LINEARS) -> bool:
     """Whether a decoder layer, its attention and all their parts are untouched and of the usual types, its Linears
     exactly of the classes `linears`."""
+    return modules_of(layer, linears) is not None
+
+
+def modules_of(layer: nn.Module, linears: Linears = LINEARS) -> tuple[nn.Module, ...] | None:
+    """The layer and its parts; None if it is no `plain_layer`."""
     m = layer._modules
     attention = m.get("self_attn")
     if attention is None or not (untouched(layer) and untouched(attention)):
-        return False
+        return None
     a = attention._modules
-    for linear in (a.get("q_proj"), a.get("k_proj"), a.get("v_proj"), m.get("fc1")):
+    by_outputs = q, k, v, fc1 = a.get("q_proj"), a.get("k_proj"), a.get("v_proj"), m.get("fc1")
+    by_inputs = out, fc2 = a.get("out_proj"), m.get("fc2")
+    norms = first, second = m.get("self_attn_layer_norm"), m.get("final_layer_norm")
+    for linear in by_outputs:
         if not _plain_linear(linear, linears[0]):
-            return False
-    if not (_plain_linear(a.get("out_proj"), linears[1]) and _plain_linear(m.get("fc2"), linears[1])):
-        return False
-    if not (plain(m.get("self_attn_layer_norm"), nn.LayerNorm) and plain(m.get("final_layer_norm"), nn.LayerNorm)):
-        return False
+            return None
+    for linear in by_inputs:
+        if not _plain_linear(linear, linears[1]):
+            return None
+    for norm in norms:
+        if not plain(norm, nn.LayerNorm):
+            return None
     activation = m.get("activation_fn")
-    return activation is not None and untouched(activation)
+    if activation is None or not untouched(activation):
+        return None
+    return layer, attention, q, k, v, out, first, fc1, fc2, second, activation  # type: ignore[return-value]
 
 
 def standard(
     model: Any, linears: Linears = LINEARS, shape: Callable[[Spec], tuple[int, ...]] = lambda spec: spec.shape
-) -> bool:
-    """Whether a language model is in eval mode, all of its modules are plain, the Linears of its layers exactly
-    `linears`, and its numbers are its config's: what the decoding engines take as given. shape: of a tensor."""
+) -> list[nn.Module] | None:
+    """The modules of a language model that is in eval mode, if all of them are plain, the Linears of its layers exactly
+    `linears`, and its numbers are its config's: what the decoding engines take as given. None otherwise. shape: of a
+    tensor.
+
+    Each `generate` asks, so that the modules are walked once: a modules() or named_parameters() of 24 layers takes as
+    long as one of them takes on a GPU."""
     config, decoder = model.config, getattr(model.model, "decoder", None)
     if "prepare_inputs_for_generation" in model.__dict__:  # peft's prompt tuning wraps it
-        return False
-    if decoder is None or len(decoder.layers) != config.num_hidden_layers:
-        return False
-    outer = (model, model.model, decoder, decoder.embed_tokens, decoder.embed_positions, model.lm_head)
-    optional = (decoder.project_in, decoder.project_out, decoder.final_layer_norm)
+        return None
+    if decoder is None or len(decoder.layers) != config.num_hidden_layers or decoder.layers._forward_hooks:
+        return None
+    outer = {
+        "": model,
+        "model": model.model,
+        "model.decoder": decoder,
+        "model.decoder.embed_tokens": decoder.embed_tokens,
+        "model.decoder.embed_positions": decoder.embed_positions,
+        "lm_head": model.lm_head,
+        "model.decoder.project_in": decoder.project_in,
+        "model.decoder.project_out": decoder.project_out,
+        "model.decoder.final_layer_norm": decoder.final_layer_norm,
+    }
     present = (config.projects_embeddings, config.projects_embeddings, config.has_final_layer_norm)
-    if any(m.training for m in model.modules()) or [m is not None for m in optional] != list(present):
-        return False
-    if not all(untouched(m) for m in (*outer, *(m for m in optional if m is not None))):
-        return False
-    if decoder.layers._forward_hooks or not all(plain_layer(layer, linears) for layer in decoder.layers):
-        return False
+    if [m is not None for m in list(outer.values())[-3:]] != list(present):
+        return None
+    named = {name: m for name, m in outer.items() if m is not None}
+    if not all(untouched(m) for m in named.values()):
+        return None
+
+    modules = [*named.values()]
+    of_first: list[Any] = []
+    D, pre_norm = config.head_dim, config.do_layer_norm_before
     for i, layer in enumerate(decoder.layers):
-        a, D = layer.self_attn, config.head_dim
-        if (a.layer_idx, a.head_dim, a.scaling) != (i, D, D**-0.5):
-            return False
-        if layer.do_layer_norm_before != config.do_layer_norm_before:
-            return False
-    shapes = {spec.name: shape(spec) for spec in table(config)}
-    norms = [m for m in model.modules() if type(m) is nn.LayerNorm]
-    return all(norm.eps == 1e-5 for norm in norms) and all(
-        tuple(p.shape) == shapes.get(name) for name, p in model.named_parameters()
-    )
+        parts = modules_of(layer, linears)
+        if parts is None:
+            return None
+        a: Any = parts[1]
+        if (a.layer_idx, a.head_dim, a.scaling) != (i, D, D**-0.5) or layer.do_layer_norm_before != pre_norm:
+            return None
+        shapes = [None if p is None else p.shape for m in parts for p in m._parameters.values()]
+        if shapes != (of_first := of_first or shapes):
+            return None
+        if i == 0:
+            named |= {f"model.decoder.layers.0.{name}".rstrip("."): m for name, m in zip(_PARTS, parts, strict=True)}
+        modules += parts
+    if any(m.training or (type(m) is nn.LayerNorm and m.eps != 1e-5) for m in modules):
+        return None
+    # the first layer stands for all: they are alike
+    one = dataclasses.replace(config, num_hidden_layers=min(1, config.num_hidden_layers))
+    wanted, tied = {spec.name: shape(spec) for spec in table(one)}, decoder.embed_tokens.weight
+    for name, module in named.items():
+        for kind, p in module._parameters.items():
+            if p is not None and not (module is model.lm_head and p is tied):
+                if tuple(p.shape) != wanted.get(f"{name}.{kind}"):
+                    return None
+    return modules
