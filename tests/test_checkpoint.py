@@ -29,8 +29,7 @@ from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.convert import convert
 from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.shards import parse_size
-from opt_common.checkpoints import tensors
-from opt_common.checkpoints.tensors import Source, map_bytes
+from opt_common.checkpoints.tensors import Source, ahead, map_bytes
 from opt_common.config import OPTConfig
 from opt_common.frameworks import registered
 
@@ -296,7 +295,7 @@ def test_a_map_that_cannot_be_read(tmp_path, monkeypatch):
 def test_reading_ahead(monkeypatch):
     """The next arrays are read while one is in use, as many as there is room for; errors come in their turn; who stops
     early waits for no more than what is being read."""
-    monkeypatch.setattr(tensors, "_AHEAD", 3)
+    monkeypatch.setattr("opt_common.checkpoints.tensors._AHEAD", 3)
     started, go = [], threading.Event()
 
     def read(i):
@@ -306,7 +305,7 @@ def test_reading_ahead(monkeypatch):
             raise ValueError("the fifth")
         return np.array(i)
 
-    arrays = tensors.ahead((1, partial(read, i)) for i in range(9))
+    arrays = ahead((1, partial(read, i)) for i in range(9))
     go.set()
     assert [int(next(arrays)) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="the fifth"):
@@ -314,7 +313,7 @@ def test_reading_ahead(monkeypatch):
     assert max(started) <= 7  # the one in its turn, and room for two more
 
     started.clear()
-    arrays = tensors.ahead((1, partial(read, i)) for i in range(9))
+    arrays = ahead((1, partial(read, i)) for i in range(9))
     assert int(next(arrays)) == 0
     arrays.close()
     assert len(started) <= 4
