@@ -129,10 +129,11 @@ def place(
     real = jnp.ones((B, S), jnp.int32)
     if attention_mask is not None:
         # under jit `length` is not a number to check against; a mask as wide as the cache then serves every step
-        rows, columns = jnp.shape(attention_mask)
+        attention_mask = jnp.asarray(attention_mask)
+        rows, columns = attention_mask.shape
         if rows != B or not T <= columns <= S:
             raise ValueError(f"attention_mask: found shape {[rows, columns]}, wanted [{B}, {T} to {S}]")
-        real = jnp.pad((jnp.asarray(attention_mask) != 0).astype(jnp.int32), ((0, 0), (0, S - columns)))
+        real = jnp.pad((attention_mask != 0).astype(jnp.int32), ((0, 0), (0, S - columns)))
 
     old = jnp.where(slots < past, real * before, 0)
     new = lax.dynamic_slice_in_dim(real, past, T, axis=1)

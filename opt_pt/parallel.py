@@ -282,7 +282,7 @@ def gather(
         if axis is None:
             return mine
         parts = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, mine.contiguous())
+        _met(dist.all_gather, parts, mine.contiguous())
         return torch.cat(parts, dim=axis)
 
     if dist.get_rank() == 0:
@@ -333,5 +333,5 @@ def fully_sharded(model: nn.Module) -> bool:
 def anyone(here: bool, device: torch.device) -> bool:
     """Whether it is so in any process."""
     given = torch.tensor(int(here), device=device)
-    dist.all_reduce(given, dist.ReduceOp.MAX)
+    _met(dist.all_reduce, given, dist.ReduceOp.MAX)
     return bool(given)

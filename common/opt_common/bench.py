@@ -7,7 +7,6 @@ takes longer.
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import statistics
@@ -17,13 +16,12 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from .checkpoints.open import find_checkpoint
-from .frameworks import registered
+from .frameworks import registered, transformers_title
 from .progress import counter
 from .weights import table
 
@@ -112,8 +110,8 @@ def bench(model: str, dtype: str = "float32", rounds: int = 5) -> Comparison:
         else Row(one.key, f"{one.title} {one.version.partition('+')[0]}")
         for one in registered().values()
     ]
-    if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
-        rows.append(Row(TRANSFORMERS, f"transformers {version('transformers')}"))
+    if title := transformers_title():
+        rows.append(Row(TRANSFORMERS, title))
     found = Comparison(model, dtype, long, short, new, rows)
     with ExitStack() as stack, counter("Comparing", len(found.ran) * (1 + 2 * rounds)) as advance:
         spawn = multiprocessing.get_context("spawn")

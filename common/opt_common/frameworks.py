@@ -114,6 +114,13 @@ class Framework:
         return {name: self.tensor(array.astype(self.ids)) for name, array in arrays.items()}
 
 
+def transformers_title() -> str | None:
+    """transformers and its version, where it and PyTorch are installed: what the frameworks are compared with."""
+    if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+        return f"transformers {version('transformers')}"
+    return None
+
+
 @functools.cache
 def registered() -> Mapping[str, Framework]:
     """Every framework by its key, installed or not."""

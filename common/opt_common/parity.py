@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from .checkpoints.pretrained import Pretrained, open_pretrained
-from .frameworks import Framework, registered
+from .frameworks import Framework, registered, transformers_title
 from .quantization import dequantize
 from .reference import forward
 from .tokenizer import GPT2Tokenizer
@@ -100,13 +98,13 @@ def parity(
         row.layers = [relative_error(framework.numpy(f), w) for f, w in zip(out.hidden_states, hidden, strict=True)]
         text = text or tokenizer.decode(row.tokens, skip_special_tokens=True)
     others: dict[str, list[float]] = {}
-    if beside and judged and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+    if beside and judged and (title := transformers_title()):
         tokens, (logits, hidden) = next(iter(judged.items()))
         # in a process of its own: it imports Triton, whose LLVM ends a process that has TensorFlow's
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
             found = apart.submit(_transformers, model, np.array([tokens])).result()
         errors = [relative_error(f, w) for f, w in zip(found, [*hidden, logits], strict=True)]
-        others[f"transformers {version('transformers')}"] = errors
+        others[title] = errors
     return Report(model, prompt, text, rows, others)
 
 

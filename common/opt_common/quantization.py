@@ -32,10 +32,10 @@ import ml_dtypes
 import numpy as np
 
 
-
-def _says(file: str, word: str) -> bool:
-    """Whether a file of Linux's, where there is one, has a word."""
-    return Path(file).exists() and word in Path(file).read_text().split()
+def _amx() -> bool:
+    """Whether the CPU multiplies matrices of bytes (AMX), as Linux says."""
+    file = Path("/proc/cpuinfo")
+    return file.exists() and "amx_int8" in file.read_text().split()
 
 
 BITS = (4, 8)
@@ -45,8 +45,7 @@ ONES = 0x80808080 - 2**32  # added, it makes each digit 0 to 255; then the highe
 PLACES = (2.0**0, 2.0**8, 2.0**16, 2.0**24)  # what a digit counts, the lowest first
 LEAST = 2.0**-95  # of a row's largest number; with less, float32 loses no less: its own least is 2^-126
 WIDEST = 2**16  # columns: the sum of more could overflow
-# Rows of x from which on XLA is quicker with floats made of the weight, unless the CPU multiplies matrices of bytes (AMX)
-MANY = math.inf if _says("/proc/cpuinfo", "amx_int8") else 64
+MANY = math.inf if _amx() else 64  # rows of x, from which on XLA is quicker with floats made of the weight
 # Of a model quantized here: the Linears of the decoder's layers.
 _TARGETS = ("Linear",)
 _IGNORE = ("lm_head", "score", "qa_outputs", "re:.*project_in$", "re:.*project_out$")
