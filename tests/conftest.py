@@ -21,6 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach the netwo
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; and the tests run beside each other
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# LLVM takes longer to optimize a tiny model's program than it takes to run; CI's `opt-zoo parity` runs optimized ones
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true " + os.environ.get("XLA_FLAGS", "")
+)
+
 if "OPT_ZOO_PROGRAMS" not in os.environ:  # what XLA compiles in one process, the workers and commands of this run reuse
     programs = os.environ["OPT_ZOO_PROGRAMS"] = tempfile.mkdtemp(prefix="opt-zoo-programs-")
     atexit.register(shutil.rmtree, programs, ignore_errors=True)

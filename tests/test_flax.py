@@ -324,6 +324,7 @@ assert whole.model.decoder.layers[0].fc1.kernel[...].sharding.is_fully_replicate
 """
 
 
+@pytest.mark.slow  # by specs of its own; test_flax_sharding has those of `shardings`
 def test_sharding(tmp_path):
     """Eight devices, each with its part of the weights, keys and values and no more; the same answers as one."""
     config = OPTConfig(**SMALL | {"num_attention_heads": 8, "init_std": 0.2})

@@ -241,18 +241,20 @@ def test_transformations(small, ids):
 
     loss = partial(loss_of, small)
     check(*jax.jit(jax.value_and_grad(loss))(params, ids))
-    check(*jax.value_and_grad(jax.checkpoint(loss))(params, ids))
-    rows = jax.vmap(jax.value_and_grad(lambda p, row: loss(p, row[None])), (None, 0))(params, jnp.asarray(ids))
+    check(*jax.jit(jax.value_and_grad(jax.checkpoint(loss)))(params, ids))
+    each = jax.vmap(jax.value_and_grad(lambda p, row: loss(p, row[None])), (None, 0))
+    rows = jax.jit(each)(params, jnp.asarray(ids))
     check(*jax.tree.map(lambda x: x.mean(0), rows))
 
     def step(total, row):
         value, grads = jax.value_and_grad(loss)(params, row[None])
         return jax.tree.map(jnp.add, total, grads), value
 
-    total, losses = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, params), jnp.asarray(ids))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, losses = jax.jit(lambda rows: jax.lax.scan(step, zeros, rows))(jnp.asarray(ids))
     check(losses.mean(), total, 0.5)
     small.gradient_checkpointing_enable()
-    check(*jax.value_and_grad(loss)(params, ids))
+    check(*jax.jit(jax.value_and_grad(partial(loss_of, small)))(params, ids))
 
 
 def test_a_train_state(small, ids):

@@ -192,6 +192,7 @@ for a, b in zip(found[True][1], found[False][1], strict=True):
 """
 
 
+@pytest.mark.slow  # by specs of its own; test_flax_sharding has those of `shardings`
 def test_sharded_training(tmp_path):
     """Four rows of two devices: the batch cut one way, the weights the other; the loss and weights of one device."""
     FlaxOPTForCausalLM(OPTConfig(**SMALL), rngs=nnx.Rngs(0)).save_pretrained(tmp_path)

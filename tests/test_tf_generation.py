@@ -70,6 +70,23 @@ def test_another_number_takes_no_other_program(model, prompts):
     assert traces(num_beams=(2, 2), length_penalty=(0.0, 2.0), **looked) == 1
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_returned_cache_takes_no_program_of_its_width(num_beams, model, prompts):
+    """Prompts of 7, 6 and 5 columns share one program, and the cache, which a call goes on from, has theirs alone."""
+    traces, (ids, mask) = [], prompts
+    for width in (7, 6, 5):
+        given = ids[:, -width:], mask[:, -width:]
+        out = model.generate(*given, max_new_tokens=4, num_beams=num_beams, return_dict_in_generate=True)
+        traces.append(_generate[0].experimental_get_tracing_count())
+        cache, T = out.past_key_values, out.sequences.shape[1]
+        assert cache.get_seq_length() == T - 1
+        if num_beams == 1:  # a beam search's has rows for all beams
+            seen = np.concatenate([given[1], np.ones((2, 4), int)], axis=1)
+            last = model(out.sequences[:, -1:], attention_mask=seen, past_key_values=cache).logits[:, 0]
+            np.testing.assert_allclose(last, model(out.sequences, attention_mask=seen).logits[:, -1], rtol=0, atol=1e-4)
+    assert traces[0] == traces[-1]
+
+
 @pytest.mark.parametrize("jit", [True, False])
 def test_in_a_function(jit, model, reference, prompts):
     """The width is fixed there: what eager calls leave out is padding."""

@@ -85,10 +85,11 @@ def test_gradients(framework, config, architecture, models):
     """The loss to 1e-6 and every gradient to 1e-5, or transformers' own float32 error where that is larger, padding and
     all."""
     folder, reference = models(architecture, config)
+    learner = Learner(framework, folder, architecture)
     for masked in (True, False):
         given = batch(architecture, masked=masked)
         loss, wanted = judge(reference, given)
-        found_loss, found = Learner(framework, folder, architecture).gradients(**given)
+        found_loss, found = learner.gradients(**given)
         assert found_loss == pytest.approx(loss, rel=1e-6)
         own = gradient_errors(judge(reference, given, torch.float32)[1], wanted)
         for name, error in gradient_errors(found, wanted).items():

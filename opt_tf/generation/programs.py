@@ -31,7 +31,10 @@ def compiled(function: Callable[..., Any]) -> tuple[Any, Any]:
         with keras.StatelessScope(state_mapping=list(zip(_variables(models), weights, strict=True))):
             return function(*models, *args, **kwargs)
 
-    return tuple(tf.function(run, jit_compile=jit, autograph=False) for jit in (True, False))  # type: ignore[return-value]
+    programs: Any = tuple(tf.function(run, jit_compile=jit, autograph=False) for jit in (True, False))
+    for program in programs:
+        program._omit_frequent_tracing_warning = True  # there is one for each width of prompts, as is documented
+    return programs
 
 
 def weights(models: tuple[Any, ...]) -> list[Tensor]:

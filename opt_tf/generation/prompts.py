@@ -34,6 +34,7 @@ class Call(NamedTuple):
     ahead: Start | None
     numbers: Numbers
     plan: Plan
+    extra: int  # columns in front of the prompts, which only make programs fewer
 
     @property
     def hosted(self) -> bool:
@@ -109,16 +110,20 @@ def call(model: Any, prompts: Tensor, mask: Tensor, settings: Settings, options:
     if options.get("inputs_embeds") is not None:
         plan = plan._replace(use_cache=True)  # they cannot be had again from the text
     numbers = Numbers.of(settings, _seed(settings))
-    start = _start(prompts, mask, numbers, options, plan)
-    ahead = None if assistant is None else _start(prompts, mask, numbers, {}, plan._replace(names=()))
-    return Call((model, assistant), prompts, settings, options, start, ahead, numbers, plan)
+    exact = settings.output_attentions or settings.output_hidden_states
+    start, extra = _start(prompts, mask, numbers, options, plan, exact)
+    ahead = None if assistant is None else _start(prompts, mask, numbers, {}, plan._replace(names=()))[0]
+    return Call((model, assistant), prompts, settings, options, start, ahead, numbers, plan, extra)
 
 
-def _start(prompts: Tensor, mask: Tensor, numbers: Numbers, options: Options, plan: Plan) -> Start:
-    """All padding goes to the left: every row then ends in its last token, and more padding changes nothing."""
+def _start(
+    prompts: Tensor, mask: Tensor, numbers: Numbers, options: Options, plan: Plan, exact: bool = False
+) -> tuple[Start, int]:
+    """All padding goes to the left: every row then ends in its last token, and more padding changes nothing, unless
+    the columns are wanted `exact`. Also how many there are more than in the prompts."""
     ids, real = tf.cast(prompts, tf.int32), tf.cast(mask, tf.int32)
     embeds, past = options.get("inputs_embeds"), options.get("past_key_values")
-    eager, W = tf.executing_eagerly(), tf.shape(ids)[1]
+    eager, W, extra = tf.executing_eagerly(), tf.shape(ids)[1], 0
     new = real if past is None or embeds is not None else real[:, real.shape[1] - ids.shape[1] :]  # of the ids
     order, padding = tf.argsort(new, axis=1, stable=True), tf.reduce_sum(1 - real, axis=1)
     text = tf.gather(ids, order, batch_dims=1) if ids.shape[1] == new.shape[1] else ids  # else of embeddings
@@ -130,14 +135,14 @@ def _start(prompts: Tensor, mask: Tensor, numbers: Numbers, options: Options, pl
     seen = tf.gather(new, order, batch_dims=1)
     if past is not None:
         inputs, seen, past = _rest(ids, real, past, plan.room)
-    elif eager and not plan.keep_cache:
-        longest = int(tf.reduce_max(tf.reduce_sum(real, axis=1)))
+    elif eager and not exact:  # a cache that is returned has a slot for each column, padding or not
+        longest = real.shape[1] if plan.keep_cache else int(tf.reduce_max(tf.reduce_sum(real, axis=1)))
         extra = columns(longest) - longest
         inputs, seen = (_left(x[:, x.shape[1] - longest :], extra) for x in (inputs, seen))
     behind = plan.room + (columns(int(W)) - int(W) if eager else 0)
     text = tf.pad(text, ((0, 0), (0, behind)), constant_values=numbers.pad_token_id)
     ids, embeds = (inputs, None) if embeds is None else (None, inputs)
-    return Start(text, padding, W, ids, embeds, seen, past, away, away_mask)
+    return Start(text, padding, W, ids, embeds, seen, past, away, away_mask), extra
 
 
 def _away(text: Tensor, options: Options) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from tensorflow import Tensor
 
 from opt_common.outputs import GenerateOutput
 
+from ..cache import KVCache
 from .loop import Result
 from .prompts import Call
 
@@ -34,8 +35,16 @@ def output(call: Call, found: Result, attentions: Any = (), hidden_states: Any =
         beam_indices=found.beam_indices[:, :length] if beams else None,
         attentions=attentions if settings.output_attentions else None,
         hidden_states=hidden_states if settings.output_hidden_states else None,
-        past_key_values=found.cache or None,
+        past_key_values=_without(found.cache, call.extra),
     )
+
+
+def _without(cache: Any, extra: int) -> KVCache | None:
+    """A cache without its first slots; None for none."""
+    if not cache or not extra:
+        return cache or None
+    k, v = (tuple(x[:, extra:] for x in layers) for layers in (cache.k, cache.v))
+    return KVCache(k, v, cache.length - extra, cache.segments[:, extra:])
 
 
 def compute_transition_scores(
