@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -20,6 +18,7 @@ import safetensors.numpy
 
 import opt_common.parity
 from checkpoints import random_checkpoint, tiny_config
+from commands import opt_zoo, process
 from opt_common import cli
 from opt_common.checkpoints.checkpoint import Checkpoint
 from opt_common.checkpoints.open import open_checkpoint
@@ -30,29 +29,6 @@ from opt_common.parity import parity
 
 KEYS = ", ".join(registered())
 PRESENT = [key for key, framework in registered().items() if framework.missing is None]
-
-
-def process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "opt_common.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def opt_zoo(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The same without the seconds that a process takes to import a framework."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        warnings.catch_warnings(action="default"),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.setattr(sys, "argv", ["opt-zoo", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-    assert code is None or isinstance(code, int)
-    return subprocess.CompletedProcess(sys.argv, code or 0, out.getvalue(), err.getvalue())
 
 
 def test_parity_on_the_demo(tmp_path):

@@ -28,7 +28,7 @@ ODD = {"hidden_size": 160, "num_attention_heads": 2, "ffn_dim": 144}  # no power
 
 def models(**changes) -> tuple[OPTForCausalLM, transformers.OPTForCausalLM]:
     """Ours in half precision, and transformers' with the same weights in float64."""
-    reference = make_reference(init_std=0.15, num_hidden_layers=2, **changes).to(HALF)
+    reference = make_reference(**{"init_std": 0.15, "num_hidden_layers": 2} | changes).to(HALF)
     ours = OPTForCausalLM(OPTConfig.from_dict(reference.config.to_dict())).to(HALF).eval()
     ours.load_state_dict(reference.state_dict())
     return ours, reference.double()
@@ -78,8 +78,9 @@ def few_programs(monkeypatch):
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("config", [*CONFIGS, "odd"])
 def test_a_step_is_as_exact_as_the_forward(config, B):
-    ours, reference = models(**(ODD if config == "odd" else CONFIGS[config]))
-    assert excess(ours, reference, B, 9) < 1.5  # they round at different places
+    deep = {} if config in ("pre-norm", "350m", "odd") else {"num_hidden_layers": 1}  # the interpreter is slow
+    ours, reference = models(**(ODD if config == "odd" else CONFIGS[config]) | deep)
+    assert excess(ours, reference, B, 9, new=2 if not deep else 1) < 1.5  # they round at different places
 
 
 @pytest.mark.parametrize("B", [1, 3])
@@ -177,18 +178,21 @@ def packed_models(bits: int, group: int, **changes) -> tuple[OPTForCausalLM, tra
 def test_few_bits(bits, group, config, B, monkeypatch):
     monkeypatch.setattr("opt_pt.fast.gpu.tiles_quantized_one", lambda M, K, bits: (64, 16, 4))
     changes = {"hidden_size": 192, "num_attention_heads": 2} if config == "odd" else CONFIGS[config]
+    new = 2 if config == "350m" else 1
+    if new == 1:
+        changes = changes | {"num_hidden_layers": 1}  # the interpreter is slow
     ours, reference = packed_models(bits, group, **changes)
-    assert excess(ours, reference, B, 9) < 1.5
+    assert excess(ours, reference, B, 9, new) < 1.5
     changed = copy.deepcopy(ours)
     with torch.no_grad():
-        changed.model.decoder.layers[1].self_attn.out_proj.weight_packed[5] ^= 0x77777777
-    assert excess(changed, reference, B, 9, plain=ours) > 3
+        changed.model.decoder.layers[-1].self_attn.out_proj.weight_packed[5] ^= 0x77777777
+    assert excess(changed, reference, B, 9, new, plain=ours) > 3
 
 
 @pytest.mark.parametrize("early, splits", [(0, 3), (1, 1), (2, 2)])
 def test_a_product_of_few_bits_is_shared_out(early, splits, monkeypatch):
     monkeypatch.setattr("opt_pt.fast.gpu.tiles_quantized_many", lambda *arguments: (16, 64, 4, 2, early, splits))
-    ours, reference = packed_models(4, 32, ffn_dim=160)
+    ours, reference = packed_models(4, 32, ffn_dim=160, num_hidden_layers=1)
     assert excess(ours, reference, 3, 9) < 1.5
 
 
@@ -209,24 +213,24 @@ def test_unpacking_gives_the_same_bits(bits, group, dtype):
 
 def test_generate(monkeypatch):
     """Every step through the kernels gives the texts of the plain loop; without a GPU there is no graph."""
-    ours, _ = models()
+    ours, _ = models(num_hidden_layers=1)
     ids, mask = padded(3, 7)
-    eos = ours.generate(ids, mask, max_new_tokens=9)[range(3), [9, 11, 14]].tolist()
+    eos = ours.generate(ids, mask, max_new_tokens=6)[range(3), [9, 9, 7]].tolist()
     calls = [
         {},
         {"eos_token_id": eos},
-        {"eos_token_id": eos, "min_new_tokens": 5},
+        {"eos_token_id": eos, "min_new_tokens": 4},
         {"eos_token_id": []},
         {"do_sample": True, "seed": 1, "top_k": 5, "top_p": 0.9},
         {"do_sample": True, "seed": 2, "top_k": 0, "temperature": 3.0},
     ]
-    plain = [ours.generate(ids, mask, max_new_tokens=9, **call) for call in calls]
+    plain = [ours.generate(ids, mask, max_new_tokens=6, **call) for call in calls]
     used = []
     monkeypatch.setattr("opt_pt.fast.gpu.can_step", lambda model, token: True)
     monkeypatch.setattr(opt_pt.generation.passes, "_captured", lambda turn, rng: used.append(turn) or turn)
     monkeypatch.setattr(Step, "compile", lambda *arguments: None)
     for call, wanted in zip(calls, plain, strict=True):
-        assert torch.equal(ours.generate(ids, mask, max_new_tokens=9, **call), wanted), call
+        assert torch.equal(ours.generate(ids, mask, max_new_tokens=6, **call), wanted), call
     assert len(used) == sum(text.shape[1] > 7 + 2 for text in plain) >= 5  # else there is nothing to replay
     assert plain[1].shape[1] < plain[0].shape[1], "no case ended early"
 
@@ -245,7 +249,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_other_ways_to_generate(way, monkeypatch):
     """As the loop without kernels: the text, and the cache."""
-    ours, _ = models()
+    ours, _ = models(num_hidden_layers=1)
     ids, mask = padded(2, 7)
     options = dict(WAYS[way])
     if "num_assistant_tokens" in options:

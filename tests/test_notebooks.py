@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
+from checkpoints import rewrite
 from opt_common.frameworks import registered
+from opt_common.hub import DEMO, fetch
 
 FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
 NEEDS = {"in_pytorch": ["pt"], "in_tensorflow": ["tf"], "in_jax": ["flax"], "three_frameworks": []}
@@ -48,11 +54,45 @@ def test_the_page_is_the_script(name):
     assert {str(path.relative_to(FOLDER)) for path in (FOLDER / f"{name}_files").iterdir()} == {*shown}
 
 
-@pytest.mark.parametrize("name", NEEDS)
-def test_it_runs(name, tmp_path):
+def skip_without(name: str) -> None:
     for key in NEEDS[name]:
         if missing := registered()[key].missing:
             pytest.skip(missing)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """opt-demo with its first layer alone."""
+    folder = shutil.copytree(fetch(DEMO, ["*"]), tmp_path_factory.mktemp("small") / "demo")
+
+    def cut(tensors: dict[str, np.ndarray]) -> None:
+        for name in [name for name in tensors if re.search(r"layers\.([1-9]|\d\d)\.", name)]:
+            del tensors[name]
+
+    return rewrite(folder, cut, num_hidden_layers=1)
+
+
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg", "ignore::DeprecationWarning:matplotlib")
+@pytest.mark.parametrize("name", NEEDS)
+def test_every_cell_runs(name, small, tmp_path, monkeypatch):
+    """On a model of one layer and in this process: most of the time goes into imports and into compiling layers."""
+    skip_without(name)
+    source = (FOLDER / f"{name}.py").read_text()
+    assert source.count('name = "opt-demo"\n') == 1
+    script = tmp_path / f"{name}.py"
+    script.write_text(source.replace('name = "opt-demo"\n', f"name = {str(small)!r}\n"))
+    monkeypatch.chdir(tmp_path)
+    plt.switch_backend("agg")  # no window
+    with plt.rc_context():
+        runpy.run_path(str(script), run_name="__main__")
+        plt.close("all")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEEDS)
+def test_it_runs(name, tmp_path):
+    """As it stands, in a process of its own."""
+    skip_without(name)
     one = {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}  # no window; the tests run beside each other
     command = [sys.executable, "-W", "ignore:FigureCanvasAgg", str(FOLDER / f"{name}.py")]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | one)

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -28,6 +29,13 @@ from opt_common.checkpoints.save import save_checkpoint
 from opt_common.checkpoints.tensors import Source
 from opt_flax import FlaxOPTForCausalLM, FlaxOPTForSequenceClassification, FlaxOPTModel
 
+# A kind of model changes names, a dtype bytes: neither sees the other, and all pairs are slow.
+KINDS_AND_DTYPES = [
+    pytest.param(kind, dtype, marks=[] if dtype == "float16" or kind == "350m" else pytest.mark.slow)
+    for kind in CONFIGS
+    for dtype in ("float32", "float16", "bfloat16")
+]
+
 
 def hub_folder(folder: Path, kind: str, dtype: str) -> tuple[Path, dict[str, np.ndarray]]:
     config, arrays = CONFIGS[kind], random_tensors(CONFIGS[kind], dtype)
@@ -42,8 +50,7 @@ def save(folder: Path, state, **options) -> Path:
     return folder / "_METADATA"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("kind", "dtype"), KINDS_AND_DTYPES)
 def test_reads_what_orbax_wrote(tmp_path, kind, dtype):
     folder, arrays = hub_folder(tmp_path / "hub", kind, dtype)
     model = FlaxOPTForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -57,8 +64,7 @@ def test_reads_what_orbax_wrote(tmp_path, kind, dtype):
         assert list(diff(tmp_path / name, folder)) == []
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("kind", "dtype"), KINDS_AND_DTYPES)
 def test_orbax_reads_what_is_written(tmp_path, kind, dtype):
     folder, _ = hub_folder(tmp_path / "hub", kind, dtype)
     foreseen = dict(plan(folder, tmp_path / "ours", "orbax").files)
@@ -67,7 +73,8 @@ def test_orbax_reads_what_is_written(tmp_path, kind, dtype):
     there = {str(p.relative_to(tmp_path / "ours")): p.stat().st_size for p in (tmp_path / "ours").rglob("*")}
     assert {name: size for name, size in there.items() if (tmp_path / "ours" / name).is_file()} == foreseen
     model = FlaxOPTForCausalLM.from_pretrained(folder, dtype=dtype)
-    other = FlaxOPTForCausalLM(model.config, dtype=dtype, rngs=nnx.Rngs(1))
+    structure, state = nnx.split(model)
+    other = nnx.merge(structure, jax.tree.map(jnp.zeros_like, state))
     with ocp.StandardCheckpointer() as checkpointer:
         nnx.update(other, checkpointer.restore(tmp_path / "ours", nnx.state(other)))
     same = jax.tree.map(np.array_equal, nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(other)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 sys.path.append(str(Path(__file__).parents[1]))  # behind what is installed
 
 from benchmarks import picture
+from commands import opt_zoo
 from opt_common import bench, cli, plots
 from opt_common.checkpoints.convert import convert
 from opt_common.checkpoints.examine import PARTS, examine
@@ -31,12 +32,6 @@ from opt_common.quantization import QuantizationConfig
 ROOT = Path(__file__).parents[1]
 BEGINNINGS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 PRESENT = [key for key, framework in registered().items() if framework.missing is None]
-
-
-def opt_zoo(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "opt_common.cli", *map(str, arguments)]
-    one = {"OMP_NUM_THREADS": "1"}  # the tests run beside each other
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | one)
 
 
 @pytest.fixture
@@ -101,9 +96,11 @@ def test_transformers_beside(config, to, dtype, tiny, tmp_path, rng):
         assert np.array_equal(state, wanted.numpy())
 
 
-def test_parity_of_quantized_weights(tmp_path):
+def test_parity_of_quantized_weights(tmp_path, monkeypatch):
     """The judge's are the floats that they stand for."""
     key = PRESENT[0]
+    # transformers is imported here already: no process of its own
+    monkeypatch.setattr("opt_common.parity.ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))
     convert(DEMO, tmp_path, quantization=QuantizationConfig.rounding(8, None))
     found = parity(str(tmp_path), "The", 3, [key], beside=True)
     assert found.passed and all(max(errors) <= TOLERANCE for errors in found.beside.values())
@@ -189,9 +186,9 @@ def test_ranges_are_drawn(drawn, tmp_path):
     assert "1 tensors do not fit" in drawn[0].get_suptitle()
 
 
-def test_bench(tmp_path):
+def test_bench(tiny, tmp_path):
     """Every system that is here is timed and wrote the same text; one that fails is a row that says why."""
-    ran = opt_zoo("bench", "--rounds", 2, "--json", "--plot", tmp_path / "bench.svg")
+    ran = opt_zoo("bench", tiny()[0], "--rounds", 2, "--json", "--plot", tmp_path / "bench.svg")
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     rows = {row["system"].partition(" ")[0]: row for row in found["rows"]}

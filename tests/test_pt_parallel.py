@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from checkpoints import random_checkpoint, tiny_config
+from commands import opt_zoo, process
 from conftest import CONFIGS, make_reference, save_reference
 from opt_common.checkpoints.convert import convert
 from opt_common.checkpoints.open import open_checkpoint
@@ -24,6 +25,7 @@ from opt_common.quantization import QuantizationConfig
 from opt_common.weights import table
 from opt_pt import OPTForCausalLM, parallel
 
+CASES = ["pre-norm", "350m", "packed-4", "packed-8"]
 SCRIPT = """
 import json, sys
 import torch
@@ -56,30 +58,71 @@ json.dump(found, open(f"{out}.{dist.get_rank()}.json", "w"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*TORCHRUN, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+# What torchrun does, but for its seconds of imports: pairs of new processes, one pair after the other, which are forks
+# of one that has imported PyTorch and done nothing. Under torchrun itself run the tests of the command, below.
+FORKS = """
+import json, os, runpy, signal, socket, sys
+import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, typer
+import opt_pt
+
+for arguments in json.loads(sys.argv[1]):
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(2):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                           "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+            sys.exit()
+    for _ in range(2):
+        pid, status = os.wait()
+        pids.remove(pid)
+        if status:
+            [os.kill(pid, signal.SIGKILL) for pid in pids]
+            sys.exit(1)
+"""
 
 
-def run(source: str, folder: Path, tmp_path: Path) -> list[dict]:
-    """What both processes of a script write to OUT.RANK.json."""
-    script = tmp_path / "script.py"
+def two_processes(*programs: tuple[object, ...]) -> subprocess.CompletedProcess[str]:
+    """Each program, with its arguments, by two processes; each pair after the one before."""
+    given = json.dumps([[str(argument) for argument in program] for program in programs])
+    ran = subprocess.run([sys.executable, "-c", FORKS, given], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[:6000]
+    return ran
+
+
+def run(source: str, folders: list[Path], outs: list[Path]) -> list[list[dict]]:
+    """What both processes of a script write to OUT.RANK.json, for each folder."""
+    script = outs[0].with_name("script.py")
     script.write_text(source)
-    done = torchrun(script, folder, tmp_path / "out")
-    assert done.returncode == 0, done.stderr[:6000]
-    return [json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in range(2)]
+    two_processes(*((script, folder, out) for folder, out in zip(folders, outs, strict=True)))
+    return [[json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(2)] for out in outs]
 
 
-@pytest.mark.parametrize("case", ["pre-norm", "350m", "packed-4", "packed-8"])
-def test_two_processes(case, tmp_path):
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> dict[str, tuple[Path, Path, list[dict]]]:
+    """By case, the checkpoint, the one that two processes saved, and what they found."""
+    folders, outs = [], []
+    for case in CASES:
+        packed, tmp_path = case.startswith("packed"), tmp_path_factory.mktemp("both")
+        changes = {"hidden_size": 64, "ffn_dim": 128} if packed else CONFIGS[case]
+        folder = save_reference(make_reference(init_std=0.2, **changes).float(), tmp_path / "checkpoint")
+        if packed:
+            convert(folder, tmp_path / case, quantization=QuantizationConfig.rounding(int(case[-1]), 32))
+            folder = tmp_path / case
+        folders.append(folder)
+        outs.append(tmp_path / "out")
+    found = run(SCRIPT, folders, outs)
+    return dict(zip(CASES, zip(folders, outs, found, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes(case, both):
     packed = case.startswith("packed")
-    changes = {"hidden_size": 64, "ffn_dim": 128} if packed else CONFIGS[case]
-    reference = make_reference(init_std=0.2, **changes).float()
-    folder = save_reference(reference, tmp_path / "checkpoint")
-    if packed:
-        convert(folder, tmp_path / case, quantization=QuantizationConfig.rounding(int(case[-1]), 32))
-        folder = tmp_path / case
-    found = run(SCRIPT, folder, tmp_path)
-
+    folder, out, found = both[case]
     one = OPTForCausalLM.from_pretrained(folder)
     ids = torch.tensor([[5, 6, 7, 8, 9], [1, 1, 11, 12, 13]])
     mask = (ids != 1).long()
@@ -106,7 +149,7 @@ def test_two_processes(case, tmp_path):
                 torch.testing.assert_close(torch.tensor(each[name]), wanted, rtol=1e-4, atol=1e-6)
         together = torch.cat([torch.tensor(each["grad_fc1"]) for each in found])
         torch.testing.assert_close(together, layer.fc1.weight.grad, rtol=1e-4, atol=1e-6)
-    again = OPTForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    again = OPTForCausalLM.from_pretrained(out).state_dict()
     for name, x in OPTForCausalLM.from_pretrained(folder).state_dict().items():
         assert torch.equal(again[name], x), name
 
@@ -170,7 +213,8 @@ def test_each_process_reads_its_part(tmp_path):
     random_checkpoint(tmp_path / "out.tiny", tiny_config())
     random_checkpoint(tmp_path / "out.other", tiny_config(), seed=1)
     size = (tmp_path / "checkpoint" / "model.safetensors").stat().st_size
-    for rank, found in enumerate(run(LOADING, tmp_path / "checkpoint", tmp_path)):
+    (both,) = run(LOADING, [tmp_path / "checkpoint"], [tmp_path / "out"])
+    for rank, found in enumerate(both):
         assert found["read"] < 0.51 * size  # rows; Linux does not count columns, which are mapped
         assert found["peak"] < found["own"] + 25_000_000  # half a matrix, read and turned into float32, is 12 MB
         assert re.search(r"found \w+ \d+ in process 1, wanted \d+, as in process 0", found["config"]), rank
@@ -269,7 +313,7 @@ dist.destroy_process_group()
 def test_fully_sharded(tmp_path):
     """Three steps on half a batch each are three on the batch; saved, loaded from nothing and resumed bit for bit."""
     folder = save_reference(make_reference(4, init_std=0.2, **CONFIGS["350m"]).float(), tmp_path / "checkpoint")
-    found = run(FULLY_SHARDED, folder, tmp_path)
+    (found,) = run(FULLY_SHARDED, [folder], [tmp_path / "out"])
     one, ids = OPTForCausalLM.from_pretrained(folder, dropout=0.0).train(), torch.tensor(ROWS)
     optimizer = torch.optim.AdamW(one.parameters(), 1e-2, eps=1e-3)
     losses, saved = [], OPTForCausalLM.from_pretrained(tmp_path / "out").state_dict()
@@ -302,26 +346,27 @@ def test_the_example_of_fully_sharded_training(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The king had a daughter who was beautiful beyond all measure. " * 40)
     example = Path(__file__).parents[1] / "examples" / "fsdp_pt.py"
-    for out, steps in (("whole", 4), ("broken", 2), ("broken", 4)):
-        ran = torchrun(example, text, tmp_path / out, "--steps", steps, "--save-every", 2, "--rows", 2)
-        assert ran.returncode == 0, ran.stderr[:6000]
-    assert ran.stdout.startswith("step 2 of 4\n")
+    options = ("--save-every", 2, "--rows", 2, "--tokens", 16)
+    ran = two_processes(
+        *(
+            (example, text, tmp_path / out, "--steps", n, *options)
+            for out, n in (("whole", 4), ("broken", 2), ("broken", 4))
+        )
+    )
+    starts = [line for line in ran.stdout.splitlines() if line.startswith("step ") and " of " in line]
+    assert starts == ["step 0 of 4", "step 0 of 2", "step 2 of 4"]
     weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "broken")]
     assert weights[0] == weights[1]
 
 
 # === The command ===
 
-GENERATE = ["-m", "opt_common.cli", "generate", "--device", "cpu"]
-
-
-def generate(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *GENERATE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+GENERATE = ["generate", "--device", "cpu"]
 
 
 def test_the_command_on_two_devices():
-    texts = [generate("Once upon a time", "The king", "--max-new-tokens", 20, *more) for more in ((), ("--devices", 2))]
+    arguments = [*GENERATE, "Once upon a time", "The king", "--max-new-tokens", 20]
+    texts = [opt_zoo(*arguments), process(*arguments, "--devices", 2)]
     assert [ran.returncode for ran in texts] == [0, 0], texts[1].stderr
     assert texts[0].stdout == texts[1].stdout != ""
 
@@ -334,9 +379,8 @@ def test_a_killed_process_ends_all(way, victim, tmp_path):
     prompts.write_text("".join(json.dumps(f"Once upon {i} times") + "\n" for i in range(24)))
     arguments = ["--file", prompts, "--batch-size", 2, "--max-new-tokens", 40]
     arguments = [*GENERATE, *map(str, arguments), "--sample", "--seed", "7", "--output"]
-    command = [sys.executable, *arguments, str(out), "--devices", "2"]
-    if way == "torchrun":
-        command = [*TORCHRUN, *arguments, str(out)]
+    command = ["-m", "opt_common.cli", *arguments, str(out)]
+    command = [*TORCHRUN, *command] if way == "torchrun" else [sys.executable, *command, "--devices", "2"]
 
     def written() -> int:
         return sum(path.read_text().count("\n") - 1 for path in tmp_path.glob("out.jsonl.partial*"))
@@ -364,7 +408,7 @@ def test_a_killed_process_ends_all(way, victim, tmp_path):
     before = {path: path.read_text() for path in tmp_path.glob("out.jsonl.partial*")}
     assert subprocess.run(command, timeout=300).returncode == 0
     assert before and sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl"]
-    subprocess.run([sys.executable, *arguments, str(one)], check=True)
+    assert opt_zoo(*arguments, one).returncode == 0
     rows, wanted = ([json.loads(line) for line in path.read_text().splitlines()] for path in (out, one))
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in wanted]
     assert rows == wanted
@@ -388,6 +432,7 @@ def test_what_several_processes_refuse(among, arguments, message, tmp_path, monk
         monkeypatch.setenv("WORLD_SIZE", str(among))
     if "--framework" in arguments and (missing := registered()[str(arguments[-1])].missing):
         pytest.skip(missing)
-    ran = generate(*(str(x).replace("{tmp}", str(tmp_path)) for x in arguments))
+    command = process if among == 1 else opt_zoo  # the first may start processes
+    ran = command(*GENERATE, *(str(x).replace("{tmp}", str(tmp_path)) for x in arguments))
     assert ran.returncode == 1 and ran.stderr.startswith(f"error: {message}") and ran.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

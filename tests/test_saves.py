@@ -65,9 +65,11 @@ def stress(what: str, folder: Path, layouts: str, times: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system calls of Linux are counted")
+@pytest.mark.parametrize("times", [5, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layouts", [",".join(WRITABLE), "safetensors/moved,orbax/moved,keras-hub/moved"])
-def test_killed_before_any_system_call(layouts, tmp_path):
-    stress("kill", tmp_path, layouts, 16)
+def test_killed_before_any_system_call(layouts, times, tmp_path):
+    """Saves and conversions, new and over an old one, once each while they commit; more often when slow."""
+    stress("kill", tmp_path, layouts, times)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "torch", "keras-hub", "orbax", "safetensors/moved", "orbax/moved"])
