@@ -15,7 +15,7 @@ from opt_common import cli
 
 def process(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "opt_common.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def opt_zoo(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -144,14 +144,16 @@ def standard(
         "model.decoder.embed_tokens": decoder.embed_tokens,
         "model.decoder.embed_positions": decoder.embed_positions,
         "lm_head": model.lm_head,
+    }
+    optional = {
         "model.decoder.project_in": decoder.project_in,
         "model.decoder.project_out": decoder.project_out,
         "model.decoder.final_layer_norm": decoder.final_layer_norm,
     }
     present = (config.projects_embeddings, config.projects_embeddings, config.has_final_layer_norm)
-    if [m is not None for m in list(outer.values())[-3:]] != list(present):
+    if [m is not None for m in optional.values()] != list(present):
         return None
-    named = {name: m for name, m in outer.items() if m is not None}
+    named = outer | {name: m for name, m in optional.items() if m is not None}
     if not all(untouched(m) for m in named.values()):
         return None
 
