@@ -42,14 +42,19 @@ def _reason(failures: dict[int, ProcessFailure], processes: int, logs: Path) -> 
     """Why processes failed: what one was killed by, what one said, or the end of what one wrote."""
     for rank, failure in sorted(failures.items()):
         if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:  # by which the others are ended
+            memory = ". If you did not kill it, the host has run out of memory" * (-failure.exitcode == signal.SIGKILL)
             return (
-                f"process {rank} of {processes} was killed ({failure.signal_name()}), and the others ended with it. If "
-                "you did not kill it, the host has run out of memory. Start the command again: with --output it goes "
-                "on where it was"
+                f"process {rank} of {processes} was killed ({failure.signal_name()}), and the others ended with it"
+                f"{memory or _last(rank, logs)}. Start the command again: with --output it goes on where it was"
             )
     for rank, failure in sorted(failures.items()):
         if Path(failure.error_file).is_file():
             return f"process {rank} of {processes}: {failure.message}" if rank else failure.message
     rank = min(failures)
+    return f"process {rank} of {processes} failed{_last(rank, logs)}"
+
+
+def _last(rank: int, logs: Path) -> str:
+    """The last line that a process wrote to stderr, after a colon, if that was not seen."""
     written = [line for path in logs.glob(f"**/{rank}/stderr.log") for line in path.read_text().splitlines()]
-    return f"process {rank} of {processes} failed" + f": {written[-1]}" * bool(written)
+    return f": {written[-1]}" if written else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -146,6 +147,10 @@ def processes(device: Any = None) -> tuple[int, int]:
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             raise RuntimeError("tp_plan: found one process, wanted several: torchrun --nproc-per-node 2 script.py")
+        # Its functions' defaults are the group that there is when it is imported, say by FSDP2: that group could never
+        # be left, and a thread of gloo that outlives the interpreter aborts the process now and then.
+        import torch.distributed.nn
+
         if torch.cuda.is_available() and torch.device(device or "cuda").type == "cuda":
             take_gpu()
             dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
@@ -255,11 +260,8 @@ def shape_of_part(spec: Spec, world: int) -> Tensor:
 
 def spread(tensors: Iterable[Any]) -> bool:
     """Whether some of the tensors lie in parts in several processes, as FSDP2's do."""
-    if not dist.is_initialized():
-        return False
-    from torch.distributed.tensor import DTensor  # half a second of importing
-
-    return any(isinstance(x, DTensor) for x in tensors)
+    parts = sys.modules.get("torch.distributed.tensor")  # who has not imported it has none; that takes half a second
+    return parts is not None and any(isinstance(x, parts.DTensor) for x in tensors)
 
 
 def gather(
@@ -323,11 +325,8 @@ def agreed(seed: int | None) -> int:
 
 def fully_sharded(model: nn.Module) -> bool:
     """Whether each pass of a model gathers its weights from all processes (FSDP2)."""
-    if not dist.is_initialized():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has no such model
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def anyone(here: bool, device: torch.device) -> bool:

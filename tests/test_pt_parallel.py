@@ -24,6 +24,7 @@ from opt_common.frameworks import registered
 from opt_common.quantization import QuantizationConfig
 from opt_common.weights import table
 from opt_pt import OPTForCausalLM, parallel
+from opt_pt.launch import launch
 
 CASES = ["pre-norm", "350m", "packed-4", "packed-8"]
 SCRIPT = """
@@ -359,6 +360,34 @@ def test_the_example_of_fully_sharded_training(tmp_path):
     assert weights[0] == weights[1]
 
 
+# FSDP2 keeps, in defaults, the group that there is when it is imported. Where a thread of gloo outlives the
+# interpreter, about one process in twelve aborts.
+LEAVING = """
+import sys
+from pathlib import Path
+from opt_pt import OPTForCausalLM, parallel
+
+def threads():
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+OPTForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto", device="cpu").generate([[5, 6, 7]], max_new_tokens=2)
+assert "torch.distributed.fsdp" not in sys.modules
+import torch.distributed.fsdp
+assert "pt_gloo_runloop" in threads()
+parallel.leave()
+assert "pt_gloo_runloop" not in threads()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds threads by their names, as on Linux")
+def test_leaving_ends_the_threads(tmp_path, monkeypatch):
+    folder = save_reference(make_reference(), tmp_path)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    ran = subprocess.run([sys.executable, "-c", LEAVING, str(folder)], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+
+
 # === The command ===
 
 GENERATE = ["generate", "--device", "cpu"]
@@ -369,6 +398,28 @@ def test_the_command_on_two_devices():
     texts = [opt_zoo(*arguments), process(*arguments, "--devices", 2)]
     assert [ran.returncode for ran in texts] == [0, 0], texts[1].stderr
     assert texts[0].stdout == texts[1].stdout != ""
+
+
+@pytest.mark.parametrize(
+    ("end", "more"),
+    [
+        (signal.SIGKILL, ". If you did not kill it, the host has run out of memory"),
+        (signal.SIGABRT, ": terminate called"),
+    ],
+)
+def test_why_a_process_was_killed(end, more, tmp_path):
+    """Only a SIGKILL is what the system ends a process by that takes too much memory."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, sys, time
+if os.environ["RANK"] == "1":
+    print("terminate called", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), {int(end)})
+time.sleep(60)
+""")
+    with pytest.raises(ChildProcessError) as error:
+        launch([str(script)], 2)
+    assert str(error.value).startswith(f"process 1 of 2 was killed ({end.name}), and the others ended with it{more}. ")
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a process by its environment, as on Linux")
