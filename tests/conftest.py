@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach the netwo
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; and the tests run beside each other
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# LLVM takes longer to optimize a tiny model's program than it takes to run; CI's `opt-zoo parity` runs optimized ones
+# LLVM takes longer to optimize a tiny model's program than it takes to run; test_parity_on_the_demo runs optimized ones
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true " + os.environ.get("XLA_FLAGS", "")
 )
@@ -75,6 +75,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SEEDS = {"350m": 4}  # one whose greedy text is not a single repeated token
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector, which would walk through it each time, leaves it be."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def make_reference(seed: int = 0, **changes: Any) -> transformers.OPTForCausalLM:
@@ -132,15 +142,24 @@ def load() -> Iterator[Callable[..., Backend]]:
     yield once
 
 
+_memory = [0]  # after programs were last forgotten, in bytes
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
     """JAX keeps what it compiled, which the tests of one file share; thousands of programs are gigabytes."""
     yield
-    memory = Path("/proc/self/statm")
-    if "jax" in sys.modules and memory.exists() and int(memory.read_text().split()[1]) * mmap.PAGESIZE > 4e9:
+    if "jax" in sys.modules and resident() > max(4e9, _memory[0] + 1e9):
         sys.modules["jax"].clear_caches()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # or the freed memory stays the process's
+        _memory[0] = resident()
+
+
+def resident() -> int:
+    """This process's memory in bytes; 0 where it cannot be read."""
+    memory = Path("/proc/self/statm")
+    return int(memory.read_text().split()[1]) * mmap.PAGESIZE if memory.exists() else 0
 
 
 @pytest.fixture
