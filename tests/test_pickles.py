@@ -288,6 +288,14 @@ def test_a_config_is_read_as_data(tmp_path):
     assert (config.name, config.state) == ("omegaconf.dictconfig.DictConfig", {"a": 1})
 
 
+@pytest.mark.parametrize("name", ["pathlib.PosixPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath"])
+def test_a_path_is_read_whoever_wrote_it(name, tmp_path):
+    """Python 3.13 calls it by another module, and Windows has its own class."""
+    module, _, kind = name.rpartition(".")
+    content = f"\x80\x02c{module}\n{kind}\n(X\1\0\0\0atR.".encode("latin1")
+    assert unpickle.load(zip_file(tmp_path / "a.pt", content)).name == name
+
+
 # --- damage ---
 
 

@@ -67,7 +67,9 @@ _NAMES = {
     *(f"collections.{name}" for name in ("Counter", "OrderedDict", "defaultdict", "deque")),
     "_codecs.encode", "argparse.Namespace", "copy_reg._reconstructor", "copyreg._reconstructor", "typing.Any",
     "datetime.date", "datetime.datetime", "datetime.timedelta",
-    "pathlib.Path", "pathlib.PosixPath", "pathlib.PurePath", "pathlib.PurePosixPath",
+    *(f"{module}.{kind}" for module in ("pathlib", "pathlib._local") for kind in (  # the second in Python 3.13
+        "Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath",
+    )),
     "numpy.dtype", "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
 }  # fmt: skip
