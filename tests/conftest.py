@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import gc
 import importlib.util
-import mmap
 import os
 import shutil
 import sys
@@ -48,6 +46,7 @@ if importlib.util.find_spec("triton"):  # whoever imports it after TensorFlow br
 import transformers
 
 from backends import Backend
+from long_runs import memory, resident
 from opt_common.frameworks import registered
 
 SMALL: dict[str, Any] = dict(
@@ -151,15 +150,7 @@ def forget_programs() -> Iterator[None]:
     yield
     if "jax" in sys.modules and resident() > max(4e9, _memory[0] + 1e9):
         sys.modules["jax"].clear_caches()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # or the freed memory stays the process's
-        _memory[0] = resident()
-
-
-def resident() -> int:
-    """This process's memory in bytes; 0 where it cannot be read."""
-    memory = Path("/proc/self/statm")
-    return int(memory.read_text().split()[1]) * mmap.PAGESIZE if memory.exists() else 0
+        _memory[0] = memory()
 
 
 @pytest.fixture

@@ -197,7 +197,13 @@ def memory() -> int:
     """Bytes that are resident, once garbage is collected, and what the allocator keeps is given back."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident()
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory; 0 where that cannot be read."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if file.exists() else 0
 
 
 def slope(used: list[tuple[int, int]]) -> float:
